@@ -1,0 +1,119 @@
+"""One attention sub-layer: project, rotate, attend, project back, for the four mixers.
+
+Legend: T text rows, S summary rows, H query heads and G key/value heads *of this tensor rank*, d head dimension,
+h hidden size. Rows enter and leave in the sharded state of `TensorParallel`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ksa_model import kernels
+from ksa_model.config import LayerConfig, ModelConfig
+from ksa_model.layout import SequenceLayout
+from ksa_model.tensor_parallel import TensorParallel
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """cos and sin of every row's angles, [rows, 1, d/2] fp32, for text and for summaries."""
+
+    text: tuple[torch.Tensor, torch.Tensor]
+    summary: tuple[torch.Tensor, torch.Tensor]
+
+    @staticmethod
+    def build(layout: SequenceLayout, head_dim: int, base: float, device: torch.device) -> RotaryTables:
+        inverse = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+
+        def table(positions) -> tuple[torch.Tensor, torch.Tensor]:
+            # Angles in float64: at position 10^6 a float32 product is off by 0.06 radians.
+            angles = torch.from_numpy(positions).to(device)[:, None, None] * inverse
+            return angles.cos().float(), angles.sin().float()
+
+        return RotaryTables(table(layout.text_positions), table(layout.summary_positions))
+
+
+def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """RoPE (arXiv 2104.09864) on x [rows, heads, d], pairing feature i with i + d/2 as Llama and Qwen do."""
+    cos, sin = table
+    left, right = x.float().chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) over the last dimension, in fp32, with a learned gain.
+
+    `meets_all`: whether this tensor rank sees every row and head that the gain is applied to.
+    """
+
+    def __init__(self, size: int, eps: float, tp: TensorParallel, meets_all: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=tp.dtype))
+        self.eps, self.tp, self.meets_all = eps, tp, meets_all
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.tp.replicated(self.weight, self.meets_all)
+        return nn.functional.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Attention of one layer over both streams.
+
+    Parameters: `query`, `key`, `value`, `output`; where the layer treats summaries and they have projections of their
+    own, `summary_query` (only if the layer updates them), `summary_key`, `summary_value`.
+    """
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, tp: TensorParallel):
+        super().__init__()
+        self.config, self.layer, self.tp = config, layer, tp
+        h, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        std = config.init_std
+        self.query, self.key, self.value = tp.column(h, q, std), tp.column(h, kv, std), tp.column(h, kv, std)
+        own = config.independent_qkv
+        self.summary_query = tp.column(h, q, std) if own and layer.updates_summaries else None
+        self.summary_key = tp.column(h, kv, std) if own and layer.projects_summaries else None
+        self.summary_value = tp.column(h, kv, std) if own and layer.projects_summaries else None
+        self.output = tp.row(q, h, std / (2 * config.num_layers) ** 0.5)
+        if config.qk_norm:
+            # Every rank norms its own heads only.
+            self.query_norm = RMSNorm(config.head_dim, config.norm_eps, tp, meets_all=tp.size == 1)
+            self.key_norm = RMSNorm(config.head_dim, config.norm_eps, tp, meets_all=tp.size == 1)
+
+    def forward(self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables) -> torch.Tensor:
+        """x: normed rows, [text | summaries] while the layer carries summaries, text alone otherwise.
+
+        Returns the sub-layer's output for the rows it updates: both streams, or text alone.
+        """
+        layer, tp = self.layer, self.tp
+        text, summary = tp.split_streams(tp.gather(x), layout.num_text) if layer.carries_summaries else (tp.gather(x), None)
+        q = self._heads(self.query(text), "query_norm", rotary.text)
+        k = self._heads(self.key(text), "key_norm", rotary.text)
+        v = self._heads(self.value(text))
+        if layer.projects_summaries:
+            assert summary is not None
+            k_summary = self._heads((self.summary_key or self.key)(summary), "key_norm", rotary.summary)
+            v_summary = self._heads((self.summary_value or self.value)(summary))
+        if layer.mixer == "K":
+            out = kernels.ksa_attention(q, k, v, k_summary, v_summary, layout, layer.window_chunks, self._backend)
+        else:
+            out = kernels.text_attention(q, k, v, layout, layer.mixer, layer.window_chunks, self.config.window_tokens,
+                                         self._backend)
+        if not layer.updates_summaries:
+            return self.output(out.flatten(1))
+        q_summary = self._heads((self.summary_query or self.query)(summary), "query_norm", rotary.summary)
+        out_summary = kernels.summary_attention(q_summary, k, v, k_summary, v_summary, layout, self._backend)
+        return self.output(tp.join_streams(out.flatten(1), out_summary.flatten(1)))
+
+    @property
+    def _backend(self) -> str:
+        return self.config.attention_backend
+
+    def _heads(self, x: torch.Tensor, norm: str | None = None, table=None) -> torch.Tensor:
+        """[rows, heads*d] -> [rows, heads, d], normed and rotated where asked."""
+        x = x.view(x.shape[0], -1, self.config.head_dim)
+        if norm is not None and self.config.qk_norm:
+            x = getattr(self, norm)(x)
+        return x if table is None else rotate(x, table)

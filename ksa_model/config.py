@@ -1,0 +1,196 @@
+"""What a model is: its shape, its layer pattern and the counts that follow from them.
+
+The same counts feed three readers: the parameter table a run prints, model-FLOPs utilisation, and the cache sizes in
+reports. They are derived here once, from the attention rule in `ksa_model.reference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIXERS = {"K": "KSA", "F": "full", "S": "sliding window", "C": "sliding chunk"}
+
+
+class ModelConfigError(ValueError):
+    """A model that cannot be built; the message names the keys, their values and the relation they break."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder with interleaved KSA and full-attention layers (arXiv 2604.24432).
+
+    `layer_pattern` is one letter per layer (`K` KSA, `F` full, `S` sliding window, `C` sliding chunk) and is repeated to
+    `num_layers`. `window_chunks` is how many earlier chunks a text token still sees as text: one number for every
+    layer, or one per letter of the pattern. `attention_backend` picks the kernels: `auto` the fastest that fits the
+    device, `blocked` the plain torch path with linear memory, `reference` the dense fp32 ground truth.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int | None = None  # None: the tokenizer decides
+    layer_pattern: str = "KKKF"
+    chunk_size: int = 8
+    summary_tokens: int = 1
+    window_chunks: int | tuple[int, ...] = 128
+    window_tokens: int = 1024  # `S` layers only
+    independent_qkv: bool = True
+    full_layers_update_summaries: bool = True
+    qk_norm: bool = True
+    tie_embeddings: bool = False
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    vocab_multiple: int = 128  # embedding rows are padded to this, so that shapes do not depend on tensor parallelism
+    attention_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "chunk_size",
+                     "summary_tokens", "window_tokens", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.vocab_size is not None and self.vocab_size < 2:
+            raise ModelConfigError(f"model.vocab_size={self.vocab_size} must be at least 2, or null for the tokenizer's")
+        wrong = sorted(set(self.layer_pattern) - set(MIXERS))
+        if wrong or not self.layer_pattern:
+            letters = ", ".join(f"{letter} ({name})" for letter, name in MIXERS.items())
+            raise ModelConfigError(
+                f"model.layer_pattern={self.layer_pattern!r} holds {', '.join(map(repr, wrong)) or 'no letter'}; "
+                f"it is made of {letters}")
+        if self.num_layers % len(self.layer_pattern):
+            raise ModelConfigError(
+                f"model.layer_pattern={self.layer_pattern!r} has {len(self.layer_pattern)} letters and does not divide "
+                f"model.num_layers={self.num_layers}")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelConfigError(
+                f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ModelConfigError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        if isinstance(self.window_chunks, tuple) and len(self.window_chunks) != len(self.layer_pattern):
+            raise ModelConfigError(
+                f"model.window_chunks={list(self.window_chunks)} must be one number, or one for each of the "
+                f"{len(self.layer_pattern)} letters of model.layer_pattern={self.layer_pattern!r}")
+        if min(self.window_per_letter) < 0:
+            raise ModelConfigError(f"model.window_chunks={self.window_chunks} must not be negative")
+        if self.attention_backend not in ("auto", "blocked", "reference"):
+            raise ModelConfigError(
+                f"model.attention_backend={self.attention_backend!r} is not one of auto, blocked, reference")
+
+    @property
+    def window_per_letter(self) -> tuple[int, ...]:
+        """`window_chunks` for each letter of the pattern."""
+        if isinstance(self.window_chunks, tuple):
+            return self.window_chunks
+        return (self.window_chunks,) * len(self.layer_pattern)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head; those beyond `vocab_size` are never a token and get no probability."""
+        if self.vocab_size is None:
+            raise ModelConfigError("model.vocab_size is not known yet: it is filled in from the tokenizer")
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """One entry per layer, bottom to top, with what it does to the summary stream resolved.
+
+        Summary rows are carried only while a later `K` layer reads them, so the last `K` layer computes their keys and
+        values and nothing more, and the layers above it have no summary rows at all.
+        """
+        letters = self.layer_pattern * (self.num_layers // len(self.layer_pattern))
+        windows = self.window_per_letter * (self.num_layers // len(self.layer_pattern))
+        last_ksa = letters.rfind("K")
+        return tuple(
+            LayerConfig(
+                index=i,
+                mixer=letter,
+                window_chunks=window,
+                carries_summaries=i <= last_ksa,
+                is_last_ksa=i == last_ksa,
+                updates_summaries=i < last_ksa and (letter == "K" or (letter == "F" and self.full_layers_update_summaries)),
+            )
+            for i, (letter, window) in enumerate(zip(letters, windows))
+        )
+
+    @property
+    def has_summaries(self) -> bool:
+        return "K" in self.layer_pattern
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters by role: `embedding`, `attention`, `summary` (the embedding rows and q/k/v of their own), `mlp`,
+        `norm`, `head`, and their `total`. Vocabulary padding is left out."""
+        h, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        vocab = self.vocab_size or 0
+        counts = {"embedding": vocab * h, "attention": 0, "summary": 0, "mlp": 0, "norm": h, "head": 0}
+        if not self.tie_embeddings:
+            counts["head"] = vocab * h
+        if self.has_summaries:
+            counts["summary"] += self.summary_tokens * h
+        for layer in self.layers:
+            counts["attention"] += h * (q + 2 * kv) + q * h
+            counts["mlp"] += 3 * h * self.ffn_size
+            counts["norm"] += 2 * h + (2 * self.head_dim if self.qk_norm else 0)
+            if self.independent_qkv:
+                counts["summary"] += h * (q * layer.updates_summaries + 2 * kv * layer.projects_summaries)
+        counts["total"] = sum(counts.values())
+        return counts
+
+    def dense_flops(self, num_text: int, num_summary: int) -> int:
+        """Forward FLOPs of every matrix multiplication by a weight, for `num_text` text and `num_summary` summary rows.
+
+        Counts the summary stream's own projections and MLP, and the head over text rows.
+        """
+        h, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        mlp = 3 * h * self.ffn_size
+        weights_met = num_text * h * (self.vocab_size or 0)
+        for layer in self.layers:
+            weights_met += num_text * (h * (q + 2 * kv) + q * h + mlp)
+            if layer.projects_summaries:
+                weights_met += num_summary * h * 2 * kv
+            if layer.updates_summaries:
+                weights_met += num_summary * (2 * h * q + mlp)
+        return 2 * weights_met
+
+    def attention_flops(self, visible_keys: int) -> int:
+        """Forward FLOPs of scores and weighted values over `visible_keys` query-key pairs of one layer."""
+        return 4 * visible_keys * self.num_heads * self.head_dim
+
+    def cache_rows(self, num_text: int) -> int:
+        """Key/value rows a decoding cache holds at length `num_text`, summed over the layers."""
+        k, rows = self.chunk_size, 0
+        num_chunks = -(-num_text // k)
+        for layer in self.layers:
+            window = layer.window_chunks
+            if layer.mixer == "F":
+                rows += num_text
+            elif layer.mixer == "S":
+                rows += min(num_text, self.window_tokens)
+            else:
+                rows += min(num_text, (window + 1) * k)
+                if layer.mixer == "K":
+                    rows += self.summary_tokens * max(0, num_chunks - window)
+        return rows
+
+    def cache_bytes(self, num_text: int, bytes_per_value: int = 2) -> int:
+        """Bytes of keys and values in a decoding cache at length `num_text` (default bf16)."""
+        return 2 * self.cache_rows(num_text) * self.num_kv_heads * self.head_dim * bytes_per_value
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer of the pattern; see `ModelConfig.layers`."""
+
+    index: int
+    mixer: str
+    window_chunks: int
+    carries_summaries: bool  # summary rows enter this layer
+    is_last_ksa: bool  # the last layer that reads them
+    updates_summaries: bool  # summary rows leave it changed by attention and MLP
+
+    @property
+    def projects_summaries(self) -> bool:
+        """Whether this layer needs the summaries' keys and values."""
+        return self.mixer == "K" or self.updates_summaries

@@ -1,0 +1,228 @@
+"""Where everything stands in a packed sequence: pure integers, no model, no device.
+
+Legend: T text rows, k tokens a chunk, C = T/k chunks, m summaries a chunk, S = C*m summary rows, W window chunks.
+
+Every attention pattern of this project has one shape: a query row sees one *contiguous* range of key rows, and both
+ends of the range never move backwards from row to row. `KeyRanges` is that shape; kernels, block lists, FLOP counts
+and the context-parallel exchange all derive from it. The dense statement of the same rule, from the definitions, is in
+`ksa_model.reference`, and the tests hold the two against each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ksa_model.config import ModelConfigError
+
+
+@dataclass(frozen=True)
+class KeyRanges:
+    """Query row `i` sees key rows `start[i] .. end[i]-1`; an empty range (`start == end`) sees nothing.
+
+    `start` and `end` are int64 arrays, non-decreasing, so that the keys of a block of rows are one slice too.
+    """
+
+    start: np.ndarray
+    end: np.ndarray
+    _cache: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def visible_keys(self) -> int:
+        """Query-key pairs that exist, for FLOP counts."""
+        return int((self.end - self.start).sum())
+
+    def blocks(self, rows_per_block: int) -> list[Block]:
+        """The rows cut into blocks, each with the slice of keys it needs; blocks without keys are left out."""
+        cached = self._cache.get(rows_per_block)
+        if cached is None:
+            cached = [b for b in (self._block(first, rows_per_block) for first in range(0, len(self.start), rows_per_block))
+                      if b is not None]
+            self._cache[rows_per_block] = cached
+        return cached
+
+    def _block(self, first: int, rows_per_block: int) -> Block | None:
+        start, end = self.start[first:first + rows_per_block], self.end[first:first + rows_per_block]
+        seeing = np.flatnonzero(end > start)
+        if not len(seeing):
+            return None
+        key_start, key_end = int(start[seeing[0]]), int(end[seeing[-1]])
+        return Block(
+            rows=slice(first, first + len(start)),
+            keys=slice(key_start, key_end),
+            full=bool((start <= key_start).all() and (end >= key_end).all()),
+        )
+
+    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`start` and `end` as int64 tensors on `device`, copied once."""
+        if device not in self._cache:
+            self._cache[device] = (torch.from_numpy(self.start).to(device), torch.from_numpy(self.end).to(device))
+        return self._cache[device]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive query rows and the slice of keys that any of them sees; `full`: all of them see all of it."""
+
+    rows: slice
+    keys: slice
+    full: bool
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """A packed sequence: documents that start on chunk boundaries, and a summary slot after every chunk.
+
+    Chunks are counted over the whole pack; chunk `c` holds text rows `c*k .. c*k+k-1` and summary rows
+    `c*m .. c*m+m-1`. `chunk_lengths[c]` is its number of real tokens (0 for a chunk of padding), `first_chunks[c]` the
+    first chunk of the document it belongs to (itself for padding). Positions are counted from the document's start.
+
+    Worked example, k=2, m=1, documents of 3 and 1 tokens in 8 rows, `x` padding:
+        rows            a0 a1 | a2 x | b0 x | x  x
+        chunk_lengths       2 |    1 |    1 |    0
+        first_chunks        0 |    0 |    2 |    3
+        text_positions   0  1 |  2 3 |  0 1 | 0  1
+        summary_positions   1 |    2 |    0 |    0
+    """
+
+    num_text: int
+    chunk_size: int
+    summary_tokens: int
+    chunk_lengths: np.ndarray
+    first_chunks: np.ndarray
+    text_positions: np.ndarray
+    summary_positions: np.ndarray
+    _ranges: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.num_text // self.chunk_size
+
+    @property
+    def num_summary(self) -> int:
+        return self.num_chunks * self.summary_tokens
+
+    # -- the attention rule as key ranges ---------------------------------------------------------------------------
+
+    def near_ranges(self, window_chunks: int) -> KeyRanges:
+        """Text rows seen as text: from the start of `W` chunks back (same document) up to the row itself."""
+        def compute() -> KeyRanges:
+            chunk = np.arange(self.num_chunks)
+            first = np.maximum(self.first_chunks, chunk - window_chunks) * self.chunk_size
+            return self._causal_from(np.repeat(first, self.chunk_size))
+        return self.cached(("near", window_chunks), compute)
+
+    def far_ranges(self, window_chunks: int) -> KeyRanges:
+        """Summary rows seen by a text row: every older chunk of the document, up to where the text window begins."""
+        def compute() -> KeyRanges:
+            chunk = np.arange(self.num_chunks)
+            last = np.maximum(self.first_chunks, chunk - window_chunks) * self.summary_tokens
+            start = np.repeat(self.first_chunks * self.summary_tokens, self.chunk_size)
+            end = np.repeat(last, self.chunk_size)
+            # Padding sees nothing. Its range is kept in step with its neighbours so that ranges stay ordered.
+            return KeyRanges(start=np.where(self.text_is_real, start, end), end=end)
+        return self.cached(("far", window_chunks), compute)
+
+    def full_ranges(self) -> KeyRanges:
+        """All earlier text of the document and the row itself."""
+        return self.cached("full", lambda: self._causal_from(self.document_starts))
+
+    def sliding_ranges(self, window_tokens: int) -> KeyRanges:
+        """The last `window_tokens` text rows of the document, the row itself included."""
+        def compute() -> KeyRanges:
+            row = np.arange(self.num_text)
+            return self._causal_from(np.maximum(self.document_starts, row - window_tokens + 1))
+        return self.cached(("sliding", window_tokens), compute)
+
+    def _causal_from(self, start: np.ndarray) -> KeyRanges:
+        row = np.arange(self.num_text)
+        real = self.text_is_real
+        return KeyRanges(start=np.where(real, start, row), end=np.where(real, row + 1, row))
+
+    def cached(self, key, compute):
+        """What `compute()` gives, kept with the layout under `key`."""
+        if key not in self._ranges:
+            self._ranges[key] = compute()
+        return self._ranges[key]
+
+    # -- masks and counts -------------------------------------------------------------------------------------------
+
+    @property
+    def text_is_real(self) -> np.ndarray:
+        """bool [T]: the row holds a token, not padding."""
+        return self.cached("real", lambda: (
+            np.arange(self.chunk_size)[None, :] < self.chunk_lengths[:, None]).reshape(-1))
+
+    @property
+    def document_starts(self) -> np.ndarray:
+        """int64 [T]: first row of the document a row belongs to."""
+        return self.cached("starts", lambda: np.repeat(self.first_chunks * self.chunk_size, self.chunk_size))
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens in the pack."""
+        return int(self.chunk_lengths.sum())
+
+    def visible_keys(self, mixer: str, window_chunks: int, window_tokens: int) -> int:
+        """Query-key pairs of one text layer: what the real documents ask for, not what a kernel happens to touch."""
+        if mixer == "F":
+            return self.full_ranges().visible_keys
+        if mixer == "S":
+            return self.sliding_ranges(window_tokens).visible_keys
+        near = self.near_ranges(window_chunks).visible_keys
+        return near + (self.far_ranges(window_chunks).visible_keys if mixer == "K" else 0)
+
+    def summary_visible_keys(self) -> int:
+        """Query-key pairs of the summary stream: each summary sees its chunk's text and the summaries up to itself."""
+        m = self.summary_tokens
+        return int(m * self.chunk_lengths.sum() + self.num_chunks * m * (m + 1) // 2)
+
+
+def build(doc_starts: np.ndarray, doc_lengths: np.ndarray, num_text: int, chunk_size: int, summary_tokens: int = 1
+          ) -> SequenceLayout:
+    """Lay out documents of `doc_lengths` tokens that start at rows `doc_starts` of a pack of `num_text` rows.
+
+    Vectorised over documents: a pack of a million tokens takes milliseconds. Raises `ModelConfigError` when a document
+    does not start on a chunk boundary, is empty, overlaps its successor or leaves the pack.
+    """
+    k, m = chunk_size, summary_tokens
+    starts, lengths = np.asarray(doc_starts, np.int64), np.asarray(doc_lengths, np.int64)
+    if num_text % k:
+        raise ModelConfigError(f"a pack of {num_text} rows is not a multiple of chunk_size={k}")
+    _check_documents(starts, lengths, num_text, k)
+    num_chunks = num_text // k
+    chunk = np.arange(num_chunks)
+    if len(starts):
+        # The document whose start is the last at or before each chunk; padding behind a document is told by length 0.
+        doc = np.searchsorted(starts // k, chunk, side="right") - 1
+        inside = doc >= 0
+        doc = np.maximum(doc, 0)
+        left = starts[doc] + lengths[doc] - chunk * k
+        chunk_lengths = np.where(inside, np.clip(left, 0, k), 0)
+    else:
+        doc = np.zeros(num_chunks, np.int64)
+        chunk_lengths = np.zeros(num_chunks, np.int64)
+    first_chunks = np.where(chunk_lengths > 0, starts[doc] // k if len(starts) else chunk, chunk)
+    text_positions = np.arange(num_text) - np.repeat(first_chunks * k, k)
+    # Summary a of a chunk at position p with l tokens stands at p + ((a+1)*l)//m - 1, never below p.
+    chunk_position = ((chunk - first_chunks) * k)[:, None]
+    offset = (np.arange(1, m + 1)[None, :] * chunk_lengths[:, None]) // m - 1
+    summary_positions = (chunk_position + np.maximum(offset, 0)).reshape(-1)
+    return SequenceLayout(num_text, k, m, chunk_lengths, first_chunks, text_positions, summary_positions)
+
+
+def _check_documents(starts: np.ndarray, lengths: np.ndarray, num_text: int, chunk_size: int) -> None:
+    if starts.shape != lengths.shape or starts.ndim != 1:
+        raise ModelConfigError(f"doc_starts {starts.shape} and doc_lengths {lengths.shape} must be two equal rows")
+    for what, bad in (
+        (f"does not start on a multiple of chunk_size={chunk_size}", starts % chunk_size != 0),
+        ("is empty", lengths < 1),
+        (f"ends beyond the pack of {num_text} rows", starts + lengths > num_text),
+        ("begins before its predecessor's last chunk ends",
+         np.append(False, starts[1:] < -(-(starts + lengths)[:-1] // chunk_size) * chunk_size)),
+    ):
+        if bad.any():
+            i = int(np.flatnonzero(bad)[0])
+            raise ModelConfigError(f"document {i} (start {starts[i]}, length {lengths[i]}) {what}")

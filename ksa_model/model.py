@@ -1,0 +1,185 @@
+"""The decoder: embedding -> blocks -> norm -> head, and the loss.
+
+Legend: T text rows, S summary rows, h hidden size, V vocabulary rows of this tensor rank.
+
+One hidden tensor runs through the blocks, `[text rows | summary rows]`, so that norms, MLP and output projection act
+once on both streams; attention splits it by two views. There is no batch axis: a micro-batch is one packed sequence
+and documents separate samples.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ksa_model.attention import Attention, RMSNorm, RotaryTables
+from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError
+from ksa_model.layout import SequenceLayout
+from ksa_model.tensor_parallel import TensorParallel
+
+IGNORE_INDEX = -100
+LOSS_ROWS = 1024  # rows of logits that exist at a time
+
+
+class Decoder(nn.Module):
+    """A decoder LLM whose layers follow `config.layer_pattern`.
+
+    `recompute` re-runs each block in backward instead of keeping its activations.
+    """
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, recompute: bool = False):
+        super().__init__()
+        check_tensor_parallel(config, tp.size)
+        self.config, self.tp, self.recompute = config, tp, recompute
+        self.embedding = tp.embedding(config.padded_vocab_size, config.hidden_size, config.init_std)
+        if config.has_summaries:
+            self.summary_embedding = nn.Parameter(
+                torch.empty(config.summary_tokens, config.hidden_size, dtype=tp.dtype).normal_(0, config.init_std))
+        self.blocks = nn.ModuleList(Block(config, layer, tp) for layer in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
+        self.head = None if config.tie_embeddings else tp.column(config.hidden_size, config.padded_vocab_size, config.init_std)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """tokens, labels: int64 [T] (`IGNORE_INDEX` where a row carries no loss) -> sum of the rows' losses, fp32 scalar.
+
+        A sum, not a mean: ranks and micro-batches hold unequal numbers of valid rows, so the division by their global
+        number happens once, outside.
+        """
+        hidden = self.tp.gather(self.norm(self.hidden(tokens, layout)))
+        return _ChunkedCrossEntropy.apply(hidden, self._head_weight, labels, self._valid_columns)
+
+    def logits(self, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """Scores of the next token for every text row, [T, vocab_size]; for evaluation and sampling at small T."""
+        hidden = self.tp.gather(self.norm(self.hidden(tokens, layout)))
+        local = nn.functional.linear(hidden, self._head_weight)
+        return gather_from_tensor_model_parallel_region(local, group=self.tp.group)[:, :self.config.vocab_size]
+
+    def hidden(self, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """Text rows after the last block, before the final norm: [T, h], or this rank's share under sequence parallelism."""
+        self._check_layout(layout)
+        x = self.embedding(tokens[None]).flatten(0, 1)
+        if self.config.has_summaries:
+            rows = self.tp.replicated(self.summary_embedding, meets_all=not self.tp.shards_rows)
+            x = torch.cat([x, rows.repeat(self.tp.local_rows(layout.num_chunks), 1)])
+        rotary = RotaryTables.build(layout, self.config.head_dim, self.config.rope_base, x.device)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, layout, rotary, use_reentrant=False)
+            else:
+                x = block(x, layout, rotary)
+        return x
+
+    @property
+    def _head_weight(self) -> torch.Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def _valid_columns(self) -> int:
+        """Columns of this rank's logits that are real tokens; the rest is vocabulary padding, always at the end."""
+        assert self.config.vocab_size is not None
+        local = self.config.padded_vocab_size // self.tp.size
+        return max(0, min(local, self.config.vocab_size - self.tp.rank * local))
+
+    def _check_layout(self, layout: SequenceLayout) -> None:
+        config = self.config
+        if (layout.chunk_size, layout.summary_tokens) != (config.chunk_size, config.summary_tokens):
+            raise ModelConfigError(
+                f"the layout has chunk_size={layout.chunk_size}, summary_tokens={layout.summary_tokens}; the model "
+                f"{config.chunk_size} and {config.summary_tokens}")
+        if self.tp.shards_rows and layout.num_chunks % self.tp.size:
+            raise ModelConfigError(
+                f"{layout.num_text} text rows are {layout.num_chunks} chunks, which {self.tp.size} tensor ranks cannot share")
+
+
+class Block(nn.Module):
+    """Pre-norm decoder layer: norm, attention, residual, norm, SwiGLU, residual."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, tp: TensorParallel):
+        super().__init__()
+        self.layer, self.tp = layer, tp
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
+        self.attention = Attention(config, layer, tp)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
+        self.mlp = MLP(config, tp)
+
+    def forward(self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables) -> torch.Tensor:
+        """x [rows, h]: both streams while some layer from here on reads summaries, text alone above that."""
+        mixed = self.attention(self.attention_norm(x), layout, rotary)
+        # A layer that leaves summaries as they are updates the text rows alone; the last `K` layer drops them.
+        text_rows = self.tp.local_rows(layout.num_text)
+        kept = x[text_rows:] if self._passes_summaries_by else None
+        x = x[:len(mixed)] + mixed
+        x = x + self.mlp(self.mlp_norm(x))
+        return x if kept is None else torch.cat([x, kept])
+
+    @property
+    def _passes_summaries_by(self) -> bool:
+        return self.layer.carries_summaries and not self.layer.updates_summaries and not self.layer.is_last_ksa
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel):
+        super().__init__()
+        h, f = config.hidden_size, config.ffn_size
+        self.tp = tp
+        self.gate, self.up = tp.column(h, f, config.init_std), tp.column(h, f, config.init_std)
+        self.down = tp.row(f, h, config.init_std / (2 * config.num_layers) ** 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.tp.gather(x)
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of `hidden @ weight.T` without a [T, vocabulary] tensor.
+
+    Each slice of rows runs forward and backward at once and leaves only its share of the gradients behind; backward
+    scales them by the incoming gradient, so any outer loss scale is honoured. The vocabulary is split over tensor
+    ranks; each rank's hidden gradient is partial and summed by the `gather` that made `hidden`.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, valid_columns: int):
+        """hidden [T, h], weight [V, h], labels int64 [T] -> fp32 scalar."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        for start in range(0, len(hidden), LOSS_ROWS):
+            rows = slice(start, start + LOSS_ROWS)
+            with torch.enable_grad():
+                logits = (hidden[rows].detach() @ weight.detach().t()).float()
+                logits[:, valid_columns:] = float("-inf")  # vocabulary padding gets no probability
+                loss = _loss_sum(logits.requires_grad_(needs_grad), labels[rows])
+            total += loss.detach()
+            if needs_grad:
+                (grad_logits,) = torch.autograd.grad(loss, logits)
+                grad_logits = grad_logits.to(hidden.dtype)
+                torch.matmul(grad_logits, weight, out=grad_hidden[rows])
+                grad_weight += grad_logits.t() @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_total, (grad_weight * grad_total).to(ctx.weight_dtype), None, None
+
+
+def _loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Overwrites `logits` [n, V]: the library's cross entropy turns them into the softmax and then the gradient."""
+    losses = vocab_parallel_cross_entropy(logits[:, None], labels.clamp(min=0)[:, None])[:, 0]
+    return (losses * (labels != IGNORE_INDEX)).sum()
+
+
+def check_tensor_parallel(config: ModelConfig, tensor_ranks: int) -> None:
+    """Raise `ModelConfigError` unless `tensor_ranks` divide what tensor parallelism divides."""
+    for name in ("num_heads", "num_kv_heads", "ffn_size", "vocab_multiple"):
+        if getattr(config, name) % tensor_ranks:
+            raise ModelConfigError(
+                f"model.{name}={getattr(config, name)} is not divisible by parallel.tensor={tensor_ranks}")

@@ -1,0 +1,27 @@
+import os
+
+import pytest
+
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session")
+def world():
+    """A world of one gloo rank, for tests of the model in this process."""
+    import torch
+
+    from train import parallel
+
+    torch.set_num_threads(2)
+    yield parallel.initialize(parallel.ParallelConfig(), torch.device("cpu"))
+    parallel.shutdown()
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device; this machine has none")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)

@@ -1,0 +1,247 @@
+"""The decoder as a whole: against a plain decoder, its invariants, and its counts."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ksa_model import layout, model, reference
+from ksa_model.attention import RotaryTables
+from ksa_model.config import ModelConfig, ModelConfigError
+from ksa_model.tensor_parallel import TensorParallel
+from tests.ksa_model.test_kernels import make_layout
+
+SMALL = dict(hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48, vocab_size=61,
+             chunk_size=4, window_chunks=1, window_tokens=6, vocab_multiple=16)
+
+
+def small_config(**changes) -> ModelConfig:
+    return ModelConfig(**(SMALL | changes))
+
+
+def build(world, config, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return model.Decoder(config, TensorParallel(world.tensor_group), **kwargs)
+
+
+def random_text(pack, vocab=61, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab, (pack.num_text,), generator=generator)
+    real = torch.from_numpy(pack.text_is_real)
+    labels = torch.where(real, torch.randint(0, vocab, (pack.num_text,), generator=generator), model.IGNORE_INDEX)
+    return tokens * real, labels
+
+
+def plain_decoder_loss(decoder, tokens, labels, pack):
+    """The same function written out with no parallelism, no streams, no kernels: one dense mask over all rows."""
+    config = decoder.config
+    text, chunks = pack.num_text, pack.num_chunks
+    p = dict(decoder.named_parameters())
+    x = p["embedding.weight"][tokens]
+    s = p["summary_embedding"].repeat(chunks, 1) if config.has_summaries else x[:0]
+    rotary = RotaryTables.build(pack, config.head_dim, config.rope_base, x.device)
+
+    def norm(x, name):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.norm_eps) * p[name]
+
+    def turn(x, table):  # complex-number form of RoPE
+        cos, sin = table
+        half = config.head_dim // 2
+        z = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin)
+        return torch.cat([z.real, z.imag], -1)
+
+    def heads(x, weight, norm_name=None, table=None):
+        x = (x @ p[weight].t()).unflatten(-1, (-1, config.head_dim))
+        x = norm(x, norm_name) if norm_name and config.qk_norm else x
+        return turn(x, table) if table else x
+
+    for i, layer in enumerate(config.layers):
+        b = f"blocks.{i}."
+        a = b + "attention."
+        own = "summary_" if config.independent_qkv else ""
+        xn, sn = norm(x, b + "attention_norm.weight"), norm(s, b + "attention_norm.weight")
+        q = heads(xn, a + "query.weight", a + "query_norm.weight", rotary.text)
+        k, v = heads(xn, a + "key.weight", a + "key_norm.weight", rotary.text), heads(xn, a + "value.weight")
+        if layer.projects_summaries:
+            ks = heads(sn, a + own + "key.weight", a + "key_norm.weight", rotary.summary)
+            vs = heads(sn, a + own + "value.weight")
+        if layer.mixer == "K":
+            out = reference.ksa_attention(q, k, v, ks, vs, pack, layer.window_chunks)
+        else:
+            out = reference.text_attention(q, k, v, pack, layer.mixer, layer.window_chunks, config.window_tokens)
+        x = x + out.flatten(1) @ p[a + "output.weight"].t()
+        mlp = lambda y: (F.silu(y @ p[b + "mlp.gate.weight"].t()) * (y @ p[b + "mlp.up.weight"].t())) @ p[b + "mlp.down.weight"].t()
+        if layer.updates_summaries:
+            qs = heads(sn, a + own + "query.weight", a + "query_norm.weight", rotary.summary)
+            s = s + reference.summary_attention(qs, k, v, ks, vs, pack).flatten(1) @ p[a + "output.weight"].t()
+            s = s + mlp(norm(s, b + "mlp_norm.weight"))
+        x = x + mlp(norm(x, b + "mlp_norm.weight"))
+    head = p["embedding.weight"] if config.tie_embeddings else p["head.weight"]
+    logits = norm(x, "norm.weight") @ head[:config.vocab_size].t()
+    return F.cross_entropy(logits, labels, ignore_index=model.IGNORE_INDEX, reduction="sum")
+
+
+@pytest.mark.parametrize("changes", [
+    dict(),
+    dict(layer_pattern="F"),
+    dict(layer_pattern="K", summary_tokens=2),
+    dict(layer_pattern="KSCF"),
+    dict(layer_pattern="FKKS", full_layers_update_summaries=False),
+    dict(layer_pattern="SC", tie_embeddings=True),
+    dict(layer_pattern="KF", independent_qkv=False, qk_norm=False),
+    dict(layer_pattern="KK", window_chunks=(0, 3), num_kv_heads=1),
+], ids=str)
+def test_loss_and_gradients_match_a_plain_decoder(world, changes):
+    config = small_config(**changes)
+    pack = make_layout([13, 1, 22, 7], config.chunk_size, config.summary_tokens, 1)
+    decoder = build(world, config)
+    with torch.no_grad():  # gains of one would hide a missing or doubled norm
+        for name, p in decoder.named_parameters():
+            if p.ndim == 1:
+                p.copy_(torch.rand_like(p) + 0.5)
+            elif "embedding" not in name:
+                p.mul_(4)
+    tokens, labels = random_text(pack)
+    params = list(decoder.parameters())
+    loss, want = decoder(tokens, labels, pack), plain_decoder_loss(decoder, tokens, labels, pack)
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-5)
+    got = torch.autograd.grad(loss * 0.5, params)  # an outer scale must reach every gradient, the head's too
+    for (name, _), g, w in zip(decoder.named_parameters(), got, torch.autograd.grad(want * 0.5, params)):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_every_parameter_gets_a_gradient(world):
+    """No parameter exists that nothing reads: ZeRO and checkpoints would carry it for ever."""
+    for pattern in ("KKKF", "F", "FKSC", "SSSS", "CKKK"):
+        decoder = build(world, small_config(layer_pattern=pattern))
+        pack = make_layout([30, 9], 4, 1, 0)
+        decoder(*random_text(pack), pack).backward()
+        missing = [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.any()]
+        assert not missing, (pattern, missing)
+
+
+def test_recompute_changes_nothing(world):
+    pack = make_layout([30, 9], 4, 1, 0)
+    grads = []
+    for recompute in (False, True):
+        decoder = build(world, small_config(), recompute=recompute)
+        decoder(*random_text(pack), pack).backward()
+        grads.append([p.grad for p in decoder.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pattern", ["KKKF", "K", "KSCF"])
+def test_text_is_causal_and_documents_are_separate(world, pattern):
+    """Changing one token changes no earlier row and no other document, and does change the last row of its own."""
+    config = small_config(layer_pattern=pattern, num_layers=4)
+    decoder = build(world, config)
+    pack = make_layout([18, 41, 9], 4, 1, 0)
+    tokens, _ = random_text(pack)
+    changed = tokens.clone()
+    row = 20 + 5
+    changed[row] = (changed[row] + 1) % 61
+    difference = (decoder.logits(tokens, pack) - decoder.logits(changed, pack)).abs().amax(1)
+    assert (difference[:row] == 0).all() and (difference[20 + 41:] == 0).all()
+    assert difference[row] > 0 and difference[20 + 40] > 0
+
+
+def test_a_far_token_is_reached_only_through_summaries(world):
+    """One K layer, W=0: the last row sees the first chunk's token through the chunk's summary."""
+    config = small_config(layer_pattern="K", num_layers=2, window_chunks=0)
+    decoder = build(world, config)
+    pack = make_layout([24], 4, 1, 0)
+    tokens, _ = random_text(pack)
+    changed = tokens.clone()
+    changed[0] = (changed[0] + 1) % 61
+    assert (decoder.logits(tokens, pack)[23] - decoder.logits(changed, pack)[23]).abs().max() > 0
+    sliding = build(world, small_config(layer_pattern="C", num_layers=2, window_chunks=0))
+    assert (sliding.logits(tokens, pack)[23] - sliding.logits(changed, pack)[23]).abs().max() == 0
+
+
+def test_packing_does_not_change_a_document(world):
+    decoder = build(world, small_config())
+    together = make_layout([18, 41, 9], 4, 1, 2)
+    tokens, _ = random_text(together)
+    logits = decoder.logits(tokens, together)
+    row = 0
+    for length in (18, 41, 9):
+        alone = make_layout([length], 4, 1, 0)
+        got = decoder.logits(tokens[row:row + alone.num_text], alone)[:length]
+        torch.testing.assert_close(got, logits[row:row + length], rtol=1e-4, atol=1e-5)
+        row += alone.num_text
+
+
+def test_loss_keeps_no_logits(world):
+    """2,500 rows of 60,000 words would be 600 MB of logits; at most a slice of rows is kept at a time."""
+    config = small_config(vocab_size=60_000, layer_pattern="F", num_layers=1)
+    pack = make_layout([2500], 4, 1, 0)
+    decoder = build(world, config)
+    largest = 0
+
+    def see(saved):
+        nonlocal largest
+        largest = max(largest, saved.numel())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda x: x):
+        decoder(*random_text(pack, vocab=60_000), pack)
+    assert largest <= model.LOSS_ROWS * config.padded_vocab_size < 2500 * config.padded_vocab_size
+
+
+def test_rows_without_any_label_give_zero_and_finite_gradients(world):
+    pack = make_layout([10], 4, 1, 0)
+    decoder = build(world, small_config())
+    tokens, labels = random_text(pack)
+    loss = decoder(tokens, torch.full_like(labels, model.IGNORE_INDEX), pack)
+    loss.backward()
+    assert loss == 0 and all(p.grad is not None and (p.grad == 0).all() for p in decoder.parameters())
+
+
+def test_counts():
+    config = small_config(vocab_size=64, num_layers=4)
+    counts = config.num_parameters()
+    assert counts["embedding"] == counts["head"] == 64 * 32
+    assert counts["attention"] == 4 * (32 * (32 + 2 * 16) + 32 * 32)
+    # k/v of three K layers, q of the two whose summaries a later layer reads; the F layer on top has none
+    assert counts["summary"] == 32 + 32 * (2 * 32 + 3 * 2 * 16)
+    # the 4B shape of the report: 2.8x and more at 128k
+    shape = dict(hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=9728)
+    hybrid, full = ModelConfig(**shape), ModelConfig(**shape, layer_pattern="F")
+    assert full.cache_bytes(131_072) == 36 * 2 * 131_072 * 8 * 128 * 2
+    assert full.cache_bytes(131_072) / hybrid.cache_bytes(131_072) > 2.8
+
+
+def test_parameter_count_is_what_is_built(world):
+    for pattern in ("KKKF", "F", "FKSC", "CKKK"):
+        config = small_config(layer_pattern=pattern, vocab_size=64)
+        built = sum(p.numel() for p in build(world, config).parameters())
+        assert config.num_parameters()["total"] == built, pattern
+
+
+def test_last_summary_work_is_left_out():
+    layers = small_config(layer_pattern="KKKF", num_layers=8).layers
+    assert [(x.mixer, x.carries_summaries, x.updates_summaries) for x in layers] == [
+        ("K", True, True), ("K", True, True), ("K", True, True), ("F", True, True),
+        ("K", True, True), ("K", True, True), ("K", True, False), ("F", False, False)]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(layer_pattern="KXF"), "model.layer_pattern='KXF' holds 'X'"),
+    (dict(layer_pattern="KKF"), "has 3 letters and does not divide model.num_layers=4"),
+    (dict(num_kv_heads=3), "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
+    (dict(window_chunks=(1, 2)), "one for each of the 4 letters"),
+    (dict(chunk_size=0), "model.chunk_size=0 must be at least 1"),
+    (dict(head_dim=7), "model.head_dim=7 must be even"),
+])
+def test_bad_shapes_are_named(changes, message):
+    with pytest.raises(ModelConfigError) as error:
+        small_config(**changes)
+    assert message in str(error.value)
+
+
+def test_wrong_layout_is_named(world):
+    decoder = build(world, small_config())
+    pack = layout.build(np.array([0]), np.array([8]), 8, chunk_size=8)
+    with pytest.raises(ModelConfigError, match="the layout has chunk_size=8"):
+        decoder(torch.zeros(8, dtype=torch.long), torch.zeros(8, dtype=torch.long), pack)

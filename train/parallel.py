@@ -1,0 +1,174 @@
+"""Process groups: the only place that initialises torch.distributed and megatron-core's parallel state.
+
+Rank order, fastest first: tensor, context, data. So tensor ranks share a host, and the ranks of one data-parallel
+replica are neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class ParallelConfigError(ValueError):
+    """A layout that the world or the model does not allow; the message names the sizes and their relation."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the world is divided; data parallelism takes what tensor and context parallelism leave."""
+
+    tensor: int = 1
+    sequence: bool = False  # Megatron sequence parallelism: needs tensor > 1
+    context: int = 1
+    zero: int = 1  # DeepSpeed ZeRO stage; 1 shards optimizer state over data-parallel ranks
+    timeout_minutes: float = 10.0  # a rank that hangs ends the job after this
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "context"):
+            if getattr(self, name) < 1:
+                raise ParallelConfigError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+        if self.context != 1:
+            raise ParallelConfigError(f"parallel.context={self.context}: context parallelism is not supported yet; use 1")
+        if self.zero != 1:
+            raise ParallelConfigError(f"parallel.zero={self.zero}: only ZeRO stage 1 is supported yet")
+        if self.timeout_minutes <= 0:
+            raise ParallelConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be positive")
+
+    def data(self, world_size: int) -> int:
+        """Data-parallel replicas in a world of `world_size` ranks."""
+        model_ranks = self.tensor * self.context
+        if world_size % model_ranks:
+            raise ParallelConfigError(
+                f"the world of {world_size} ranks is not a multiple of parallel.tensor={self.tensor} x "
+                f"parallel.context={self.context} = {model_ranks}")
+        return world_size // model_ranks
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `*_group` are process groups, `*_rank` its rank inside each."""
+
+    rank: int
+    size: int
+    device: torch.device
+    tensor_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    data_context_group: dist.ProcessGroup  # ZeRO shards and gradients are summed over this
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.tensor_group.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.data_group.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.data_group.size()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mpu(self) -> DeepSpeedTopology:
+        return DeepSpeedTopology(self)
+
+
+class DeepSpeedTopology:
+    """What DeepSpeed asks of a Megatron-style `mpu`, with "data parallel" meaning data x context.
+
+    Without the context ranks in it, ZeRO-3 loses their gradients silently.
+    """
+
+    def __init__(self, world: World):
+        self._world = world
+
+    def get_model_parallel_rank(self) -> int:
+        return self._world.tensor_group.rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._world.tensor_group.size()
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._world.tensor_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._world.data_context_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._world.data_context_group.size()
+
+    def get_data_parallel_rank(self) -> int:
+        return self._world.data_context_group.rank()
+
+
+def environment_world() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun and its kin set them; a lone process is a world of one."""
+    return tuple(int(os.environ.get(name, default)) for name, default in
+                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # type: ignore[return-value]
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> this rank's device."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ParallelConfigError(f"run.device={name!r} is not one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ParallelConfigError("run.device=cuda, but this process sees no CUDA device; use run.device=cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", environment_world()[2] % torch.cuda.device_count())
+
+
+def initialize(config: ParallelConfig, device: torch.device) -> World:
+    """Start torch.distributed (NCCL on CUDA, gloo on the CPU) and the groups; one process alone gets groups of one."""
+    rank, size, _ = environment_world()
+    config.data(size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif not torch.cuda.is_available():
+        # megatron-core allocates communication buffers on `torch.cuda.current_device()`; here that is the host.
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(minutes=config.timeout_minutes)
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=size)
+        else:
+            dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex.*")
+        from megatron.core import parallel_state
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor, context_parallel_size=config.context,
+        create_gloo_process_groups=False, distributed_timeout_minutes=max(1, round(config.timeout_minutes)))
+    return World(
+        rank=rank, size=size, device=device,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+
+
+def shutdown() -> None:
+    """Undo `initialize`, so that one process can run several jobs in turn (Hydra's multirun does)."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
