@@ -1,0 +1,197 @@
+"""Packed samples in a global order, for one data-parallel rank, with a state of one whole number and a hash."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.order import derive_key, permute
+from data_pipeline.packing import IGNORE_INDEX, PackedSample, Plan
+
+__all__ = ["IGNORE_INDEX", "Loader", "PackedSample", "sample_at"]
+
+_STATE_VERSION = 1
+_SAMPLE_ORDER = 2
+
+
+def sample_at(plan: Plan, index: int) -> int:
+    """The row of the plan at global index `index`: each epoch of `plan.num_samples` is a permutation of its own."""
+    epoch, position = divmod(index, plan.num_samples)
+    key = derive_key(plan.seed, _SAMPLE_ORDER, epoch)
+    return int(permute(np.array([position]), plan.num_samples, key)[0])
+
+
+class Loader:
+    """This rank's share of every global step, read ahead by one thread.
+
+    Global step after n consumed samples: the indices n ... n + samples_per_step - 1 of the global order, of which this
+    rank gets n + j * dp_size + dp_rank. The order depends on the plan alone, so a run may continue on another number of
+    ranks, or with other steps, with nothing skipped or repeated. A fresh loader starts at index 0, so validation meets
+    the same samples every time.
+
+    Args:
+        plan: what to read.
+        samples_per_step: samples of one global step, over all ranks; a multiple of `dp_size`.
+        dp_rank: this rank, in `range(dp_size)`.
+        dp_size: number of data-parallel ranks.
+        prefetch: samples kept ready, at least 1.
+        transform: called on each sample in the thread; `next_step` returns what it returns.
+
+    Attributes:
+        wait_seconds: time that `next_step` has spent waiting for samples, in all.
+
+    Raises:
+        DataError: the counts do not fit together.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        samples_per_step: int,
+        dp_rank: int,
+        dp_size: int,
+        prefetch: int = 4,
+        transform: Callable[[PackedSample], Any] | None = None,
+    ) -> None:
+        if dp_size < 1 or not 0 <= dp_rank < dp_size:
+            raise DataError(f"dp_rank={dp_rank} must lie in range(dp_size={dp_size})")
+        if samples_per_step < 1 or samples_per_step % dp_size:
+            raise DataError(
+                f"samples_per_step={samples_per_step} must be a positive multiple of dp_size={dp_size}, so that every "
+                f"data-parallel rank gets as many samples"
+            )
+        if prefetch < 1:
+            raise DataError(f"prefetch={prefetch} must be at least 1")
+        self._plan = plan
+        self._samples_per_step = samples_per_step
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._prefetch = prefetch
+        self._transform = transform
+        self._next_sample = 0
+        self._reader: _Reader | None = None
+        self._closed = False
+        self.wait_seconds = 0.0
+
+    def next_step(self) -> list[Any]:
+        """This rank's `samples_per_step / dp_size` samples of the next global step, in global order.
+
+        An error of the reading thread, or of `transform` in it, is raised here as it was raised there; the loader then
+        stays at the failed step.
+        """
+        if self._closed:
+            raise RuntimeError("next_step() of a closed Loader")
+        if self._reader is None:
+            self._reader = _Reader(self._make_fetch(self._next_sample), self._prefetch)
+        started = time.perf_counter()
+        samples = self._reader.take(self._samples_per_step // self._dp_size)
+        self.wait_seconds += time.perf_counter() - started
+        self._next_sample += self._samples_per_step
+        return samples
+
+    def state(self) -> dict[str, Any]:
+        """Where the global order stands: samples that steps have returned, not what was read ahead. The same on all
+        ranks, JSON-able."""
+        return {"version": _STATE_VERSION, "fingerprint": self._plan.fingerprint, "next_sample": self._next_sample}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state()`, also one of a run with another `dp_size` or `samples_per_step`.
+
+        Raises:
+            DataError: the state is of another plan (corpus, tokenizer, seq_len, alignment or seed), or is no state.
+        """
+        version, next_sample = state.get("version"), state.get("next_sample")
+        if version != _STATE_VERSION or not isinstance(next_sample, int) or next_sample < 0:
+            raise DataError(f"{dict(state)!r} is not a loader state of version {_STATE_VERSION}")
+        if state.get("fingerprint") != self._plan.fingerprint:
+            raise DataError(
+                f"the loader state belongs to the data plan {state.get('fingerprint')}, this run has "
+                f"{self._plan.fingerprint}: corpus, tokenizer, seq_len, alignment or seed have changed; set them back, "
+                f"or start a new run"
+            )
+        self._stop()
+        self._next_sample = next_sample
+
+    def close(self) -> None:
+        """Stop the reading thread. `state()` still works."""
+        self._stop()
+        self._closed = True
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            self._reader.stop()
+            self._reader = None
+
+    def _make_fetch(self, first: int) -> Callable[[int], Any]:
+        # Free of `self`, so that a loader nobody holds any more is not kept alive by its own thread.
+        plan, transform = self._plan, self._transform
+        dp_rank, dp_size = self._dp_rank, self._dp_size
+
+        def fetch(number: int) -> Any:
+            index = first + number * dp_size + dp_rank
+            sample = replace(plan.sample(sample_at(plan, index)), index=index)
+            return sample if transform is None else transform(sample)
+
+        return fetch
+
+
+class _Reader:
+    """Calls `fetch(0), fetch(1), ...` in a thread and keeps at most `depth` results."""
+
+    def __init__(self, fetch: Callable[[int], Any], depth: int) -> None:
+        self._results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._room = threading.Semaphore(depth)
+        self._stopped = threading.Event()
+        self._taken: deque[Any] = deque()
+        self._error: BaseException | None = None
+        arguments = (fetch, self._results, self._room, self._stopped)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="data-loader", daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _run(
+        fetch: Callable[[int], Any],
+        results: SimpleQueue[tuple[Any, BaseException | None]],
+        room: threading.Semaphore,
+        stopped: threading.Event,
+    ) -> None:
+        number = 0
+        while True:
+            room.acquire()
+            if stopped.is_set():
+                return
+            try:
+                results.put((fetch(number), None))
+            except BaseException as error:  # handed to the thread that asked, which raises it
+                results.put((None, error))
+                return
+            number += 1
+
+    def take(self, count: int) -> list[Any]:
+        """The next `count` results; raises the error that ended the thread once the results before it are used up."""
+        while len(self._taken) < count:
+            if self._error is None:
+                result, self._error = self._results.get()
+            if self._error is not None:
+                raise self._error
+            self._taken.append(result)
+            self._room.release()
+        return [self._taken.popleft() for _ in range(count)]
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._room.release()
+        self._thread.join()
+
+    def __del__(self) -> None:
+        # Without a close() the thread would wait for room for ever.
+        self._stopped.set()
+        self._room.release()

@@ -1,0 +1,276 @@
+"""Documents to packed samples: which document goes where, worked out once, stored and memory-mapped.
+
+Shapes: S samples, G segments (a document, or a piece of one, in a sample), T = seq_len, k = alignment.
+
+Rules:
+- A document that fits in a sample is never cut. A longer one is cut every T tokens; its pieces after the first are
+  continuations.
+- Every segment starts at a multiple of k in its sample; the gap after the segment before is padding.
+- A segment of one token that has no next token to predict is left out: a one-token document, or the last token of a
+  document of n*T + 1 tokens (it is the label of the token before it, so nothing is lost).
+- Samples are filled best fit decreasing: longest first, each into the fullest sample that still has room.
+
+Worked example, T=8, k=2, lengths [3, 20, 8, 4]: in units of k the pieces are 2, 4+4+2, 4 and 2 units, T is 4 units.
+Document 1 fills two samples and leaves a tail of 4 tokens; document 2 fills one; 0, 1's tail and 3 take 2 units each:
+    sample 0: doc 1 [0:8]      sample 1: doc 1 [8:16], continues     sample 2: doc 2 [0:8]
+    sample 3: doc 0 [0:3] at 0, doc 1 [16:20] at 4, continues        sample 4: doc 3 [0:4] at 0
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.order import derive_key, permute
+from data_pipeline.prepare import shard_hashes
+from data_pipeline.shards import ShardSet
+from data_pipeline.storage import build_once, fingerprint_of, read_json, write_array, write_json
+
+IGNORE_INDEX = -100
+"""The label of a token that has nothing to predict."""
+CONTINUATION = 1
+"""Segment flag: an earlier sample holds the tokens before this piece."""
+GOES_ON = 2
+"""Segment flag: the document has a token after this piece, which is the label of the piece's last token."""
+
+SEGMENT = np.dtype([("doc", "<u8"), ("offset", "<u8"), ("start", "<u4"), ("length", "<u4"), ("flags", "u1")])
+"""A segment: tokens `offset : offset + length` of document `doc` lie at `start` in the sample."""
+
+_ALGORITHM = 1  # raise it when the same input would give another plan
+_DOCUMENT_ORDER, _PLAN = 1, "plan.json"
+
+
+@dataclass(frozen=True)
+class PackedSample:
+    """One packed sequence of T tokens.
+
+    Attributes:
+        tokens: int64 [T]; padding holds 0.
+        labels: int64 [T]; the next token of the same document, IGNORE_INDEX where there is none (the document's last
+            token, padding). The last token of a piece that goes on elsewhere has the true next token as its label.
+        doc_starts: int64 [num_docs], ascending multiples of the alignment; the first is 0.
+        doc_lengths: int64 [num_docs], real tokens, at least 1.
+        continuation: bool [num_docs]; the piece continues a document from an earlier sample of the plan.
+        index: number of the sample: in the plan, or in the global order when it comes from a Loader.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    doc_starts: np.ndarray
+    doc_lengths: np.ndarray
+    continuation: np.ndarray
+    index: int
+
+
+@dataclass(frozen=True)
+class PackedSamples:
+    """What `pack` decided: sample s holds `segments[row_ptr[s] : row_ptr[s + 1]]`, ascending by start.
+
+    Attributes:
+        row_ptr: uint64 [S + 1].
+        segments: SEGMENT [G].
+    """
+
+    row_ptr: np.ndarray
+    segments: np.ndarray
+
+
+def pack(lengths: np.ndarray, seq_len: int, alignment: int, order: np.ndarray | None = None) -> PackedSamples:
+    """Pack documents into samples by the rules at the head of this module.
+
+    Args:
+        lengths: integers [num_documents], tokens per document.
+        seq_len: T, a multiple of `alignment`.
+        alignment: k.
+        order: int64 [num_documents], a permutation; among equally long documents the one that comes first in it is
+            placed first. None: as they come.
+
+    Raises:
+        DataError: `seq_len` is not a multiple of `alignment`, or one of the two makes no sense.
+    """
+    if alignment < 1 or seq_len < 2 or seq_len >= 2**32 or seq_len % alignment:
+        raise DataError(
+            f"seq_len={seq_len} must be a multiple of alignment={alignment}, at least 2 and below 2**32; the nearest "
+            f"multiple is {max(round(seq_len / max(alignment, 1)), 1) * max(alignment, 1)}"
+        )
+    lengths = np.asarray(lengths, dtype=np.int64)
+    docs = np.arange(lengths.size, dtype=np.int64) if order is None else np.asarray(order, dtype=np.int64)
+    docs = docs[lengths[docs] > 1]
+    length = lengths[docs]
+
+    num_full, tail = length // seq_len, length % seq_len
+    full_doc = np.repeat(docs, num_full)
+    first_of_doc = np.repeat(np.cumsum(num_full) - num_full, num_full)
+    full_piece = np.arange(full_doc.size, dtype=np.int64) - first_of_doc
+    has_tail = tail > np.where(num_full > 0, 1, 0)
+    tail_doc, tail_length, tail_offset = docs[has_tail], tail[has_tail], (num_full * seq_len)[has_tail]
+    tail_row, tail_start = _best_fit_decreasing(-(-tail_length // alignment), seq_len // alignment)
+
+    segments = np.zeros(full_doc.size + tail_doc.size, dtype=SEGMENT)
+    segments["doc"] = np.concatenate([full_doc, tail_doc])
+    segments["offset"] = np.concatenate([full_piece * seq_len, tail_offset])
+    segments["start"] = np.concatenate([np.zeros_like(full_doc), tail_start * alignment])
+    segments["length"] = np.concatenate([np.full_like(full_doc, seq_len), tail_length])
+    goes_on = (full_piece + 1) * seq_len < lengths[full_doc]
+    full_flags = CONTINUATION * (full_piece > 0) | GOES_ON * goes_on
+    segments["flags"] = np.concatenate([full_flags, CONTINUATION * (tail_offset > 0)])
+    row = np.concatenate([np.arange(full_doc.size, dtype=np.int64), full_doc.size + tail_row])
+    num_rows = int(row.max()) + 1 if row.size else 0
+    row_ptr = np.zeros(num_rows + 1, dtype=np.uint64)
+    row_ptr[1:] = np.cumsum(np.bincount(row, minlength=num_rows))
+    return PackedSamples(row_ptr, segments[np.lexsort((segments["start"], row))])
+
+
+def _best_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact best fit decreasing: the bin of each item and where it starts in the bin, both int64 [num_items].
+
+    Equal sizes are placed together. Best fit puts an item into the fullest bin with room; the next item of that size
+    goes to the same bin while it fits, for that bin is now fuller still. So of the m bins with the least sufficient
+    room c, each takes c // size items, and one step places up to m * (c // size) of them.
+    """
+    by_size = np.argsort(-sizes, kind="stable")
+    bin_of, start_of = np.empty(sizes.size, dtype=np.int64), np.empty(sizes.size, dtype=np.int64)
+    ordered = sizes[by_size]
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(ordered)) + 1, [ordered.size]]).tolist()
+    bins_with: dict[int, list[np.ndarray]] = {}  # room left -> bins
+    rooms: list[int] = []  # the keys of bins_with, ascending
+    num_bins = 0
+
+    def put_back(bins: np.ndarray, room: int) -> None:
+        if bins.size and room:
+            if room not in bins_with:
+                bisect.insort(rooms, room)
+                bins_with[room] = []
+            bins_with[room].append(bins)
+
+    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+        size = int(ordered[begin]) if end > begin else 0
+        while begin < end:
+            at = bisect.bisect_left(rooms, size)
+            room = rooms[at] if at < len(rooms) else capacity
+            per_bin = room // size
+            wanted = -(-(end - begin) // per_bin)
+            if at < len(rooms):
+                del rooms[at]
+                bins = np.concatenate(bins_with.pop(room))
+                put_back(bins[wanted:], room)
+                bins = bins[:wanted]
+            else:
+                bins = np.arange(num_bins, num_bins + wanted, dtype=np.int64)
+                num_bins += wanted
+            count = min(end - begin, per_bin * bins.size)
+            slot = np.arange(count, dtype=np.int64)
+            items = by_size[begin : begin + count]
+            bin_of[items] = bins[slot // per_bin]
+            start_of[items] = capacity - room + slot % per_bin * size
+            whole, rest = divmod(count, per_bin)
+            put_back(bins[:whole], room - per_bin * size)
+            put_back(bins[whole:], room - rest * size)
+            begin += count
+    return bin_of, start_of
+
+
+class Plan:
+    """A stored packing of a list of shards; `sample(i)` reads one sample from the memory-mapped shards.
+
+    Attributes:
+        fingerprint: sha256 (hex) of all that decides what is in sample i and how samples are ordered.
+        num_samples: S.
+        seq_len: T.
+        alignment: k.
+        seed: chose the documents of each sample; orders the samples in a Loader.
+        statistics: counts of documents and tokens, and `fill`, the share of T that is real tokens.
+    """
+
+    def __init__(self, directory: Path, shards: Sequence[str | Path]) -> None:
+        content = read_json(directory / _PLAN)
+        self.fingerprint: str = content["fingerprint"]
+        self.seq_len: int = content["seq_len"]
+        self.alignment: int = content["alignment"]
+        self.seed: int = content["seed"]
+        self.statistics: dict[str, float] = content["statistics"]
+        self._shards = ShardSet(shards)
+        try:
+            self._row_ptr = np.load(directory / "row_ptr.npy", mmap_mode="r")
+            self._segments = np.load(directory / "segments.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{directory}: the plan cannot be read ({error}); delete the directory") from error
+        if self._segments.dtype != SEGMENT or int(self._row_ptr[-1]) != self._segments.size:
+            raise DataError(f"{directory}: row_ptr.npy and segments.npy do not belong together; delete the directory")
+        self.num_samples: int = self._row_ptr.size - 1
+
+    def sample(self, index: int) -> PackedSample:
+        """Sample `index` of the plan, in `range(num_samples)`."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of a plan with {self.num_samples} samples")
+        segments = np.array(self._segments[int(self._row_ptr[index]) : int(self._row_ptr[index + 1])])
+        tokens = np.zeros(self.seq_len, dtype=np.int64)
+        labels = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
+        for doc, offset, start, length, flags in segments.tolist():
+            more = 1 if flags & GOES_ON else 0
+            text = self._shards.read(doc, offset, length + more)
+            tokens[start : start + length] = text[:length]
+            labels[start : start + length - 1 + more] = text[1:]
+        return PackedSample(
+            tokens=tokens,
+            labels=labels,
+            doc_starts=segments["start"].astype(np.int64),
+            doc_lengths=segments["length"].astype(np.int64),
+            continuation=(segments["flags"] & CONTINUATION).astype(bool),
+            index=index,
+        )
+
+
+def build_plan(
+    prepared_shards: Sequence[str | Path], seq_len: int, alignment: int, seed: int, cache_dir: str | Path
+) -> Plan:
+    """Pack prepared shards into samples, or find the plan in the cache. Safe to call from several processes at once.
+
+    Args:
+        prepared_shards: shard prefixes of `PreparedData.train` or `.validation`; their manifest must lie beside them.
+        seq_len: T, tokens per sample, a multiple of `alignment`.
+        alignment: k, every document starts at a multiple of it in its sample.
+        seed: shuffles the documents before packing, and the samples of a Loader.
+        cache_dir: the plan is stored in a directory below.
+
+    Raises:
+        DataError: sizes that do not fit, shards that are missing or damaged, or no document of two tokens or more.
+    """
+    request = {
+        "algorithm": _ALGORITHM,
+        "shards": shard_hashes(prepared_shards),
+        "seq_len": seq_len,
+        "alignment": alignment,
+        "seed": seed,
+    }
+    fingerprint = fingerprint_of(request)
+
+    def build(directory: Path) -> None:
+        lengths = ShardSet(prepared_shards).lengths
+        order = np.arange(lengths.size, dtype=np.int64)
+        if lengths.size:
+            order = permute(order, lengths.size, derive_key(seed, _DOCUMENT_ORDER))
+        packed = pack(lengths, seq_len, alignment, order)
+        num_samples = packed.row_ptr.size - 1
+        if not num_samples:
+            raise DataError(f"no document of at least 2 tokens in {len(prepared_shards)} shard(s): nothing to pack")
+        write_array(directory / "row_ptr.npy", packed.row_ptr)
+        write_array(directory / "segments.npy", packed.segments)
+        num_tokens = int(packed.segments["length"].sum())
+        statistics = {
+            "documents": int((lengths > 1).sum()),
+            "documents_split": int((lengths > seq_len + 1).sum()),
+            "documents_left_out": int((lengths <= 1).sum()),
+            "tokens": num_tokens,
+            "fill": num_tokens / (num_samples * seq_len),
+        }
+        write_json(directory / _PLAN, {"fingerprint": fingerprint, **request, "statistics": statistics})
+
+    directory = Path(cache_dir) / f"plan-{fingerprint[:16]}"
+    build_once(directory, _PLAN, build)
+    return Plan(directory, prepared_shards)

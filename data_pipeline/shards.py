@@ -1,0 +1,242 @@
+"""Token shards in Megatron's `.bin`/`.idx` format (MMIDIDX, version 1), written and read without Megatron.
+
+`PREFIX.bin` holds the tokens of all documents back to back. `PREFIX.idx`, little endian:
+
+    9 bytes  "MMIDIDX\\0\\0"        8 bytes  version = 1         1 byte  dtype code (4 = int32, 8 = uint16)
+    8 bytes  number of sequences S  8 bytes  D + 1 for D documents
+    int32[S] tokens per sequence    int64[S] byte offset of each sequence in the .bin
+    int64[D + 1] the sequence at which each document starts, and S
+
+The writer stores one sequence per document; the reader accepts any number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.storage import aside
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPE_OF_CODE: dict[int, np.dtype] = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int8),
+    3: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    8: np.dtype(np.uint16),
+}
+_CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
+_MAX_DOCUMENT_TOKENS = 2**31 - 1
+_UINT16_VOCAB = 65500  # Megatron's own limit, kept so that both choose the same dtype
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype in which a vocabulary's tokens are stored: uint16 if they fit, else int32."""
+    return np.dtype(np.uint16 if vocab_size < _UINT16_VOCAB else np.int32)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What a finished shard holds. `num_bytes` is the size of the `.bin` file."""
+
+    name: str
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    sha256_bin: str
+    sha256_idx: str
+
+
+class ShardWriter:
+    """Writes one shard; a context manager. The files get their names when the block ends well, the `.idx` last.
+
+    Args:
+        prefix: path of the shard without `.bin` / `.idx`.
+        dtype: integer dtype of the stored tokens, see `token_dtype`.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
+        self._prefix = Path(prefix)
+        self._dtype = np.dtype(dtype)
+        self._lengths = array("i")
+        self._num_tokens = 0
+        self._digest = hashlib.sha256()
+        self._files = ExitStack()
+        self.info: ShardInfo | None = None
+        """What was written; set when the block has ended."""
+
+    def __enter__(self) -> ShardWriter:
+        self._bin = self._files.enter_context(aside(_bin_path(self._prefix)))
+        return self
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append one document, integers of shape [length]; DataError when it is too long or does not fit the dtype."""
+        if tokens.size > _MAX_DOCUMENT_TOKENS:
+            raise DataError(
+                f"{self._prefix}: document {len(self._lengths)} has {tokens.size} tokens, more than the "
+                f"{_MAX_DOCUMENT_TOKENS} of the shard format; split it"
+            )
+        limits = np.iinfo(self._dtype)
+        if tokens.size and (int(tokens.min()) < limits.min or int(tokens.max()) > limits.max):
+            raise DataError(f"{self._prefix}: document {len(self._lengths)} has a token outside {self._dtype}")
+        data = np.ascontiguousarray(tokens, dtype=self._dtype).data
+        self._bin.write(data)
+        self._digest.update(data)
+        self._lengths.append(tokens.size)
+        self._num_tokens += tokens.size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written so far to the `.bin` file."""
+        return self._num_tokens * self._dtype.itemsize
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.__exit__(kind, error, trace)
+        if error is not None:
+            return
+        index = self._index_bytes()
+        with aside(_idx_path(self._prefix)) as file:
+            file.write(index)
+        self.info = ShardInfo(
+            name=self._prefix.name,
+            num_documents=len(self._lengths),
+            num_tokens=self._num_tokens,
+            num_bytes=self.num_bytes,
+            sha256_bin=self._digest.hexdigest(),
+            sha256_idx=hashlib.sha256(index).hexdigest(),
+        )
+
+    def _index_bytes(self) -> bytes:
+        lengths = np.array(self._lengths, dtype="<i4")
+        ends = np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
+        starts = np.concatenate([np.zeros(1, dtype="<i8"), ends])[: lengths.size]
+        documents = np.arange(lengths.size + 1, dtype="<i8")
+        header = _HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[self._dtype], lengths.size, documents.size)
+        return b"".join((header, lengths.tobytes(), starts.tobytes(), documents.tobytes()))
+
+
+class ShardReader:
+    """Memory-maps one shard.
+
+    Attributes:
+        lengths: int64 [num_documents], tokens per document.
+        dtype: dtype of the stored tokens.
+
+    Raises:
+        DataError: a file is missing, is not such a file, or the two do not belong together.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        prefix = Path(prefix)
+        self.prefix = prefix
+        idx_path, bin_path = _idx_path(prefix), _bin_path(prefix)
+        self.dtype, sizes, pointers, documents = _read_index(idx_path)
+        # Sequences lie back to back, so a document is one run of tokens whatever its number of sequences.
+        ends = np.cumsum(sizes, dtype=np.int64)
+        if not np.array_equal(pointers, (ends - sizes) * self.dtype.itemsize):
+            raise DataError(f"{idx_path}: its byte offsets are not those of its lengths; the file is damaged")
+        bounds = np.concatenate([np.zeros(1, dtype=np.int64), ends])[documents]
+        self._starts = bounds[:-1]
+        self.lengths = np.diff(bounds)
+        num_tokens = int(ends[-1]) if ends.size else 0
+        expected = num_tokens * self.dtype.itemsize
+        found = bin_path.stat().st_size if bin_path.is_file() else None
+        if found is None:
+            raise DataError(f"{bin_path}: is missing, although {idx_path.name} is there")
+        if found != expected:
+            raise DataError(
+                f"{bin_path}: has {found} bytes, but {idx_path.name} describes {num_tokens} tokens of {self.dtype}, "
+                f"that is {expected} bytes; the two files do not belong together or one is damaged"
+            )
+        self._tokens: np.ndarray = (
+            np.memmap(bin_path, dtype=self.dtype, mode="r") if num_tokens else np.zeros(0, dtype=self.dtype)
+        )
+
+    def __len__(self) -> int:
+        return self.lengths.size
+
+    def read(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens `offset : offset + length` of a document (to its end when length is None): a view of the map."""
+        total = int(self.lengths[document])
+        length = total - offset if length is None else length
+        if offset < 0 or length < 0 or offset + length > total:
+            raise IndexError(f"{self.prefix}: document {document} has {total} tokens, asked for {offset}+{length}")
+        start = int(self._starts[document]) + offset
+        return self._tokens[start : start + length]
+
+
+class ShardSet:
+    """Several shards read as one list of documents, numbered through in the order of the shards.
+
+    Attributes:
+        lengths: int64 [num_documents], tokens per document.
+    """
+
+    def __init__(self, prefixes: Sequence[str | Path]) -> None:
+        self._readers = [ShardReader(prefix) for prefix in prefixes]
+        counts = np.array([len(reader) for reader in self._readers], dtype=np.int64)
+        self._ends = np.cumsum(counts)
+        parts = [reader.lengths for reader in self._readers]
+        self.lengths = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def read(self, document: int, offset: int, length: int) -> np.ndarray:
+        """Tokens `offset : offset + length` of document number `document` of the set: a view of the map."""
+        shard = int(np.searchsorted(self._ends, document, side="right"))
+        first = int(self._ends[shard - 1]) if shard else 0
+        return self._readers[shard].read(document - first, offset, length)
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """The dtype, sequence lengths, byte offsets and document bounds of an `.idx` file, each checked for itself."""
+    if not path.is_file():
+        raise DataError(f"{path}: is missing; a shard is a .bin and an .idx file of the same name")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(_HEADER.size)
+    if len(head) < _HEADER.size:
+        raise DataError(f"{path}: has {size} bytes, too few for the header of an index; the file is damaged")
+    magic, version, code, num_sequences, num_bounds = _HEADER.unpack(head)
+    if magic != _MAGIC or version != _VERSION:
+        raise DataError(f"{path}: is not a Megatron index (MMIDIDX version 1), it starts with {head[:17]!r}")
+    if code not in _DTYPE_OF_CODE:
+        known = ", ".join(f"{known_code}={dtype}" for known_code, dtype in _DTYPE_OF_CODE.items())
+        raise DataError(f"{path}: has token dtype code {code}, known are {known}")
+    expected = _HEADER.size + 12 * num_sequences + 8 * num_bounds
+    if size != expected or num_bounds < 1:
+        raise DataError(
+            f"{path}: has {size} bytes, but {num_sequences} sequences and {num_bounds - 1} documents take {expected}; "
+            f"the file is damaged"
+        )
+    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=0)
+    at = _HEADER.size
+    sizes = np.array(raw[at : at + 4 * num_sequences]).view("<i4").astype(np.int64)
+    at += 4 * num_sequences
+    pointers = np.array(raw[at : at + 8 * num_sequences]).view("<i8")
+    documents = np.array(raw[at + 8 * num_sequences :]).view("<i8")
+    if sizes.size and int(sizes.min()) < 0:
+        raise DataError(f"{path}: has a negative length; the file is damaged")
+    if documents[0] != 0 or documents[-1] != num_sequences or (np.diff(documents) < 0).any():
+        raise DataError(f"{path}: its documents do not cover its {num_sequences} sequences in order; it is damaged")
+    return _DTYPE_OF_CODE[code], sizes, pointers, documents
+
+
+def _bin_path(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def _idx_path(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".idx")

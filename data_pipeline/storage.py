@@ -1,0 +1,113 @@
+"""Files that are either finished or absent, built by one process while the others wait."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+
+_READ_BYTES = 1 << 20
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[BinaryIO]:
+    """Write a binary file beside `path`; it gets its name only when the block ends well and the bytes are on disk."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as readable JSON, atomically."""
+    with aside(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object written by `write_json`; DataError when it cannot be one."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); delete its directory to build it again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: is not a JSON object; delete its directory to build it again")
+    return content
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy` file, atomically."""
+    with aside(path) as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def fingerprint_of(content: Any) -> str:
+    """The sha256 (hex) of JSON-able content, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """The sha256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def build_once(
+    directory: Path, marker: str, build: Callable[[Path], None], on_wait: Callable[[], None] | None = None
+) -> None:
+    """Fill `directory` with `build`, once, however many processes ask at the same time.
+
+    `build(directory)` writes the file `marker` last: a directory with its marker is finished, and one without it is
+    what a killed process left behind, so it is emptied and built again. The lock is the kernel's (`flock`), so it
+    goes with the process that held it. `on_wait` is called when another process is found building.
+
+    Raises:
+        DataError: the directory cannot be written (disk full, no permission, ...).
+    """
+    if (directory / marker).exists():
+        return
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with open(directory.with_name(directory.name + ".lock"), "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if on_wait is not None:
+                    on_wait()
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if (directory / marker).exists():
+                return
+            if directory.exists():
+                shutil.rmtree(directory)
+            directory.mkdir()
+            build(directory)
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be built ({error}); check the disk, or set another cache_dir") from error
+
+
+def _sync_directory(directory: Path) -> None:
+    # A rename is durable only once the directory that holds the name is on disk.
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
