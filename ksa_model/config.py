@@ -194,3 +194,11 @@ class LayerConfig:
     def projects_summaries(self) -> bool:
         """Whether this layer needs the summaries' keys and values."""
         return self.mixer == "K" or self.updates_summaries
+
+
+def check_tensor_parallel(config: ModelConfig, tensor_ranks: int) -> None:
+    """Raise `ModelConfigError` unless `tensor_ranks` divide what tensor parallelism divides."""
+    for name in ("num_heads", "num_kv_heads", "ffn_size", "vocab_multiple"):
+        if getattr(config, name) % tensor_ranks:
+            raise ModelConfigError(
+                f"model.{name}={getattr(config, name)} is not divisible by parallel.tensor={tensor_ranks}")

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ksa_model.attention import Attention, RMSNorm, RotaryTables
-from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError
+from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_tensor_parallel
 from ksa_model.layout import SequenceLayout
 from ksa_model.tensor_parallel import TensorParallel
 
@@ -175,11 +175,3 @@ def _loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Overwrites `logits` [n, V]: the library's cross entropy turns them into the softmax and then the gradient."""
     losses = vocab_parallel_cross_entropy(logits[:, None], labels.clamp(min=0)[:, None])[:, 0]
     return (losses * (labels != IGNORE_INDEX)).sum()
-
-
-def check_tensor_parallel(config: ModelConfig, tensor_ranks: int) -> None:
-    """Raise `ModelConfigError` unless `tensor_ranks` divide what tensor parallelism divides."""
-    for name in ("num_heads", "num_kv_heads", "ffn_size", "vocab_multiple"):
-        if getattr(config, name) % tensor_ranks:
-            raise ModelConfigError(
-                f"model.{name}={getattr(config, name)} is not divisible by parallel.tensor={tensor_ranks}")

@@ -7,7 +7,6 @@ replica are neighbours.
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -150,9 +149,9 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
             dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=size)
         else:
             dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex.*")
-        from megatron.core import parallel_state
+    from megatron.core import parallel_state  # seconds of imports, which a refused configuration need not wait for
+
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor, context_parallel_size=config.context,
         create_gloo_process_groups=False, distributed_timeout_minutes=max(1, round(config.timeout_minutes)))

@@ -1,0 +1,182 @@
+import bz2
+import gzip
+import json
+import lzma
+from collections import Counter
+
+import pytest
+import zstandard
+
+from data_pipeline import DataConfig, DataError
+from data_pipeline.sources import TRAIN, VALIDATION, Corpus, _list_stdlib
+
+from .conftest import write_corpus
+
+
+def read(**values):
+    corpus = Corpus(DataConfig(**values))
+    skipped = Counter()
+    return [(split, document.text, document.name) for split, document in corpus.documents(skipped)], skipped
+
+
+def jsonl(path, *lines):
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
+    return str(path)
+
+
+def test_the_standard_library_is_a_document_per_file_with_its_tests_held_out():
+    documents, skipped = read()
+    names = {split: [name for where, _, name in documents if where == split] for split in (TRAIN, VALIDATION)}
+    assert "json/decoder.py" in names[TRAIN] and "argparse.py" in names[TRAIN]
+    assert not any("site-packages" in name for _, _, name in documents)
+    assert [name for _, _, name in documents] == sorted(name for _, _, name in documents)
+    texts = {name: text for _, text, name in documents}
+    with open(json.decoder.__file__, "rb") as file:
+        assert texts["json/decoder.py"].encode() == file.read()
+    if names[VALIDATION] and Corpus(DataConfig()).split_rule.startswith("files"):
+        assert all({"test", "tests", "idle_test"} & set(name.split("/")[:-1]) for name in names[VALIDATION])
+        assert not any("/test/" in f"/{name}" for name in names[TRAIN])
+    assert set(skipped) <= {"empty", "not_utf8"}
+
+
+def test_a_standard_library_without_tests_holds_out_a_share(tmp_path):
+    # Slim container images ship none.
+    for name in ("two.py", "one.py", "data.txt"):
+        (tmp_path / name).write_text(f"x = '{name}'\n")
+    files, rule = _list_stdlib(str(tmp_path), 0.5)
+    assert [(file.name, file.split) for file in files] == [("one.py", None), ("two.py", None)]
+    assert rule == "documents are held out by a hash of their text, fraction 0.5"
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_one.py").write_text("y = 1\n")
+    files, rule = _list_stdlib(str(tmp_path), 0.5)
+    assert [(file.name, file.split) for file in files] == [
+        ("one.py", TRAIN),
+        ("tests/test_one.py", VALIDATION),
+        ("two.py", TRAIN),
+    ]
+    with pytest.raises(DataError, match="holds no .py file of the standard library"):
+        _list_stdlib(str(tmp_path / "absent"), 0.5)
+
+
+def test_text_files_in_a_directory(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.txt").write_bytes("zwei\r\nä".encode())
+    (tmp_path / "one.md").write_bytes(b"one")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / ".hidden").write_bytes(b"\xff")
+    documents, skipped = read(source="text", path=str(tmp_path), validation_fraction=0.0)
+    assert documents == [(TRAIN, "zwei\r\nä", "b/two.txt"), (TRAIN, "one", "one.md")]
+    assert skipped == {"empty": 1}
+
+
+def test_a_glob_chooses_files(tmp_path):
+    for name in ("a.txt", "b.txt", "c.bin"):
+        (tmp_path / name).write_text(name)
+    documents, _ = read(source="text", path=str(tmp_path / "*.txt"), validation_fraction=0.0)
+    assert [text for _, text, _ in documents] == ["a.txt", "b.txt"]
+
+
+COMPRESSIONS = [
+    (".jsonl", bytes),
+    (".jsonl.gz", gzip.compress),
+    (".jsonl.bz2", bz2.compress),
+    (".jsonl.xz", lzma.compress),
+    (".jsonl.zst", zstandard.compress),
+]
+
+
+@pytest.mark.parametrize(("ending", "compress"), COMPRESSIONS)
+def test_compressed_jsonl_also_in_several_frames(tmp_path, ending, compress):
+    lines = [json.dumps({"text": f"text {number} é"}).encode() + b"\n" for number in range(100)]
+    path = tmp_path / f"data{ending}"
+    path.write_bytes(compress(b"".join(lines[:50])) + compress(b"".join(lines[50:])))
+    expected = [f"text {number} é" for number in range(100)]
+    for given in (path, tmp_path):
+        documents, _ = read(source="jsonl", path=str(given), validation_fraction=0.0)
+        assert [text for _, text, _ in documents] == expected
+    assert documents[7][2] == f"data{ending}:8"
+
+
+@pytest.mark.parametrize(("ending", "compress"), COMPRESSIONS[1:])
+def test_a_truncated_file_is_an_error_and_not_a_shorter_corpus(tmp_path, ending, compress):
+    write_corpus(tmp_path / "plain", 300)
+    path = tmp_path / f"data{ending}"
+    data = compress((tmp_path / "plain").read_bytes())
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(DataError, match="cannot be read to its end") as error:
+        read(source="jsonl", path=str(path))
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[1, 2]", ":3: is not a JSON object but of type list"),
+        ('"text"', ":3: is not a JSON object but of type str"),
+        ('{"text": ', ":3: is not a JSON object (Expecting value"),
+        ("[" * 100_000, ":3: is not a JSON object ("),
+        ('{"body": "x", "id": 1}', ":3: lacks the key 'text' (its keys: body, id); set data.text_key"),
+        ("{}", ":3: lacks the key 'text' (its keys: none)"),
+        ('{"text": 7}', ":3: the value of 'text' is not a text but of type int"),
+        ('{"text": null}', ":3: the value of 'text' is not a text but of type NoneType"),
+        (b'{"text": "a\xff"}', ":3: is not UTF-8 (byte 0xff in column 12)"),
+        ('{"text": "ab\\ud800"}', ":3: the text holds half a surrogate pair at character 2"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
+    path = jsonl(tmp_path / "data.jsonl", '{"text": "good"}', "", line, '{"text": "good"}')
+    with pytest.raises(DataError) as error:
+        read(source="jsonl", path=path)
+    assert str(error.value).startswith(path + message)
+    assert "\n" not in str(error.value)
+
+
+def test_another_text_key_blank_lines_and_empty_texts(tmp_path):
+    path = jsonl(tmp_path / "data.jsonl", '{"body": "a"}', "", "  ", '{"body": ""}', '{"body": "\\ud83d\\ude00"}')
+    documents, skipped = read(source="jsonl", path=path, text_key="body", validation_fraction=0.0)
+    assert [(text, name) for _, text, name in documents] == [("a", "data.jsonl:1"), ("😀", "data.jsonl:5")]
+    assert skipped == {"empty": 1}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "absent.jsonl", "no such file or directory, and no file matches it as a glob"),
+        (lambda root: root / "*.jsonl", "no such file or directory, and no file matches it as a glob"),
+        (lambda root: root, "no .jsonl/.ndjson/.json file in this directory"),
+        (lambda root: (root / "void.txt"), "is empty (0 bytes in 1 file)"),
+        (lambda root: "nosuchprotocol://bucket/x", "cannot be listed"),
+    ],
+)
+def test_nothing_to_read(tmp_path, make, message):
+    (tmp_path / "void.txt").write_bytes(b"")
+    path = str(make(tmp_path))
+    with pytest.raises(DataError) as error:
+        Corpus(DataConfig(source="jsonl", path=path))
+    assert str(error.value).startswith(f"data.path={path}: ") and message in str(error.value)
+
+
+def test_text_that_is_not_utf8_names_the_line(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"one\ntwo\ncaf\xe9\n")
+    with pytest.raises(DataError, match=r"latin.txt:3: is not UTF-8 \(byte 0xe9\)"):
+        read(source="text", path=str(tmp_path))
+
+
+def test_held_out_documents_are_chosen_by_their_text_alone(tmp_path):
+    texts = write_corpus(tmp_path / "a.jsonl", 2000)
+    first, _ = read(source="jsonl", path=str(tmp_path / "a.jsonl"), validation_fraction=0.1)
+    held_out = {text for split, text, _ in first if split == VALIDATION}
+    assert 150 < len(held_out) < 250
+    jsonl(tmp_path / "b.jsonl", *(json.dumps({"text": text}) for text in reversed(texts[500:] + texts[500:])))
+    second, _ = read(source="jsonl", path=str(tmp_path / "b.jsonl"), validation_fraction=0.1)
+    assert {text for split, text, _ in second if split == VALIDATION} == held_out & set(texts[500:])
+    assert not held_out & {text for split, text, _ in second if split == TRAIN}
+
+
+def test_files_named_for_validation_are_not_trained_on(tmp_path):
+    jsonl(tmp_path / "a.jsonl", '{"text": "a"}')
+    held_out = jsonl(tmp_path / "b.jsonl", '{"text": "b"}')
+    documents, _ = read(source="jsonl", path=str(tmp_path), validation_path=held_out)
+    assert documents == [(TRAIN, "a", "a.jsonl:1"), (VALIDATION, "b", "b.jsonl:1")]
+    with pytest.raises(DataError, match="all its files are also in data.validation_path"):
+        Corpus(DataConfig(source="jsonl", path=held_out, validation_path=str(tmp_path)))

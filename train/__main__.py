@@ -1,0 +1,95 @@
+"""`python -m train [key=value ...]`: compose the configuration with Hydra, check it, run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from train.config import USER_ERRORS, TrainConfig, all_keys, from_mapping, unknown_key
+from train.parallel import environment_world
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+BAD_INPUT = 2  # exit code: the configuration or the data cannot be used; nothing was started
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
+def _run(composed: DictConfig) -> None:
+    from train.trainer import train
+
+    try:
+        values = OmegaConf.to_container(composed, resolve=True)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # every point of a sweep has a run directory of its own
+            values["run"]["name"] += "/" + re.sub(r"[^\w.=,+-]+", "_", HydraConfig.get().job.override_dirname)
+        config = from_mapping(TrainConfig, values)
+        result = train(config)
+    except USER_ERRORS as error:
+        _exit_with(error)
+    if environment_world()[0] == 0:
+        print(closing_words(config, result))
+
+
+def closing_words(config: TrainConfig, result) -> str:
+    """What the run wrote, where, and what to try next."""
+    k = config.model.chunk_size
+    held_out = "" if result.validation_loss is None else f", held-out loss {result.validation_loss:.3f}"
+    other_k = 2 * k if config.seq_len % (2 * k) == 0 else 1
+    data = f"data={config.data.source}" + (f" data.path={config.data.path}" if config.data.path else "")
+    return f"""
+Step {result.step} of {config.run.steps}: {result.tokens:,} tokens in {result.seconds:.0f} s, data preparation included{held_out}.
+
+  {result.directory}/metrics.jsonl   one line per log step
+  {result.directory}/loss.png        the loss curve
+  {result.directory}/config.yaml     everything this run was told
+  {result.directory}/checkpoints/    the newest {config.checkpoint.keep_last}
+  {result.directory}/wandb/          W&B run ({config.logging.wandb}){"; upload with `wandb sync`" if config.logging.wandb == "offline" else ""}
+
+Next:
+  python -m train run.name={config.run.name} run.steps={2 * config.run.steps} {data}        go on from the checkpoint
+  python -m train run.name={config.run.name}-k{other_k} model.chunk_size={other_k} {data}   another compression ratio
+  python -m train.generate {result.directory} prompt="def main("     sample text
+"""
+
+
+def check_keys(overrides: list[str]) -> None:
+    """Refuse a key that does not exist, naming the nearest one; Hydra's own message does not."""
+    known = set(all_keys())
+    groups = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if key not in known and key not in groups and not key.startswith("hydra"):
+            raise unknown_key(key, sorted(known | groups))
+
+
+def _exit_with(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def main() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
+    try:
+        check_keys(overrides)
+    except USER_ERRORS as error:
+        _exit_with(error)
+    except HydraException:
+        pass  # not an override at all: Hydra explains it better
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise its errors here instead of printing them and leaving
+    try:
+        _run()
+    except HydraException as error:
+        _exit_with(error)
+
+
+if __name__ == "__main__":
+    main()

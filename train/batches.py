@@ -1,0 +1,57 @@
+"""A packed sample of the data pipeline -> what one micro-batch of the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from data_pipeline import PackedSample
+from ksa_model import layout
+from ksa_model.config import ModelConfig
+from ksa_model.layout import SequenceLayout
+from ksa_model.model import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed sequence: int64 [T] tokens and labels, where its documents stand, and what it counts for."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    layout: SequenceLayout
+    num_labels: int  # rows that carry loss
+    model_flops: int  # forward and backward, without recomputation
+    index: int
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        move = [x.pin_memory().to(device, non_blocking=True) for x in (self.tokens, self.labels)]
+        return Batch(*move, self.layout, self.num_labels, self.model_flops, self.index)
+
+
+def batch_maker(config: ModelConfig) -> Callable[[PackedSample], Batch]:
+    """What the loader's thread runs on every sample, so that layouts and their ranges are ready before the step."""
+    def make(sample: PackedSample) -> Batch:
+        pack = layout.build(sample.doc_starts, sample.doc_lengths, len(sample.tokens), config.chunk_size,
+                            config.summary_tokens)
+        labels = torch.from_numpy(sample.labels)
+        return Batch(torch.from_numpy(sample.tokens), labels, pack, int((labels != IGNORE_INDEX).sum()),
+                     model_flops(config, pack), sample.index)
+    return make
+
+
+def model_flops(config: ModelConfig, pack: SequenceLayout) -> int:
+    """FLOPs of forward and backward that the documents in `pack` ask for: no recomputation, no padding.
+
+    Attention counts the keys the real documents make visible; the summary stream's dense work is included.
+    """
+    num_summary = int((pack.chunk_lengths > 0).sum()) * config.summary_tokens
+    forward = config.dense_flops(pack.num_tokens, num_summary if config.has_summaries else 0)
+    for layer in config.layers:
+        forward += config.attention_flops(pack.visible_keys(layer.mixer, layer.window_chunks, config.window_tokens))
+        if layer.updates_summaries:
+            forward += config.attention_flops(pack.summary_visible_keys())
+    return 3 * forward

@@ -1,0 +1,204 @@
+"""The whole configuration of a run: typed, frozen, validated across sections before anything heavy starts.
+
+Each section is declared beside its owner and YAML only picks values. `from_mapping` builds the dataclasses and refuses
+unknown keys with the nearest existing one; `validate` checks what no section can check alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from data_pipeline import DataConfig, DataError
+from ksa_model.config import ModelConfig, ModelConfigError, check_tensor_parallel
+from train.optim import OptimConfig, OptimConfigError
+from train.parallel import ParallelConfig, ParallelConfigError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; one line that names the keys, their values and the relation they break."""
+
+
+# What a user's mistake looks like, wherever it is found: printed as one line, exit code 2.
+USER_ERRORS = (ConfigError, ModelConfigError, ParallelConfigError, OptimConfigError, DataError)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What one run is and where it writes: `{root}/{name}` holds everything it leaves behind."""
+
+    name: str = "default"
+    root: str = "runs"
+    steps: int = 100
+    stop_at_step: int | None = None  # end early, as if interrupted: schedules still aim at `steps`
+    samples_per_step: int = 1  # packed sequences per optimizer step, over all ranks
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
+    precision: str = "fp32"  # fp32 | bf16 (bf16 compute, fp32 master weights and gradient accumulation)
+    recompute: bool = False  # re-run each block in backward instead of keeping its activations
+    log_every: int = 10
+    eval_every: int = 100
+    eval_samples: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "samples_per_step", "log_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"run.{name}={getattr(self, name)} must be at least 1")
+        if self.eval_samples < 0:
+            raise ConfigError(f"run.eval_samples={self.eval_samples} must not be negative; 0 turns validation off")
+        if self.precision not in ("fp32", "bf16"):
+            raise ConfigError(f"run.precision={self.precision!r} is not one of fp32, bf16")
+        if not self.name or self.name.startswith("/") or ".." in self.name.split("/"):
+            raise ConfigError(f"run.name={self.name!r} must be a relative path below run.root={self.root!r}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 100
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    wandb: str = "offline"  # online | offline | off
+    wandb_project: str = "ksa"
+    wandb_group: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.wandb not in ("online", "offline", "off"):
+            raise ConfigError(f"logging.wandb={self.wandb!r} is not one of online, offline, off")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One pretraining run."""
+
+    model: ModelConfig
+    seq_len: int
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    resume: str = "auto"  # auto | never | path of a checkpoint or of another run's directory
+    document_alignment: int | None = None  # documents start on multiples of this; None: model.chunk_size
+
+    @property
+    def alignment(self) -> int:
+        return self.document_alignment or self.model.chunk_size
+
+
+def validate(config: TrainConfig, world_size: int) -> None:
+    """Raise one of `USER_ERRORS` unless the sections fit each other and a world of `world_size` ranks."""
+    model, parallel = config.model, config.parallel
+    data_size = parallel.data(world_size)
+    check_tensor_parallel(model, parallel.tensor)
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError("parallel.sequence=true shares rows among tensor ranks and needs parallel.tensor > 1")
+    if config.run.samples_per_step % data_size:
+        raise ConfigError(
+            f"run.samples_per_step={config.run.samples_per_step} is not a multiple of the {data_size} data-parallel "
+            f"ranks ({world_size} ranks / parallel.tensor={parallel.tensor} / parallel.context={parallel.context})")
+    if config.alignment % model.chunk_size:
+        raise ConfigError(
+            f"document_alignment={config.alignment} is not a multiple of model.chunk_size={model.chunk_size}: "
+            "documents start on chunk boundaries")
+    unit = config.alignment * (parallel.tensor if parallel.sequence else 1)
+    if config.seq_len < 1 or config.seq_len % unit:
+        shared = f" x parallel.tensor={parallel.tensor} (parallel.sequence=true)" if parallel.sequence else ""
+        below = config.seq_len // unit * unit
+        raise ConfigError(
+            f"seq_len={config.seq_len} is not a multiple of {unit} = document alignment {config.alignment}{shared}; "
+            f"the nearest that fit are {max(below, unit)} and {below + unit}")
+
+
+# -- mappings to dataclasses and back ---------------------------------------------------------------------------------
+
+T = typing.TypeVar("T")
+
+
+def from_mapping(cls: type[T], mapping: Mapping[str, Any], place: str = "") -> T:
+    """Build dataclass `cls` from plain values; `place` is the dotted path used in messages."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in mapping.items():
+        if key not in known:
+            raise unknown_key(f"{place}{key}", [f"{place}{name}" for name in known])
+        values[key] = _convert(hints[key], value, f"{place}{key}")
+    missing = [f"{place}{name}" for name, f in known.items()
+               if name not in values and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} must be given")
+    return cls(**values)
+
+
+def unknown_key(key: str, known: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return ConfigError(f"{key} is not a configuration key" + (f"; did you mean {near[0]}?" if near else
+                       f"; the keys there are {', '.join(sorted(known))}"))
+
+
+def all_keys(cls: type = TrainConfig, place: str = "") -> list[str]:
+    """Every dotted key of the configuration, sections included."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        keys.append(f"{place}{name}")
+        if is_dataclass(hint):
+            keys += all_keys(hint, f"{place}{name}.")  # type: ignore[arg-type]
+    return keys
+
+
+def to_mapping(config: TrainConfig) -> dict[str, Any]:
+    """Plain values, ready for YAML and JSON; inverse of `from_mapping`."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return plain(asdict(config))
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as YAML gives it -> the type the dataclass declares, or `ConfigError`."""
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value!r} must be a group of keys")
+        return from_mapping(hint, value, f"{key}.")  # type: ignore[arg-type]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        # Sequences go to the tuple member, everything else to the scalar one.
+        members = [a for a in args if a is not type(None)]
+        wants_tuple = isinstance(value, (list, tuple))
+        for member in members:
+            if (typing.get_origin(member) is tuple) == wants_tuple:
+                return _convert(member, value, key)
+        raise ConfigError(f"{key}={value!r} is not of type {' or '.join(map(_type_name, members))}")
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or (args[-1] is not ... and len(value) != len(args)):
+            raise ConfigError(f"{key}={value!r} must be a list" + ("" if args[-1] is ... else f" of {len(args)} values"))
+        return tuple(_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:  # YAML reads 1e-3 as text
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{key}={value!r} is not of type {_type_name(hint)}")
+
+
+def _type_name(hint: Any) -> str:
+    return {int: "integer", float: "number", str: "text", bool: "true or false"}.get(hint, str(hint))

@@ -1,0 +1,217 @@
+"""What a run reports, and the only place where the host waits for the device.
+
+Numbers add up on the device; every `log_every` steps they are read once, written as one line of `metrics.jsonl`, shown
+in the progress bar and handed to W&B.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from train.batches import Batch
+from train.parallel import World
+
+# Dense bf16 peak in FLOP/s by a part of the device's name, from the vendors' data sheets.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 peak of one device, or None where it is not known (every CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+class StepSums:
+    """Sums over steps, kept on the device: loss of this rank; labels, real tokens and model FLOPs of the world."""
+
+    def __init__(self, world: World, tokens: int = 0):
+        """`tokens`: real tokens the run has seen before."""
+        self._world = world
+        self._peak = peak_flops(world.device)
+        self._tokens = torch.tensor(float(tokens), dtype=torch.float64, device=world.device)
+        self._start()
+
+    def _start(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        self._counts = torch.zeros(3, dtype=torch.float64, device=self._world.device)
+        self._steps = 0
+        self._began = time.perf_counter()
+
+    def count(self, batches: list[Batch]) -> torch.Tensor:
+        """Begin a step: [labels, real tokens, model FLOPs] of all ranks' batches, on the device. Collective."""
+        counts = torch.tensor([[b.num_labels, b.layout.num_tokens, b.model_flops] for b in batches], dtype=torch.float64)
+        counts = counts.sum(0).to(self._world.device)
+        dist.all_reduce(counts, group=self._world.data_context_group)
+        return counts
+
+    def add(self, loss_sum: torch.Tensor, counts: torch.Tensor) -> None:
+        """End a step: this rank's summed loss and what `count` gave."""
+        self._loss += loss_sum
+        self._counts += counts
+        self._tokens += counts[1]
+        self._steps += 1
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of the run so far, all ranks together. Waits for the device."""
+        return int(self._tokens.item())
+
+    def read(self) -> dict[str, Any]:
+        """Means and rates since the last call, equal on every rank; then start again. Collective."""
+        dist.all_reduce(self._loss, group=self._world.data_context_group)
+        loss, (labels, tokens, flops) = self._loss.item(), self._counts.tolist()
+        seconds = time.perf_counter() - self._began
+        record = {
+            "tokens": self.tokens,
+            "loss": loss / max(1.0, labels),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "step_seconds": round(seconds / self._steps, 5),
+        }
+        if self._peak is not None:
+            record["mfu"] = round(flops / seconds / (self._peak * self._world.size), 4)
+        self._start()
+        return record
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leave what happens inside (validation, a checkpoint) out of the rates."""
+        left = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - left
+
+
+class RunLog:
+    """Writes a run's records. Only the main rank writes; elsewhere every method does nothing."""
+
+    def __init__(self, directory: Path, *, tracker: Tracker | None, total_steps: int, first_step: int, progress: bool):
+        """`tracker` is None on ranks that do not write."""
+        enabled = tracker is not None
+        self._enabled, self._tracker, self._directory = enabled, tracker, directory
+        self._file = None
+        self._bar = None
+        if enabled:
+            _drop_records_after(directory / "metrics.jsonl", first_step)
+            self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not progress, file=sys.stderr,
+                             dynamic_ncols=True, mininterval=0.5)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """One object per line; W&B gets the same numbers."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        shown = {key: f"{record[key]:.4g}" for key in ("loss", "validation_loss", "tokens_per_second") if key in record}
+        if "tokens_per_second" in shown:
+            shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
+            del shown["tokens_per_second"]
+        self._bar.set_postfix(shown, refresh=False)
+        self._tracker.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar."""
+        if self._enabled:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if not self._enabled:
+            return
+        self._bar.close()
+        self._file.close()
+        draw_loss(self._directory)
+        self._tracker.finish()
+
+
+class Tracker:
+    """A W&B run that never stops training: whatever fails in it is said once, and the run goes on without it."""
+
+    def __init__(self, mode: str, directory: Path, *, project: str, group: str | None, name: str, config: dict):
+        """`mode`: online, offline (synced later by `wandb sync`) or off."""
+        self._run: Any = None
+        if mode != "off":
+            self._attempt("start", lambda: self._start(mode, directory, project, group, name, config))
+
+    def _start(self, mode: str, directory: Path, project: str, group: str | None, name: str, config: dict) -> None:
+        import wandb
+
+        self._run = wandb.init(mode=mode, dir=str(directory), project=project, group=group, name=name, config=config,  # type: ignore[arg-type]
+                               settings=wandb.Settings(silent=True, console="off", init_timeout=60))
+
+    def log(self, numbers: dict[str, Any], step: int) -> None:
+        if self._run is not None:
+            self._attempt("log", lambda: self._run.log(numbers, step=step))
+
+    def finish(self) -> None:
+        if self._run is not None:
+            self._attempt("finish", lambda: self._run.finish())
+
+    def _attempt(self, what: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001
+            self._run = None
+            print(f"W&B could not {what} ({type(error).__name__}: {error}); the run goes on without it", file=sys.stderr)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    """After a resume the steps behind the checkpoint run again; their old records would stand there twice."""
+    records = read_records(path)
+    kept = [r for r in records if r["step"] <= step]
+    if path.exists():
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+
+def draw_loss(directory: Path) -> None:
+    """`loss.png`: training and validation loss against tokens."""
+    records = read_records(directory / "metrics.jsonl")
+    train = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
+    held_out = [(r["tokens"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    if not train:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    axes.plot(*zip(*train), color="#8fb3d9", label="training")
+    if held_out:
+        axes.plot(*zip(*held_out), color="#b3412e", marker="o", markersize=4, label="held-out documents")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(directory.name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(directory / "loss.png")
+    pyplot.close(figure)
