@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 import torch
@@ -17,9 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from train.config import USER_ERRORS, TrainConfig, all_keys, from_mapping, unknown_key
 from train.parallel import environment_world
+from train.signals import BAD_INPUT, REQUEUE
+
+if TYPE_CHECKING:
+    from train.trainer import RunResult
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-BAD_INPUT = 2  # exit code: the configuration or the data cannot be used; nothing was started
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
@@ -34,29 +39,39 @@ def _run(composed: DictConfig) -> None:
         result = train(config)
     except USER_ERRORS as error:
         _exit_with(error)
+    if result.interrupted:
+        sys.exit(REQUEUE)
     if environment_world()[0] == 0:
-        print(closing_words(config, result))
+        print(closing_words(config, result, list(HydraConfig.get().overrides.task)))
 
 
-def closing_words(config: TrainConfig, result) -> str:
+def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) -> str:
     """What the run wrote, where, and what to try next."""
-    k = config.model.chunk_size
-    held_out = "" if result.validation_loss is None else f", held-out loss {result.validation_loss:.3f}"
+    directory, k = result.directory, config.model.chunk_size
     other_k = 2 * k if config.seq_len % (2 * k) == 0 else 1
-    data = f"data={config.data.source}" + (f" data.path={config.data.path}" if config.data.path else "")
-    return f"""
-Step {result.step} of {config.run.steps}: {result.tokens:,} tokens in {result.seconds:.0f} s, data preparation included{held_out}.
+    held_out = "" if result.validation_loss is None else f", held-out loss {result.validation_loss:.3f}"
+    done = f"{result.tokens:,} tokens{held_out}; this call took {result.seconds:.0f} s, data preparation included"
+    tracked = {
+        "online": "", "off": "",
+        "offline": f"\n  {directory}/wandb/          the W&B run; `wandb sync` uploads it",
+    }[config.logging.wandb]
 
-  {result.directory}/metrics.jsonl   one line per log step
-  {result.directory}/loss.png        the loss curve
-  {result.directory}/config.yaml     everything this run was told
-  {result.directory}/checkpoints/    the newest {config.checkpoint.keep_last}
-  {result.directory}/wandb/          W&B run ({config.logging.wandb}){"; upload with `wandb sync`" if config.logging.wandb == "offline" else ""}
+    def command(**changes: object) -> str:
+        kept = [o for o in overrides if o.split("=")[0] not in changes]
+        return shlex.join(["python", "-m", "train", *kept, *(f"{key}={value}" for key, value in changes.items())])
+
+    return f"""
+Step {result.step} of {config.run.steps}: {done}.
+
+  {directory}/metrics.jsonl   one line per log step
+  {directory}/loss.png        the loss curve
+  {directory}/config.yaml     everything this run was told
+  {directory}/checkpoints/    the newest {config.checkpoint.keep_last}{tracked}
 
 Next:
-  python -m train run.name={config.run.name} run.steps={2 * config.run.steps} {data}        go on from the checkpoint
-  python -m train run.name={config.run.name}-k{other_k} model.chunk_size={other_k} {data}   another compression ratio
-  python -m train.generate {result.directory} prompt="def main("     sample text
+  go on from the checkpoint    {command(**{"run.steps": 2 * config.run.steps})}
+  another compression ratio    {command(**{"run.name": f"{config.run.name}-k{other_k}", "model.chunk_size": other_k})}
+  sample text                  python -m train.generate {shlex.quote(str(directory))} prompt='def main('
 """
 
 

@@ -35,6 +35,7 @@ class RunConfig:
     root: str = "runs"
     steps: int = 100
     stop_at_step: int | None = None  # end early, as if interrupted: schedules still aim at `steps`
+    max_minutes: float | None = None  # save and exit with train.signals.REQUEUE after this time in the loop
     samples_per_step: int = 1  # packed sequences per optimizer step, over all ranks
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
@@ -48,6 +49,8 @@ class RunConfig:
         for name in ("steps", "samples_per_step", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name}={getattr(self, name)} must be at least 1")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ConfigError(f"run.max_minutes={self.max_minutes} must be positive, or null for no limit")
         if self.eval_samples < 0:
             raise ConfigError(f"run.eval_samples={self.eval_samples} must not be negative; 0 turns validation off")
         if self.precision not in ("fp32", "bf16"):

@@ -41,6 +41,9 @@ class StepSums:
         self._world = world
         self._peak = peak_flops(world.device)
         self._tokens = torch.tensor(float(tokens), dtype=torch.float64, device=world.device)
+        on_gpu = world.device.type == "cuda"
+        self._stop = torch.zeros((), dtype=torch.float64, pin_memory=on_gpu)
+        self._stop_known = torch.cuda.Event() if on_gpu else None
         self._start()
 
     def _start(self) -> None:
@@ -49,17 +52,34 @@ class StepSums:
         self._steps = 0
         self._began = time.perf_counter()
 
-    def count(self, batches: list[Batch]) -> torch.Tensor:
-        """Begin a step: [labels, real tokens, model FLOPs] of all ranks' batches, on the device. Collective."""
-        counts = torch.tensor([[b.num_labels, b.layout.num_tokens, b.model_flops] for b in batches], dtype=torch.float64)
-        counts = counts.sum(0).to(self._world.device)
-        dist.all_reduce(counts, group=self._world.data_context_group)
+    def count(self, batches: list[Batch], stop: bool = False) -> torch.Tensor:
+        """Begin a step: [labels, real tokens, model FLOPs] of all ranks' batches, on the device. Collective.
+
+        `stop`: this rank was asked to end the run; `stop_agreed` then says so on every rank after the same step.
+        """
+        counts = torch.tensor([[b.num_labels, b.layout.num_tokens, b.model_flops, 0] for b in batches], dtype=torch.float64)
+        counts = counts.sum(0)
+        counts[3] = stop
+        counts = counts.to(self._world.device)
+        # Over the whole world, so that a signal to any rank stops all: tensor ranks count the same batches.
+        dist.all_reduce(counts)
+        counts[:3] /= self._world.tensor_group.size()
+        self._stop.copy_(counts[3], non_blocking=True)
+        if self._stop_known is not None:
+            self._stop_known.record()
         return counts
+
+    def stop_agreed(self) -> bool:
+        """Whether any rank asked to stop before this step began. The device has long passed that point, so the wait
+        only keeps the host from running more than a step ahead."""
+        if self._stop_known is not None:
+            self._stop_known.synchronize()
+        return bool(self._stop)
 
     def add(self, loss_sum: torch.Tensor, counts: torch.Tensor) -> None:
         """End a step: this rank's summed loss and what `count` gave."""
         self._loss += loss_sum
-        self._counts += counts
+        self._counts += counts[:3]
         self._tokens += counts[1]
         self._steps += 1
 

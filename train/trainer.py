@@ -27,10 +27,11 @@ from train.engine import Engine
 from train.evaluate import HeldOut
 from train.metrics import RunLog, StepSums, Tracker
 from train.parallel import World
+from train.signals import StopRequest
 
 # Sections and keys that may differ between two visits to one run directory: they do not change what is computed.
 CHANGEABLE = ("logging", "checkpoint", "parallel", "resume", "run.root", "run.device", "run.log_every", "run.eval_every",
-              "run.eval_samples", "run.stop_at_step", "run.steps", "run.recompute", "data.cache_dir",
+              "run.eval_samples", "run.stop_at_step", "run.max_minutes", "run.steps", "run.recompute", "data.cache_dir",
               "data.prefetch_samples", "model.attention_backend")
 
 
@@ -43,6 +44,7 @@ class RunResult:
     tokens: int
     validation_loss: float | None
     seconds: float
+    interrupted: bool  # ended early on request, with steps left
 
 
 def train(config: TrainConfig) -> RunResult:
@@ -68,31 +70,42 @@ def _train(config: TrainConfig, world: World, prepared: PreparedData, directory:
         _write_run_directory(directory, config, prepared)
     dist.barrier()
     run = _Run(config, world, prepared, directory)
-    first_step, last_step = run.resume(), min(config.run.steps, config.run.stop_at_step or config.run.steps)
+    step, last_step = run.resume(), min(config.run.steps, config.run.stop_at_step or config.run.steps)
+    stopping = False
+    if step >= last_step:
+        run.log.say(f"{directory} is at step {step} already: nothing to train")
     try:
-        for step in range(first_step + 1, last_step + 1):
-            lr = config.optim.lr_at(step - 1, config.run.steps)
-            grad_norm = train_step(run.engine, run.loader, world, run.sums, lr)
-            run.log.advance()
-            if step % config.run.log_every == 0 or step == last_step:
-                run.report(step, grad_norm, lr)
-            if step % config.run.eval_every == 0 or step == last_step:
-                run.evaluate(step)
-            if step % config.checkpoint.every_steps == 0 or step == last_step:
-                run.save(step)
+        with StopRequest(config.run.max_minutes) as request:
+            while step < last_step and not stopping:
+                step += 1
+                lr = config.optim.lr_at(step - 1, config.run.steps)
+                grad_norm = train_step(run.engine, run.loader, world, run.sums, lr, stop=request.is_due)
+                stopping = run.sums.stop_agreed()
+                ending = stopping or step == last_step
+                run.log.advance()
+                if ending or step % config.run.log_every == 0:
+                    run.report(step, grad_norm, lr)
+                if step == last_step or step % config.run.eval_every == 0:
+                    run.evaluate(step)
+                if ending or step % config.checkpoint.every_steps == 0:
+                    run.save(step)
+        if stopping:
+            run.log.say(f"asked to stop ({request.reason or 'by another rank'}): saved step {step}; start again to continue")
     finally:
         run.close()
-    return RunResult(directory, max(first_step, last_step), run.sums.tokens, run.validation_loss, time.perf_counter() - began)
+    return RunResult(directory, step, run.sums.tokens, run.validation_loss, time.perf_counter() - began,
+                     interrupted=stopping and step < config.run.steps)
 
 
-def train_step(engine: Engine, loader: Loader, world: World, sums: StepSums, lr: float) -> torch.Tensor | float:
+def train_step(engine: Engine, loader: Loader, world: World, sums: StepSums, lr: float, stop: bool = False
+               ) -> torch.Tensor | float:
     """One optimizer step over this rank's micro-batches; returns the global gradient norm before clipping.
 
     The loss is the sum over all ranks' valid tokens divided once by their number, so ranks and micro-batches with few
     labels, or none, weigh exactly what they hold.
     """
     batches: list[Batch] = [batch.to(world.device) for batch in loader.next_step()]
-    counts = sums.count(batches)
+    counts = sums.count(batches, stop)
     # The engine averages gradients over data x context ranks; the factor turns that mean into a sum over tokens' mean.
     scale = (world.data_context_group.size() / counts[0].clamp(min=1)).float()
     loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)

@@ -1,0 +1,52 @@
+"""Ending early on request: the contract between the trainer and whatever starts it. Imports nothing heavy.
+
+SIGTERM or SIGUSR1 (a scheduler's preemption, a time limit near) asks the run to finish its step, save a checkpoint and
+exit with `REQUEUE`; a second signal ends it at once. Launchers start a run again that ended with `REQUEUE`: it finds its
+run directory and continues.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run saved its state and wants to be started again
+BAD_INPUT = 2  # the configuration or the data cannot be used; nothing was started
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether this process was asked to stop, by a signal or by its own time limit. A context manager around the loop.
+
+    `max_minutes` counts from here; None means no limit.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self.reason: str | None = None
+        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._previous: dict[signal.Signals, object] = {}
+
+    @property
+    def is_due(self) -> bool:
+        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.reason = "run.max_minutes"
+        return self.reason is not None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.reason is not None:
+            os._exit(128 + number)
+        self.reason = signal.Signals(number).name
