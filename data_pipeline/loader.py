@@ -16,17 +16,16 @@ from data_pipeline.errors import DataError
 from data_pipeline.order import derive_key, permute
 from data_pipeline.packing import IGNORE_INDEX, PackedSample, Plan
 
-__all__ = ["IGNORE_INDEX", "Loader", "PackedSample", "sample_at"]
+__all__ = ["IGNORE_INDEX", "Loader", "PackedSample", "row_at"]
 
 _STATE_VERSION = 1
 _SAMPLE_ORDER = 2
 
 
-def sample_at(plan: Plan, index: int) -> int:
-    """The row of the plan at global index `index`: each epoch of `plan.num_samples` is a permutation of its own."""
-    epoch, position = divmod(index, plan.num_samples)
-    key = derive_key(plan.seed, _SAMPLE_ORDER, epoch)
-    return int(permute(np.array([position]), plan.num_samples, key)[0])
+def row_at(index: int, num_samples: int, seed: int) -> int:
+    """The sample of a plan that stands at `index` of the global order: every epoch is a permutation of its own."""
+    epoch, position = divmod(index, num_samples)
+    return int(permute(np.array([position]), num_samples, derive_key(seed, _SAMPLE_ORDER, epoch))[0])
 
 
 class Loader:
@@ -137,7 +136,7 @@ class Loader:
 
         def fetch(number: int) -> Any:
             index = first + number * dp_size + dp_rank
-            sample = replace(plan.sample(sample_at(plan, index)), index=index)
+            sample = replace(plan.sample(row_at(index, plan.num_samples, plan.seed)), index=index)
             return sample if transform is None else transform(sample)
 
         return fetch

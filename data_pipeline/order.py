@@ -49,20 +49,20 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     if indices.size and (int(indices.min()) < 0 or int(indices.max()) >= size):
         raise ValueError(f"indices must lie in range({size})")
     bits = max((size - 1).bit_length(), _MIN_BITS)
-    flat = _feistel(indices.astype(np.uint64).ravel(), bits, key)
+    round_keys = mix64(np.uint64(derive_key(key)) ^ np.arange(_ROUNDS, dtype=np.uint64))
+    flat = _feistel(indices.astype(np.uint64).ravel(), bits, round_keys)
     outside = np.flatnonzero(flat >= size)
     while outside.size:
-        flat[outside] = _feistel(flat[outside], bits, key)
+        flat[outside] = _feistel(flat[outside], bits, round_keys)
         outside = outside[flat[outside] >= size]
     return flat.astype(np.int64).reshape(indices.shape)
 
 
-def _feistel(values: np.ndarray, bits: int, key: int) -> np.ndarray:
+def _feistel(values: np.ndarray, bits: int, round_keys: np.ndarray) -> np.ndarray:
     """One pass over `range(2**bits)`. The halves may differ by a bit; they swap widths each round, an even number."""
     left_bits, right_bits = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
-    for round_index in range(_ROUNDS):
-        round_key = np.uint64(derive_key(key, round_index))
+    for round_key in round_keys:
         left, right = right, left ^ (mix64(right ^ round_key) & np.uint64((1 << left_bits) - 1))
         left_bits, right_bits = right_bits, left_bits
     return (left << np.uint64(right_bits)) | right

@@ -45,7 +45,7 @@ _ALGORITHM = 1  # raise it when the same input would give another plan
 _DOCUMENT_ORDER, _PLAN = 1, "plan.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedSample:
     """One packed sequence of T tokens.
 
@@ -67,7 +67,7 @@ class PackedSample:
     index: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedSamples:
     """What `pack` decided: sample s holds `segments[row_ptr[s] : row_ptr[s + 1]]`, ascending by start.
 

@@ -191,9 +191,10 @@ def _build(directory: Path, config: DataConfig, corpus: Corpus, progress: bool) 
 class _SplitWriter:
     """The shards of one split: a context manager that starts a new shard whenever the last one is large enough."""
 
-    def __init__(self, directory: Path, split: str, dtype: np.dtype) -> None:
+    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_bytes: int = _SHARD_BYTES) -> None:
         self._prefix = directory / split
         self._dtype = dtype
+        self._shard_bytes = shard_bytes
         self._open = ExitStack()
         self._writer: ShardWriter | None = None
         self._writers: list[ShardWriter] = []
@@ -216,7 +217,7 @@ class _SplitWriter:
         bucket = (tokens.size - 1).bit_length()
         self._documents[bucket] += 1
         self._tokens[bucket] += tokens.size
-        if self._writer.num_bytes >= _SHARD_BYTES:
+        if self._writer.num_bytes >= self._shard_bytes:
             self._open.close()
             self._writer = None
 

@@ -65,7 +65,7 @@ class Corpus:
         self._config = config
         if config.source == "stdlib":
             self.name = "stdlib"
-            self.files, self.split_rule = _list_stdlib(config.validation_fraction)
+            self.files, self.split_rule = _list_stdlib(sysconfig.get_path("stdlib"), config.validation_fraction)
         else:
             assert config.path is not None  # DataConfig refuses a missing path for these sources
             self.name = _short_name(config.path)
@@ -139,15 +139,16 @@ def _parse_line(line: bytes, text_key: str, place: str) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: is not UTF-8 (byte {line[error.start]:#04x} in column {error.start + 1})") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: is not a JSON object ({error})") from error
+        detail = f"{error.msg} in column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{place}: is not a JSON object ({detail})") from error
     if not isinstance(value, dict):
-        raise DataError(f"{place}: is not a JSON object but a {type(value).__name__}")
+        raise DataError(f"{place}: is not a JSON object but of type {type(value).__name__}")
     if text_key not in value:
         keys = ", ".join(sorted(value)[:8]) or "none"
         raise DataError(f"{place}: lacks the key {text_key!r} (its keys: {keys}); set data.text_key")
     text = value[text_key]
     if not isinstance(text, str):
-        raise DataError(f"{place}: the value of {text_key!r} is not a text but a {type(text).__name__}")
+        raise DataError(f"{place}: the value of {text_key!r} is not a text but of type {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -156,8 +157,7 @@ def _parse_line(line: bytes, text_key: str, place: str) -> str:
     return text
 
 
-def _list_stdlib(fraction: float) -> tuple[tuple[InputFile, ...], str]:
-    root = sysconfig.get_path("stdlib")
+def _list_stdlib(root: str, fraction: float) -> tuple[tuple[InputFile, ...], str]:
     found: list[InputFile] = []
     for directory, names, files in os.walk(root):
         names[:] = sorted(name for name in names if name not in _NOT_STDLIB)

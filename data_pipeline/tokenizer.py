@@ -97,6 +97,8 @@ class Tokenizer:
         except (OSError, RuntimeError) as error:
             raise DataError(f"{path}: cannot be used as a SentencePiece model ({error})") from error
         self.vocab_size: int = self._model.vocab_size()
+        if not self.vocab_size:
+            raise DataError(f"{path}: cannot be used as a SentencePiece model (it holds no pieces)")
         self.eos_id: int = self._model.eos_id()
         if self.eos_id < 0:
             raise DataError(f"{path}: the tokenizer has no end-of-sentence token, which must end every document")

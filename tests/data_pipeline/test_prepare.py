@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import DataConfig, DataError, Tokenizer, build_plan, prepare
-from data_pipeline.prepare import open_prepared
+from data_pipeline.prepare import _SplitWriter, open_prepared
 from data_pipeline.shards import ShardReader, ShardSet
 from data_pipeline.sources import Corpus
 from data_pipeline.storage import build_once
@@ -27,12 +27,17 @@ REPOSITORY = Path(__file__).parents[2]
 def config(tmp_path, model_path):
     write_corpus(tmp_path / "corpus.jsonl", 100, seed=2)
     return DataConfig(
-        source="jsonl", path=str(tmp_path / "corpus.jsonl"), tokenizer=str(model_path), cache_dir=str(tmp_path / "cache")
+        source="jsonl",
+        path=str(tmp_path / "corpus.jsonl"),
+        tokenizer=str(model_path),
+        cache_dir=str(tmp_path / "cache"),
     )
 
 
 def files_below(directory):
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(directory).rglob("*") if path.is_file()}
+    return {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(directory).rglob("*") if path.is_file()
+    }
 
 
 def run(*arguments, **options):
@@ -104,15 +109,17 @@ def test_a_copied_corpus_has_the_same_fingerprint(config, tmp_path):
     assert plans[0].fingerprint == plans[1].fingerprint
 
 
-def test_large_input_goes_to_several_shards(config, monkeypatch):
-    whole = prepare(config)
-    monkeypatch.setattr("data_pipeline.prepare._SHARD_BYTES", 1000)
-    split = prepare(replace(config, cache_dir=config.cache_dir + "2"))
-    assert len(split.train) > 3
-    assert b"".join(Path(f"{prefix}.bin").read_bytes() for prefix in split.train) == Path(
-        f"{whole.train[0]}.bin"
-    ).read_bytes()
-    assert np.array_equal(ShardSet(split.train).lengths, ShardSet(whole.train).lengths)
+def test_a_large_split_goes_to_several_shards(tmp_path):
+    documents = [np.arange(number % 7 + 2) for number in range(100)]
+    with _SplitWriter(tmp_path, "train", np.dtype(np.uint16), shard_bytes=100) as writer:
+        for tokens in documents:
+            writer.add(tokens, num_bytes=3)
+    summary = writer.summary()
+    names = [shard["name"] for shard in summary["shards"]]
+    assert len(names) > 5 and names[:2] == ["train-00000", "train-00001"]
+    shards = ShardSet([tmp_path / name for name in names])
+    assert [shards.read(i, 0, int(n)).tolist() for i, n in enumerate(shards.lengths)] == [d.tolist() for d in documents]
+    assert (summary["documents"], summary["text_bytes"]) == (100, 300)
 
 
 def test_processes_that_prepare_at_once_share_one_result(config):
@@ -158,10 +165,12 @@ def test_a_process_that_finds_another_building_waits_for_it(tmp_path):
 @pytest.mark.parametrize("moment", ["directory", "tokenizer", "shard"])
 def test_kill_9_in_the_middle_and_again(tmp_path, moment):
     write_corpus(tmp_path / "corpus.jsonl", 4000, seed=4, mean_words=300)
-    config = DataConfig(source="jsonl", path=str(tmp_path / "corpus.jsonl"), vocab_size=400, cache_dir=str(tmp_path / "a"))
+    config = DataConfig(
+        source="jsonl", path=str(tmp_path / "corpus.jsonl"), vocab_size=400, cache_dir=str(tmp_path / "a")
+    )
     child = run("source=jsonl", f"path={config.path}", "vocab_size=400", f"out={config.cache_dir}")
-    pattern = {"directory": "corpus-*/", "tokenizer": "corpus-*/tokenizer.model", "shard": "corpus-*/train-*.tmp"}[moment]
-    while child.poll() is None and not list(Path(config.cache_dir).glob(pattern)):
+    pattern = {"directory": "corpus-*/", "tokenizer": "corpus-*/tokenizer.model", "shard": "corpus-*/train-*.tmp"}
+    while child.poll() is None and not list(Path(config.cache_dir).glob(pattern[moment])):
         time.sleep(0.001)
     child.send_signal(signal.SIGKILL)
     child.communicate(timeout=60)
@@ -214,7 +223,9 @@ def test_damaged_results_are_refused(config):
 def test_nothing_left_to_train_on(tmp_path, model_path):
     (tmp_path / "a.txt").write_bytes(b"")
     (tmp_path / "b.txt").write_bytes(b"held out")
-    config = DataConfig(source="text", path=str(tmp_path), tokenizer=str(model_path), cache_dir=str(tmp_path / ".cache"))
+    config = DataConfig(
+        source="text", path=str(tmp_path), tokenizer=str(model_path), cache_dir=str(tmp_path / ".cache")
+    )
     with pytest.raises(DataError, match=r"no document is left to train on \(1 held out, 1 empty\)"):
         prepare(replace(config, validation_fraction=1 - 1e-12))
     with pytest.raises(DataError, match="the training split holds no text"):
@@ -255,6 +266,7 @@ def test_the_command_line_refuses_in_one_line(arguments, message):
 
 
 def test_importing_the_package_is_light():
-    script = "import sys, data_pipeline; print([m for m in ('torch', 'sentencepiece', 'fsspec', 'pyarrow') if m in sys.modules])"
+    heavy = ("torch", "sentencepiece", "fsspec", "pyarrow")
+    script = f"import sys, data_pipeline; print([name for name in {heavy} if name in sys.modules])"
     command = [sys.executable, "-c", script]
     assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout == "[]\n"

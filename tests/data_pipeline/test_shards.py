@@ -29,7 +29,9 @@ def test_documents_come_back(tmp_path, dtype):
 
 def test_the_index_byte_for_byte(tmp_path):
     write(tmp_path / "s", [[1, 2, 3], [7]])
-    expected = b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\x08" + (2).to_bytes(8, "little") + (3).to_bytes(8, "little")
+    expected = (
+        b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\x08" + (2).to_bytes(8, "little") + (3).to_bytes(8, "little")
+    )
     for width, values in ((4, [3, 1]), (8, [0, 6]), (8, [0, 1, 2])):
         expected += b"".join(value.to_bytes(width, "little") for value in values)
     assert (tmp_path / "s.idx").read_bytes() == expected
@@ -95,7 +97,10 @@ def flip(path, at, value):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: (p / "s.bin").write_bytes((p / "s.bin").read_bytes()[:-2]), "s.bin: has 14 bytes, but s.idx describes 8"),
+        (
+            lambda p: (p / "s.bin").write_bytes((p / "s.bin").read_bytes()[:-2]),
+            "s.bin: has 14 bytes, but s.idx describes 8",
+        ),
         (lambda p: (p / "s.bin").write_bytes(bytes(18)), "s.bin: has 18 bytes, but s.idx describes 8 tokens of uint16"),
         (lambda p: (p / "s.bin").unlink(), "s.bin: is missing, although s.idx is there"),
         (lambda p: (p / "s.idx").unlink(), "s.idx: is missing"),

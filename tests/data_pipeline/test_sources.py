@@ -113,7 +113,7 @@ def test_a_truncated_file_is_an_error_and_not_a_shorter_corpus(tmp_path, ending,
     [
         ("[1, 2]", ":3: is not a JSON object but of type list"),
         ('"text"', ":3: is not a JSON object but of type str"),
-        ('{"text": ', ":3: is not a JSON object (Expecting value"),
+        ('{"text": ', ":3: is not a JSON object (Expecting value in column 10)"),
         ("[" * 100_000, ":3: is not a JSON object ("),
         ('{"body": "x", "id": 1}', ":3: lacks the key 'text' (its keys: body, id); set data.text_key"),
         ("{}", ":3: lacks the key 'text' (its keys: none)"),
@@ -144,7 +144,7 @@ def test_another_text_key_blank_lines_and_empty_texts(tmp_path):
         (lambda root: root / "absent.jsonl", "no such file or directory, and no file matches it as a glob"),
         (lambda root: root / "*.jsonl", "no such file or directory, and no file matches it as a glob"),
         (lambda root: root, "no .jsonl/.ndjson/.json file in this directory"),
-        (lambda root: (root / "void.txt"), "is empty (0 bytes in 1 file)"),
+        (lambda root: root / "void.txt", "is empty (0 bytes in 1 file)"),
         (lambda root: "nosuchprotocol://bucket/x", "cannot be listed"),
     ],
 )

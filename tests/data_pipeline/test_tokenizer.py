@@ -89,7 +89,11 @@ def test_training_text_is_bounded_and_drawn_from_the_whole_corpus():
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "message"),
     [
-        (["hello world"] * 9, 4096, "vocab_size=4096 is more than the corpus supports: its 99 characters of training text"),
+        (
+            ["hello world"] * 9,
+            4096,
+            "vocab_size=4096 is more than the corpus supports: its 99 characters of training text",
+        ),
         (["hello world"] * 9, 100, "vocab_size=100 is less than the corpus needs for its characters alone; set data"),
         (["", "\n"], 400, "a tokenizer cannot be trained: the training split holds no text"),
     ],
