@@ -141,6 +141,19 @@ def _best_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, 
     rooms: list[int] = []  # the keys of bins_with, ascending
     num_bins = 0
 
+    def take(room: int, wanted: int) -> np.ndarray:
+        # Up to `wanted` bins, touching no more of the waiting ones than it takes.
+        waiting, parts = bins_with[room], []
+        while waiting and wanted:
+            bins = waiting.pop()
+            parts.append(bins[:wanted])
+            if bins.size > wanted:
+                waiting.append(bins[wanted:])
+            wanted -= parts[-1].size
+        if not waiting:
+            del bins_with[room], rooms[bisect.bisect_left(rooms, room)]
+        return np.concatenate(parts)
+
     def put_back(bins: np.ndarray, room: int) -> None:
         if bins.size and room:
             if room not in bins_with:
@@ -156,10 +169,7 @@ def _best_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, 
             per_bin = room // size
             wanted = -(-(end - begin) // per_bin)
             if at < len(rooms):
-                del rooms[at]
-                bins = np.concatenate(bins_with.pop(room))
-                put_back(bins[wanted:], room)
-                bins = bins[:wanted]
+                bins = take(room, wanted)
             else:
                 bins = np.arange(num_bins, num_bins + wanted, dtype=np.int64)
                 num_bins += wanted

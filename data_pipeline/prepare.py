@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print("python -m data_pipeline.prepare key=value ...\n\n" + (__doc__ or "").split("\n\n")[0] + "\n")
         for key, field in _KEYS.items():
-            print(f"  {key:20} default {None if field.default is MISSING else field.default!r}")
+            print(f"  {key:20} default {field.default!r}")
         return 0
     started = time.perf_counter()
     try:

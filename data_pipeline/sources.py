@@ -135,7 +135,7 @@ class Corpus:
 def _parse_line(line: bytes, text_key: str, place: str) -> str:
     """The text of one JSONL line; DataError naming the place when there is none."""
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode().rstrip())
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: is not UTF-8 (byte {line[error.start]:#04x} in column {error.start + 1})") from error
     except (ValueError, RecursionError) as error:
@@ -162,8 +162,8 @@ def _list_stdlib(root: str, fraction: float) -> tuple[tuple[InputFile, ...], str
     for directory, names, files in os.walk(root):
         names[:] = sorted(name for name in names if name not in _NOT_STDLIB)
         for file in sorted(files):
-            if file.endswith(".py"):
-                path = os.path.join(directory, file)
+            path = os.path.join(directory, file)
+            if file.endswith(".py") and os.path.isfile(path):  # some distributions leave dangling links
                 status = os.stat(path)
                 name = os.path.relpath(path, root)
                 held_out = not _TEST_DIRECTORIES.isdisjoint(Path(name).parts[:-1])

@@ -91,6 +91,7 @@ def test_compressed_jsonl_also_in_several_frames(tmp_path, ending, compress):
     path = tmp_path / f"data{ending}"
     path.write_bytes(compress(b"".join(lines[:50])) + compress(b"".join(lines[50:])))
     expected = [f"text {number} é" for number in range(100)]
+    assert (Corpus(DataConfig(source="jsonl", path=str(path))).num_bytes is None) == (ending != ".jsonl")
     for given in (path, tmp_path):
         documents, _ = read(source="jsonl", path=str(given), validation_fraction=0.0)
         assert [text for _, text, _ in documents] == expected
@@ -113,7 +114,7 @@ def test_a_truncated_file_is_an_error_and_not_a_shorter_corpus(tmp_path, ending,
     [
         ("[1, 2]", ":3: is not a JSON object but of type list"),
         ('"text"', ":3: is not a JSON object but of type str"),
-        ('{"text": ', ":3: is not a JSON object (Expecting value in column 10)"),
+        ('{"text": ', ":3: is not a JSON object (Expecting value in column 9)"),
         ("[" * 100_000, ":3: is not a JSON object ("),
         ('{"body": "x", "id": 1}', ":3: lacks the key 'text' (its keys: body, id); set data.text_key"),
         ("{}", ":3: lacks the key 'text' (its keys: none)"),
