@@ -131,15 +131,18 @@ def open_prepared(directory: str | Path, tokenizer_fingerprint: str | None = Non
 
 def shard_hashes(prefixes: Sequence[str | Path]) -> list[list[str]]:
     """`[tokenizer, .bin, .idx]` sha256 of each shard, as the manifests beside them record; nothing is hashed anew."""
-    result = []
-    for prefix in map(Path, prefixes):
-        manifest = read_json(prefix.parent / MANIFEST)
-        shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
-        found = [shard for shard in shards if shard["name"] == prefix.name]
-        if not found:
-            raise DataError(f"{prefix}: is not a shard that {prefix.parent / MANIFEST} lists")
-        result.append([manifest["tokenizer"]["fingerprint"], found[0]["sha256_bin"], found[0]["sha256_idx"]])
-    return result
+    known: dict[Path, list[str]] = {}
+    paths = [Path(prefix) for prefix in prefixes]
+    for directory in {path.parent for path in paths}:
+        manifest = read_json(directory / MANIFEST)
+        for split in SPLITS:
+            for shard in manifest["splits"][split]["shards"]:
+                hashes = [manifest["tokenizer"]["fingerprint"], shard["sha256_bin"], shard["sha256_idx"]]
+                known[directory / shard["name"]] = hashes
+    for path in paths:
+        if path not in known:
+            raise DataError(f"{path}: is not a shard that {path.parent / MANIFEST} lists")
+    return [known[path] for path in paths]
 
 
 def _build(directory: Path, config: DataConfig, corpus: Corpus, progress: bool) -> None:

@@ -37,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], model_path: str | Path, vocab_size: in
     Args:
         texts: the documents of the training split.
         model_path: file to write.
-        vocab_size: number of pieces, at least 259 (bytes, specials, newline, tab) plus the characters of the corpus.
+        vocab_size: number of pieces, at least 260 (bytes, specials, newline, tab) plus the characters of the corpus.
         tokenizer_type: `bpe` or `unigram`.
 
     Raises:
