@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ SPLIT, LAST = CONTINUATION | GOES_ON, CONTINUATION
 def rows(packed: PackedSamples):
     """The samples as lists of (doc, offset, start, length, flags)."""
     edges = packed.row_ptr.astype(int)
-    return [packed.segments[a:b].tolist() for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [packed.segments[a:b].tolist() for a, b in pairwise(edges)]
 
 
 def best_fit_decreasing(sizes, capacity):
@@ -204,7 +206,7 @@ def test_a_damaged_plan_and_indices_out_of_range(prepared, tmp_path):
 
 
 def test_shards_that_no_manifest_lists(prepared, tmp_path):
-    with pytest.raises(DataError, match="is not a shard that .*manifest.json lists"):
+    with pytest.raises(DataError, match=r"is not a shard that .*manifest.json lists"):
         build_plan([prepared.directory / "other"], 64, 8, seed=0, cache_dir=tmp_path)
     with pytest.raises(DataError, match=r"seq_len=60 must be a multiple of alignment=8.* multiple is 64"):
         build_plan(prepared.train, 60, 8, seed=0, cache_dir=tmp_path)

@@ -201,20 +201,20 @@ def test_an_exchanged_tokenizer_is_refused_with_both_hashes(config, tmp_path):
     assert recorded in str(error.value) and "e" * 64 in str(error.value)
     assert open_prepared(data.directory, recorded) == data
     data.tokenizer_path.unlink()
-    with pytest.raises(DataError, match="tokenizer.model: is missing"):
+    with pytest.raises(DataError, match=r"tokenizer.model: is missing"):
         prepare(config)
 
 
 def test_damaged_results_are_refused(config):
     data = prepare(config)
     (data.directory / "train-00000.bin").write_bytes(b"12")
-    with pytest.raises(DataError, match="train-00000.bin: has 2 bytes, but train-00000.idx describes"):
+    with pytest.raises(DataError, match=r"train-00000.bin: has 2 bytes, but train-00000.idx describes"):
         build_plan(data.train, 64, 8, 0, config.cache_dir)
     (data.directory / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="manifest.json: cannot be read"):
+    with pytest.raises(DataError, match=r"manifest.json: cannot be read"):
         prepare(config)
     (data.directory / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(DataError, match="manifest.json: has format 99, expected 1"):
+    with pytest.raises(DataError, match=r"manifest.json: has format 99, expected 1"):
         prepare(config)
 
 
@@ -233,7 +233,7 @@ def test_nothing_left_to_train_on(tmp_path, model_path):
 
 def test_a_cache_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match="cannot be built .*set another cache_dir"):
+    with pytest.raises(DataError, match=r"cannot be built .*set another cache_dir"):
         prepare(replace(config, cache_dir=str(tmp_path / "file" / "cache")))
 
 

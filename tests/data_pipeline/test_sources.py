@@ -54,7 +54,7 @@ def test_a_standard_library_without_tests_holds_out_a_share(tmp_path):
         ("tests/test_one.py", VALIDATION),
         ("two.py", TRAIN),
     ]
-    with pytest.raises(DataError, match="holds no .py file of the standard library"):
+    with pytest.raises(DataError, match=r"holds no .py file of the standard library"):
         _list_stdlib(str(tmp_path / "absent"), 0.5)
 
 
@@ -179,5 +179,5 @@ def test_files_named_for_validation_are_not_trained_on(tmp_path):
     held_out = jsonl(tmp_path / "b.jsonl", '{"text": "b"}')
     documents, _ = read(source="jsonl", path=str(tmp_path), validation_path=held_out)
     assert documents == [(TRAIN, "a", "a.jsonl:1"), (VALIDATION, "b", "b.jsonl:1")]
-    with pytest.raises(DataError, match="all its files are also in data.validation_path"):
+    with pytest.raises(DataError, match=r"all its files are also in data.validation_path"):
         Corpus(DataConfig(source="jsonl", path=held_out, validation_path=str(tmp_path)))
