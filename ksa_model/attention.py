@@ -88,7 +88,9 @@ class Attention(nn.Module):
         Returns the sub-layer's output for the rows it updates: both streams, or text alone.
         """
         layer, tp = self.layer, self.tp
-        text, summary = tp.split_streams(tp.gather(x), layout.num_text) if layer.carries_summaries else (tp.gather(x), None)
+        text, summary = (
+            tp.split_streams(tp.gather(x), layout.num_text) if layer.carries_summaries else (tp.gather(x), None)
+        )
         q = self._heads(self.query(text), "query_norm", rotary.text)
         k = self._heads(self.key(text), "key_norm", rotary.text)
         v = self._heads(self.value(text))
@@ -99,8 +101,9 @@ class Attention(nn.Module):
         if layer.mixer == "K":
             out = kernels.ksa_attention(q, k, v, k_summary, v_summary, layout, layer.window_chunks, self._backend)
         else:
-            out = kernels.text_attention(q, k, v, layout, layer.mixer, layer.window_chunks, self.config.window_tokens,
-                                         self._backend)
+            out = kernels.text_attention(
+                q, k, v, layout, layer.mixer, layer.window_chunks, self.config.window_tokens, self._backend
+            )
         if not layer.updates_summaries:
             return self.output(out.flatten(1))
         q_summary = self._heads((self.summary_query or self.query)(summary), "query_norm", rotary.summary)

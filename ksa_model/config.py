@@ -19,7 +19,7 @@ class ModelConfigError(ValueError):
 class ModelConfig:
     """Shape of a decoder with interleaved KSA and full-attention layers (arXiv 2604.24432).
 
-    `layer_pattern` is one letter per layer (`K` KSA, `F` full, `S` sliding window, `C` sliding chunk) and is repeated to
+    `layer_pattern` is one letter per layer (`K` KSA, `F` full, `S` sliding window, `C` sliding chunk), repeated to
     `num_layers`. `window_chunks` is how many earlier chunks a text token still sees as text: one number for every
     layer, or one per letter of the pattern. `attention_backend` picks the kernels: `auto` the fastest that fits the
     device, `blocked` the plain torch path with linear memory, `reference` the dense fp32 ground truth.
@@ -48,36 +48,53 @@ class ModelConfig:
     attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "chunk_size",
-                     "summary_tokens", "window_tokens", "vocab_multiple"):
+        for name in (
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "ffn_size",
+            "chunk_size",
+            "summary_tokens",
+            "window_tokens",
+            "vocab_multiple",
+        ):
             if getattr(self, name) < 1:
                 raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.vocab_size is not None and self.vocab_size < 2:
-            raise ModelConfigError(f"model.vocab_size={self.vocab_size} must be at least 2, or null for the tokenizer's")
+            raise ModelConfigError(
+                f"model.vocab_size={self.vocab_size} must be at least 2, or null for the tokenizer's"
+            )
         wrong = sorted(set(self.layer_pattern) - set(MIXERS))
         if wrong or not self.layer_pattern:
             letters = ", ".join(f"{letter} ({name})" for letter, name in MIXERS.items())
             raise ModelConfigError(
                 f"model.layer_pattern={self.layer_pattern!r} holds {', '.join(map(repr, wrong)) or 'no letter'}; "
-                f"it is made of {letters}")
+                f"it is made of {letters}"
+            )
         if self.num_layers % len(self.layer_pattern):
             raise ModelConfigError(
                 f"model.layer_pattern={self.layer_pattern!r} has {len(self.layer_pattern)} letters and does not divide "
-                f"model.num_layers={self.num_layers}")
+                f"model.num_layers={self.num_layers}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ModelConfigError(
-                f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}")
+                f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}"
+            )
         if self.head_dim % 2:
             raise ModelConfigError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs")
         if isinstance(self.window_chunks, tuple) and len(self.window_chunks) != len(self.layer_pattern):
             raise ModelConfigError(
                 f"model.window_chunks={list(self.window_chunks)} must be one number, or one for each of the "
-                f"{len(self.layer_pattern)} letters of model.layer_pattern={self.layer_pattern!r}")
+                f"{len(self.layer_pattern)} letters of model.layer_pattern={self.layer_pattern!r}"
+            )
         if min(self.window_per_letter) < 0:
             raise ModelConfigError(f"model.window_chunks={self.window_chunks} must not be negative")
         if self.attention_backend not in ("auto", "blocked", "reference"):
             raise ModelConfigError(
-                f"model.attention_backend={self.attention_backend!r} is not one of auto, blocked, reference")
+                f"model.attention_backend={self.attention_backend!r} is not one of auto, blocked, reference"
+            )
 
     @property
     def window_per_letter(self) -> tuple[int, ...]:
@@ -110,7 +127,8 @@ class ModelConfig:
                 window_chunks=window,
                 carries_summaries=i <= last_ksa,
                 is_last_ksa=i == last_ksa,
-                updates_summaries=i < last_ksa and (letter == "K" or (letter == "F" and self.full_layers_update_summaries)),
+                updates_summaries=i < last_ksa
+                and (letter == "K" or (letter == "F" and self.full_layers_update_summaries)),
             )
             for i, (letter, window) in enumerate(zip(letters, windows))
         )
@@ -201,4 +219,5 @@ def check_tensor_parallel(config: ModelConfig, tensor_ranks: int) -> None:
     for name in ("num_heads", "num_kv_heads", "ffn_size", "vocab_multiple"):
         if getattr(config, name) % tensor_ranks:
             raise ModelConfigError(
-                f"model.{name}={getattr(config, name)} is not divisible by parallel.tensor={tensor_ranks}")
+                f"model.{name}={getattr(config, name)} is not divisible by parallel.tensor={tensor_ranks}"
+            )

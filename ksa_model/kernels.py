@@ -23,8 +23,9 @@ from ksa_model.layout import KeyRanges, SequenceLayout
 ROWS_PER_BLOCK = 128  # query rows per block; see docs/log.md for the sizes tried
 
 
-def ksa_attention(q_text, k_text, v_text, k_summary, v_summary, layout: SequenceLayout, window_chunks: int,
-                  backend: str = "auto") -> torch.Tensor:
+def ksa_attention(
+    q_text, k_text, v_text, k_summary, v_summary, layout: SequenceLayout, window_chunks: int, backend: str = "auto"
+) -> torch.Tensor:
     """KSA of text rows: near text and far summaries under one softmax.
 
     q_text [T, H, d]; k_text, v_text [T, G, d]; k_summary, v_summary [S, G, d] -> [T, H, d] in q's dtype.
@@ -36,8 +37,9 @@ def ksa_attention(q_text, k_text, v_text, k_summary, v_summary, layout: Sequence
     return _JointAttention.apply((near, far), q_text, k_text, v_text, k_summary, v_summary)
 
 
-def text_attention(q, k, v, layout: SequenceLayout, mixer: str, window_chunks: int = 0, window_tokens: int = 0,
-                   backend: str = "auto") -> torch.Tensor:
+def text_attention(
+    q, k, v, layout: SequenceLayout, mixer: str, window_chunks: int = 0, window_tokens: int = 0, backend: str = "auto"
+) -> torch.Tensor:
     """Attention of text over text alone: mixers `F`, `S`, `C`. Shapes as in `ksa_attention`."""
     if backend == "reference":
         return reference.text_attention(q, k, v, layout, mixer, window_chunks, window_tokens)
@@ -50,8 +52,9 @@ def text_attention(q, k, v, layout: SequenceLayout, mixer: str, window_chunks: i
     return _JointAttention.apply((ranges,), q, k, v)
 
 
-def summary_attention(q_summary, k_text, v_text, k_summary, v_summary, layout: SequenceLayout, backend: str = "auto"
-                      ) -> torch.Tensor:
+def summary_attention(
+    q_summary, k_text, v_text, k_summary, v_summary, layout: SequenceLayout, backend: str = "auto"
+) -> torch.Tensor:
     """Attention of summary rows over their own chunk's text and its summaries up to themselves.
 
     At most k + m keys a row, so one small batched product over chunks: q_summary [S, H, d] -> [S, H, d].
@@ -65,14 +68,20 @@ def summary_attention(q_summary, k_text, v_text, k_summary, v_summary, layout: S
 
     def per_chunk(text: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
         """[C, G, k+m, d]: a chunk's text rows, then its summary rows."""
-        both = torch.cat([text.view(chunks, -1, kv_heads, head_dim), summary.view(chunks, m, kv_heads, head_dim)], dim=1)
+        both = torch.cat(
+            [text.view(chunks, -1, kv_heads, head_dim), summary.view(chunks, m, kv_heads, head_dim)], dim=1
+        )
         return both.transpose(1, 2)
 
     keys, values = per_chunk(k_text, k_summary), per_chunk(v_text, v_summary)
-    queries = q_summary.view(chunks, m, kv_heads, group, head_dim).permute(0, 2, 1, 3, 4).reshape(
-        chunks, kv_heads, m * group, head_dim)
+    queries = (
+        q_summary.view(chunks, m, kv_heads, group, head_dim)
+        .permute(0, 2, 1, 3, 4)
+        .reshape(chunks, kv_heads, m * group, head_dim)
+    )
     out = torch.nn.functional.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=_summary_mask(layout, q_summary.device, group))
+        queries, keys, values, attn_mask=_summary_mask(layout, q_summary.device, group)
+    )
     return out.view(chunks, kv_heads, m, group, head_dim).permute(0, 2, 1, 3, 4).reshape(chunks * m, heads, head_dim)
 
 
@@ -129,7 +138,6 @@ def attend_ranges(q, k, v, ranges: KeyRanges) -> tuple[torch.Tensor, torch.Tenso
     """
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
-    kv_heads = k.shape[1]
     for block in ranges.blocks(ROWS_PER_BLOCK):
         tile = _tile(q, k, ranges, block)
         tile_lse = torch.logsumexp(tile.scores, dim=-1)
@@ -167,8 +175,8 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor,
         return parts[0]
     lse = torch.logsumexp(torch.stack([part_lse for _, part_lse in parts]), dim=0)
     shift = lse.masked_fill(lse == float("-inf"), 0.0)
-    out = sum(part_out * (part_lse - shift).exp()[..., None] for part_out, part_lse in parts)
-    return out, lse
+    weighted = [part_out * (part_lse - shift).exp()[..., None] for part_out, part_lse in parts]
+    return torch.stack(weighted).sum(0), lse
 
 
 def _tile(q, k, ranges: KeyRanges, block) -> _Tile:

@@ -36,15 +36,13 @@ class KeyRanges:
 
     def blocks(self, rows_per_block: int) -> list[Block]:
         """The rows cut into blocks, each with the slice of keys it needs; blocks without keys are left out."""
-        cached = self._cache.get(rows_per_block)
-        if cached is None:
-            cached = [b for b in (self._block(first, rows_per_block) for first in range(0, len(self.start), rows_per_block))
-                      if b is not None]
-            self._cache[rows_per_block] = cached
-        return cached
+        if rows_per_block not in self._cache:
+            blocks = (self._block(first, rows_per_block) for first in range(0, len(self.start), rows_per_block))
+            self._cache[rows_per_block] = [block for block in blocks if block is not None]
+        return self._cache[rows_per_block]
 
     def _block(self, first: int, rows_per_block: int) -> Block | None:
-        start, end = self.start[first:first + rows_per_block], self.end[first:first + rows_per_block]
+        start, end = self.start[first : first + rows_per_block], self.end[first : first + rows_per_block]
         seeing = np.flatnonzero(end > start)
         if not len(seeing):
             return None
@@ -108,14 +106,17 @@ class SequenceLayout:
 
     def near_ranges(self, window_chunks: int) -> KeyRanges:
         """Text rows seen as text: from the start of `W` chunks back (same document) up to the row itself."""
+
         def compute() -> KeyRanges:
             chunk = np.arange(self.num_chunks)
             first = np.maximum(self.first_chunks, chunk - window_chunks) * self.chunk_size
             return self._causal_from(np.repeat(first, self.chunk_size))
+
         return self.cached(("near", window_chunks), compute)
 
     def far_ranges(self, window_chunks: int) -> KeyRanges:
         """Summary rows seen by a text row: every older chunk of the document, up to where the text window begins."""
+
         def compute() -> KeyRanges:
             chunk = np.arange(self.num_chunks)
             last = np.maximum(self.first_chunks, chunk - window_chunks) * self.summary_tokens
@@ -123,6 +124,7 @@ class SequenceLayout:
             end = np.repeat(last, self.chunk_size)
             # Padding sees nothing. Its range is kept in step with its neighbours so that ranges stay ordered.
             return KeyRanges(start=np.where(self.text_is_real, start, end), end=end)
+
         return self.cached(("far", window_chunks), compute)
 
     def full_ranges(self) -> KeyRanges:
@@ -131,9 +133,11 @@ class SequenceLayout:
 
     def sliding_ranges(self, window_tokens: int) -> KeyRanges:
         """The last `window_tokens` text rows of the document, the row itself included."""
+
         def compute() -> KeyRanges:
             row = np.arange(self.num_text)
             return self._causal_from(np.maximum(self.document_starts, row - window_tokens + 1))
+
         return self.cached(("sliding", window_tokens), compute)
 
     def _causal_from(self, start: np.ndarray) -> KeyRanges:
@@ -152,8 +156,9 @@ class SequenceLayout:
     @property
     def text_is_real(self) -> np.ndarray:
         """bool [T]: the row holds a token, not padding."""
-        return self.cached("real", lambda: (
-            np.arange(self.chunk_size)[None, :] < self.chunk_lengths[:, None]).reshape(-1))
+        return self.cached(
+            "real", lambda: (np.arange(self.chunk_size)[None, :] < self.chunk_lengths[:, None]).reshape(-1)
+        )
 
     @property
     def document_starts(self) -> np.ndarray:
@@ -180,8 +185,9 @@ class SequenceLayout:
         return int(m * self.chunk_lengths.sum() + self.num_chunks * m * (m + 1) // 2)
 
 
-def build(doc_starts: np.ndarray, doc_lengths: np.ndarray, num_text: int, chunk_size: int, summary_tokens: int = 1
-          ) -> SequenceLayout:
+def build(
+    doc_starts: np.ndarray, doc_lengths: np.ndarray, num_text: int, chunk_size: int, summary_tokens: int = 1
+) -> SequenceLayout:
     """Lay out documents of `doc_lengths` tokens that start at rows `doc_starts` of a pack of `num_text` rows.
 
     Vectorised over documents: a pack of a million tokens takes milliseconds. Raises `ModelConfigError` when a document
@@ -220,8 +226,10 @@ def _check_documents(starts: np.ndarray, lengths: np.ndarray, num_text: int, chu
         (f"does not start on a multiple of chunk_size={chunk_size}", starts % chunk_size != 0),
         ("is empty", lengths < 1),
         (f"ends beyond the pack of {num_text} rows", starts + lengths > num_text),
-        ("begins before its predecessor's last chunk ends",
-         np.append(False, starts[1:] < -(-(starts + lengths)[:-1] // chunk_size) * chunk_size)),
+        (
+            "begins before its predecessor's last chunk ends",
+            np.append(False, starts[1:] < -(-(starts + lengths)[:-1] // chunk_size) * chunk_size),
+        ),
     ):
         if bad.any():
             i = int(np.flatnonzero(bad)[0])

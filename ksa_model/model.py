@@ -36,13 +36,16 @@ class Decoder(nn.Module):
         self.embedding = tp.embedding(config.padded_vocab_size, config.hidden_size, config.init_std)
         if config.has_summaries:
             self.summary_embedding = nn.Parameter(
-                torch.empty(config.summary_tokens, config.hidden_size, dtype=tp.dtype).normal_(0, config.init_std))
+                torch.empty(config.summary_tokens, config.hidden_size, dtype=tp.dtype).normal_(0, config.init_std)
+            )
         self.blocks = nn.ModuleList(Block(config, layer, tp) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
-        self.head = None if config.tie_embeddings else tp.column(config.hidden_size, config.padded_vocab_size, config.init_std)
+        self.head = (
+            None if config.tie_embeddings else tp.column(config.hidden_size, config.padded_vocab_size, config.init_std)
+        )
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        """tokens, labels: int64 [T] (`IGNORE_INDEX` where a row carries no loss) -> sum of the rows' losses, fp32 scalar.
+        """tokens, labels: int64 [T] (`IGNORE_INDEX` where a row has no loss) -> sum of the rows' losses, fp32 scalar.
 
         A sum, not a mean: ranks and micro-batches hold unequal numbers of valid rows, so the division by their global
         number happens once, outside.
@@ -54,10 +57,10 @@ class Decoder(nn.Module):
         """Scores of the next token for every text row, [T, vocab_size]; for evaluation and sampling at small T."""
         hidden = self.tp.gather(self.norm(self.hidden(tokens, layout)))
         local = nn.functional.linear(hidden, self._head_weight)
-        return gather_from_tensor_model_parallel_region(local, group=self.tp.group)[:, :self.config.vocab_size]
+        return gather_from_tensor_model_parallel_region(local, group=self.tp.group)[:, : self.config.vocab_size]
 
     def hidden(self, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        """Text rows after the last block, before the final norm: [T, h], or this rank's share under sequence parallelism."""
+        """Text rows after the last block, before the final norm: [T, h], or this rank's share of them."""
         self._check_layout(layout)
         x = self.embedding(tokens[None]).flatten(0, 1)
         if self.config.has_summaries:
@@ -87,10 +90,12 @@ class Decoder(nn.Module):
         if (layout.chunk_size, layout.summary_tokens) != (config.chunk_size, config.summary_tokens):
             raise ModelConfigError(
                 f"the layout has chunk_size={layout.chunk_size}, summary_tokens={layout.summary_tokens}; the model "
-                f"{config.chunk_size} and {config.summary_tokens}")
+                f"{config.chunk_size} and {config.summary_tokens}"
+            )
         if self.tp.shards_rows and layout.num_chunks % self.tp.size:
             raise ModelConfigError(
-                f"{layout.num_text} text rows are {layout.num_chunks} chunks, which {self.tp.size} tensor ranks cannot share")
+                f"{layout.num_text} text rows are {layout.num_chunks} chunks: {self.tp.size} tensor ranks cannot share them"
+            )
 
 
 class Block(nn.Module):
@@ -110,7 +115,7 @@ class Block(nn.Module):
         # A layer that leaves summaries as they are updates the text rows alone; the last `K` layer drops them.
         text_rows = self.tp.local_rows(layout.num_text)
         kept = x[text_rows:] if self._passes_summaries_by else None
-        x = x[:len(mixed)] + mixed
+        x = x[: len(mixed)] + mixed
         x = x + self.mlp(self.mlp_norm(x))
         return x if kept is None else torch.cat([x, kept])
 
@@ -147,8 +152,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """hidden [T, h], weight [V, h], labels int64 [T] -> fp32 scalar."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        if needs_grad:
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, len(hidden), LOSS_ROWS):
             rows = slice(start, start + LOSS_ROWS)
             with torch.enable_grad():
@@ -161,8 +167,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_logits = grad_logits.to(hidden.dtype)
                 torch.matmul(grad_logits, weight, out=grad_hidden[rows])
                 grad_weight += grad_logits.t() @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod

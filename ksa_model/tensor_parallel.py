@@ -55,22 +55,48 @@ class TensorParallel:
     def column(self, in_size: int, out_size: int, init_std: float) -> ColumnParallelLinear:
         """Gathered rows in, this rank's share of the output features out. Its input comes from `gather`, which also
         reduces the input's gradient, so the layer itself must not."""
-        return _QuietColumn(in_size, out_size, config=self._config(False), init_method=_normal(init_std), bias=False,
-                            disable_grad_reduce=True, tp_group=self.group)
+        return _QuietColumn(
+            in_size,
+            out_size,
+            config=self._config(False),
+            init_method=_normal(init_std),
+            bias=False,
+            disable_grad_reduce=True,
+            tp_group=self.group,
+        )
 
     def row(self, in_size: int, out_size: int, init_std: float) -> RowParallelLinear:
         """This rank's share of the features in, summed over ranks and back in the sharded state out."""
-        return _QuietRow(in_size, out_size, config=self._config(self.shards_rows), init_method=_normal(init_std),
-                         bias=False, input_is_parallel=True, skip_bias_add=False, tp_group=self.group)
+        return _QuietRow(
+            in_size,
+            out_size,
+            config=self._config(self.shards_rows),
+            init_method=_normal(init_std),
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=self.group,
+        )
 
     def embedding(self, rows: int, hidden_size: int, init_std: float) -> VocabParallelEmbedding:
-        return VocabParallelEmbedding(rows, hidden_size, init_method=_normal(init_std), config=self._config(False),
-                                      reduce_scatter_embeddings=self.shards_rows, tp_group=self.group)
+        return VocabParallelEmbedding(
+            rows,
+            hidden_size,
+            init_method=_normal(init_std),
+            config=self._config(False),
+            reduce_scatter_embeddings=self.shards_rows,
+            tp_group=self.group,
+        )
 
     def _config(self, sequence_parallel: bool) -> ModelParallelConfig:
         return ModelParallelConfig(
-            tensor_model_parallel_size=self.size, sequence_parallel=sequence_parallel, params_dtype=self.dtype,
-            use_cpu_initialization=True, perform_initialization=True, gradient_accumulation_fusion=False)
+            tensor_model_parallel_size=self.size,
+            sequence_parallel=sequence_parallel,
+            params_dtype=self.dtype,
+            use_cpu_initialization=True,
+            perform_initialization=True,
+            gradient_accumulation_fusion=False,
+        )
 
     # -- verbs ------------------------------------------------------------------------------------------------------
 

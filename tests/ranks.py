@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-PRELOAD = ["torch", "megatron.core.tensor_parallel", "deepspeed", "tests.ranks"]
+PRELOAD = ["ksa_model", "torch", "megatron.core.tensor_parallel", "deepspeed", "tests.ranks"]
 
 
 def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
@@ -63,8 +63,14 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeo
 
 
 def _rank_main(pipe, rank: int, num_ranks: int, port: int, function, args) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
     torch.set_num_threads(1)
     try:
         # Plain bytes: a tensor sent as itself would be a handle to memory that dies with this process.

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
@@ -32,7 +32,7 @@ def _run(composed: DictConfig) -> None:
     from train.trainer import train
 
     try:
-        values = OmegaConf.to_container(composed, resolve=True)
+        values: Any = OmegaConf.to_container(composed, resolve=True)
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # every point of a sweep has a run directory of its own
             values["run"]["name"] += "/" + re.sub(r"[^\w.=,+-]+", "_", HydraConfig.get().job.override_dirname)
         config = from_mapping(TrainConfig, values)
@@ -52,7 +52,8 @@ def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) 
     held_out = "" if result.validation_loss is None else f", held-out loss {result.validation_loss:.3f}"
     done = f"{result.tokens:,} tokens{held_out}; this call took {result.seconds:.0f} s, data preparation included"
     tracked = {
-        "online": "", "off": "",
+        "online": "",
+        "off": "",
         "offline": f"\n  {directory}/wandb/          the W&B run; `wandb sync` uploads it",
     }[config.logging.wandb]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,18 +29,27 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        move = [x.pin_memory().to(device, non_blocking=True) for x in (self.tokens, self.labels)]
-        return Batch(*move, self.layout, self.num_labels, self.model_flops, self.index)
+        tokens, labels = (x.pin_memory().to(device, non_blocking=True) for x in (self.tokens, self.labels))
+        return dataclasses.replace(self, tokens=tokens, labels=labels)
 
 
 def batch_maker(config: ModelConfig) -> Callable[[PackedSample], Batch]:
     """What the loader's thread runs on every sample, so that layouts and their ranges are ready before the step."""
+
     def make(sample: PackedSample) -> Batch:
-        pack = layout.build(sample.doc_starts, sample.doc_lengths, len(sample.tokens), config.chunk_size,
-                            config.summary_tokens)
+        pack = layout.build(
+            sample.doc_starts, sample.doc_lengths, len(sample.tokens), config.chunk_size, config.summary_tokens
+        )
         labels = torch.from_numpy(sample.labels)
-        return Batch(torch.from_numpy(sample.tokens), labels, pack, int((labels != IGNORE_INDEX).sum()),
-                     model_flops(config, pack), sample.index)
+        return Batch(
+            torch.from_numpy(sample.tokens),
+            labels,
+            pack,
+            int((labels != IGNORE_INDEX).sum()),
+            model_flops(config, pack),
+            sample.index,
+        )
+
     return make
 
 

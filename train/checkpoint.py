@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -47,7 +48,9 @@ class Progress:
     loader: dict[str, Any]
 
 
-def save(directory: Path, engine: Engine, world: World, progress: Progress, facts: dict[str, Any], keep_last: int) -> Path:
+def save(
+    directory: Path, engine: Engine, world: World, progress: Progress, facts: dict[str, Any], keep_last: int
+) -> Path:
     """Write `directory/step-N`, then drop all but the `keep_last` newest. Collective; returns the path.
 
     `facts` go into state.json as they are (configuration, versions).
@@ -57,8 +60,10 @@ def save(directory: Path, engine: Engine, world: World, progress: Progress, fact
     if world.is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write_json(aside / STATE, {"format": FORMAT, "step": progress.step, "tokens": progress.tokens,
-                                    "loader": progress.loader, **facts})
+        _write_json(
+            aside / STATE,
+            {"format": FORMAT, "step": progress.step, "tokens": progress.tokens, "loader": progress.loader, **facts},
+        )
     dist.barrier()
     dcp.save(_tensors_to_save(engine, world), checkpoint_id=aside)
     _write_manifest(aside, world)
@@ -76,7 +81,7 @@ def complete(directory: Path) -> list[Path]:
     """Finished checkpoints below `directory`, oldest first."""
     if not directory.is_dir():
         return []
-    return sorted(p for p in directory.iterdir() if p.name.startswith(PREFIX) and p.name[len(PREFIX):].isdigit())
+    return sorted(p for p in directory.iterdir() if p.name.startswith(PREFIX) and p.name[len(PREFIX) :].isdigit())
 
 
 def find(resume: str, own_directory: Path) -> Path | None:
@@ -97,7 +102,8 @@ def find(resume: str, own_directory: Path) -> Path | None:
             return complete(directory)[-1]
     raise CheckpointError(
         f"resume={resume}: neither a checkpoint (a directory with {MANIFEST}) nor a run directory that holds one; "
-        "give such a path, or resume=auto to continue this run, or resume=never to start afresh")
+        "give such a path, or resume=auto to continue this run, or resume=never to start afresh"
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -123,8 +129,10 @@ def verify(checkpoint: Path) -> None:
             raise CheckpointError(f"{path} is missing: the checkpoint is damaged; remove it to use the one before")
         got = _fingerprint(path)
         if got != want:
-            raise CheckpointError(f"{path} is damaged: {got['bytes']} bytes with sha256 {got['sha256'][:12]}, its manifest "
-                                  f"says {want['bytes']} and {want['sha256'][:12]}; remove the checkpoint to use the one before")
+            raise CheckpointError(
+                f"{path} is damaged: {got['bytes']} bytes with sha256 {got['sha256'][:12]}, its manifest "
+                f"says {want['bytes']} and {want['sha256'][:12]}; remove the checkpoint to use the one before"
+            )
 
 
 def load(checkpoint: Path, engine: Engine, world: World) -> Progress:
@@ -142,11 +150,14 @@ def load(checkpoint: Path, engine: Engine, world: World) -> Progress:
     _check_shapes(checkpoint, {f"master/{name}": _full_shape(p, world) for name, p in engine.named_parameters()})
     mesh = _tensor_mesh(world)
     for name, parameter in engine.named_parameters():  # one parameter at a time bounds host memory
-        shares = {f"{kind}/{name}": _as_share(torch.zeros(parameter.shape), parameter, mesh)
-                  for kind in ("master", "exp_avg", "exp_avg_sq")}
+        shares = {
+            f"{kind}/{name}": _as_share(torch.zeros(parameter.shape), parameter, mesh)
+            for kind in ("master", "exp_avg", "exp_avg_sq")
+        }
         dcp.load(shares, checkpoint_id=checkpoint)
-        engine.load_full_state(parameter, {key.split("/")[0]: share.to_local().to(world.device)
-                                           for key, share in shares.items()})
+        engine.load_full_state(
+            parameter, {key.split("/")[0]: share.to_local().to(world.device) for key, share in shares.items()}
+        )
     engine.finish_loading(state["step"])
     return Progress(step=state["step"], tokens=state["tokens"], loader=state["loader"])
 
@@ -203,13 +214,18 @@ def _full_shape(parameter: torch.nn.Parameter, world: World) -> tuple[int, ...]:
 def _check_shapes(checkpoint: Path, wanted: dict[str, tuple[int, ...]]) -> None:
     """Name the first tensor in which the checkpoint and this model differ, instead of a loader's stack trace."""
     metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    held = {name: tuple(entry.size) for name, entry in metadata.items() if name.startswith("master/")}
+    held = {
+        name: tuple(entry.size)
+        for name, entry in metadata.items()
+        if name.startswith("master/") and isinstance(entry, TensorStorageMetadata)
+    }
     for name in sorted(wanted.keys() | held.keys()):
         if wanted.get(name) != held.get(name):
             bare = name.removeprefix("master/")
             raise CheckpointError(
                 f"{checkpoint} is of another model: {bare} is {held.get(name, 'absent')} there and "
-                f"{wanted.get(name, 'absent')} here; use the model settings it was trained with")
+                f"{wanted.get(name, 'absent')} here; use the model settings it was trained with"
+            )
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

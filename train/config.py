@@ -112,18 +112,21 @@ def validate(config: TrainConfig, world_size: int) -> None:
     if config.run.samples_per_step % data_size:
         raise ConfigError(
             f"run.samples_per_step={config.run.samples_per_step} is not a multiple of the {data_size} data-parallel "
-            f"ranks ({world_size} ranks / parallel.tensor={parallel.tensor} / parallel.context={parallel.context})")
+            f"ranks ({world_size} ranks / parallel.tensor={parallel.tensor} / parallel.context={parallel.context})"
+        )
     if config.alignment % model.chunk_size:
         raise ConfigError(
             f"document_alignment={config.alignment} is not a multiple of model.chunk_size={model.chunk_size}: "
-            "documents start on chunk boundaries")
+            "documents start on chunk boundaries"
+        )
     unit = config.alignment * (parallel.tensor if parallel.sequence else 1)
     if config.seq_len < 1 or config.seq_len % unit:
         shared = f" x parallel.tensor={parallel.tensor} (parallel.sequence=true)" if parallel.sequence else ""
         below = config.seq_len // unit * unit
         raise ConfigError(
             f"seq_len={config.seq_len} is not a multiple of {unit} = document alignment {config.alignment}{shared}; "
-            f"the nearest that fit are {max(below, unit)} and {below + unit}")
+            f"the nearest that fit are {max(below, unit)} and {below + unit}"
+        )
 
 
 # -- mappings to dataclasses and back ---------------------------------------------------------------------------------
@@ -140,8 +143,11 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], place: str = "") -> T
         if key not in known:
             raise unknown_key(f"{place}{key}", [f"{place}{name}" for name in known])
         values[key] = _convert(hints[key], value, f"{place}{key}")
-    missing = [f"{place}{name}" for name, f in known.items()
-               if name not in values and f.default is MISSING and f.default_factory is MISSING]
+    missing = [
+        f"{place}{name}"
+        for name, f in known.items()
+        if name not in values and f.default is MISSING and f.default_factory is MISSING
+    ]
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be given")
     return cls(**values)
@@ -149,8 +155,10 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], place: str = "") -> T
 
 def unknown_key(key: str, known: list[str]) -> ConfigError:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return ConfigError(f"{key} is not a configuration key" + (f"; did you mean {near[0]}?" if near else
-                       f"; the keys there are {', '.join(sorted(known))}"))
+    return ConfigError(
+        f"{key} is not a configuration key"
+        + (f"; did you mean {near[0]}?" if near else f"; the keys there are {', '.join(sorted(known))}")
+    )
 
 
 def all_keys(cls: type = TrainConfig, place: str = "") -> list[str]:
@@ -165,10 +173,12 @@ def all_keys(cls: type = TrainConfig, place: str = "") -> list[str]:
 
 def to_mapping(config: TrainConfig) -> dict[str, Any]:
     """Plain values, ready for YAML and JSON; inverse of `from_mapping`."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
     return plain(asdict(config))
 
 
@@ -191,7 +201,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         raise ConfigError(f"{key}={value!r} is not of type {' or '.join(map(_type_name, members))}")
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or (args[-1] is not ... and len(value) != len(args)):
-            raise ConfigError(f"{key}={value!r} must be a list" + ("" if args[-1] is ... else f" of {len(args)} values"))
+            raise ConfigError(
+                f"{key}={value!r} must be a list" + ("" if args[-1] is ... else f" of {len(args)} values")
+            )
         return tuple(_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:  # YAML reads 1e-3 as text

@@ -14,8 +14,8 @@ from train.optim import OptimConfig, parameter_groups
 from train.parallel import ParallelConfig, World
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-import deepspeed  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
+import deepspeed
+from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -38,16 +38,29 @@ class Engine:
     that the gradients averaged over data x context ranks are those of the mean over all valid tokens.
     """
 
-    def __init__(self, model: torch.nn.Module, optim: OptimConfig, parallel: ParallelConfig, world: World, *,
-                 precision: str, micro_batches: int):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optim: OptimConfig,
+        parallel: ParallelConfig,
+        world: World,
+        *,
+        precision: str,
+        micro_batches: int,
+    ):
         self.module = model.to(world.device)
         self.world = world
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.module, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+            parameter_groups(self.module, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+        )
         with _quiet():
             self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
-                model=self.module, optimizer=optimizer, mpu=world.mpu(), dist_init_required=False,
-                config=_deepspeed_config(optim, parallel, precision, micro_batches))
+                model=self.module,
+                optimizer=optimizer,
+                mpu=world.mpu(),
+                dist_init_required=False,
+                config=_deepspeed_config(optim, parallel, precision, micro_batches),
+            )
         self._param_groups = self._optimizer.param_groups
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -57,7 +70,7 @@ class Engine:
             self._deepspeed.step()  # counts the micro-batch, updates nothing
 
     def step(self, lr: float) -> torch.Tensor | float:
-        """Clip, update, clear gradients. Returns the global gradient norm before clipping (a tensor stays on device)."""
+        """Clip, update, clear gradients. Returns the global gradient norm before clipping, on the device."""
         for group in self._param_groups:
             group["lr"] = lr
         self._deepspeed.step()

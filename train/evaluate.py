@@ -19,8 +19,14 @@ class HeldOut:
         self._batches = []
         samples = min(num_samples, plan.num_samples) // world.data_size * world.data_size if plan else 0
         if plan is not None and samples:
-            loader = Loader(plan, samples_per_step=samples, dp_rank=world.data_rank, dp_size=world.data_size,
-                            prefetch=samples, transform=batch_maker(model_config))
+            loader = Loader(
+                plan,
+                samples_per_step=samples,
+                dp_rank=world.data_rank,
+                dp_size=world.data_size,
+                prefetch=samples,
+                transform=batch_maker(model_config),
+            )
             self._batches = loader.next_step()
             loader.close()
 

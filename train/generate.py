@@ -34,8 +34,10 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.top_k < 1 or self.temperature < 0:
-            raise ConfigError(f"max_tokens={self.max_tokens} and top_k={self.top_k} must be at least 1, "
-                              f"temperature={self.temperature} not negative")
+            raise ConfigError(
+                f"max_tokens={self.max_tokens} and top_k={self.top_k} must be at least 1, "
+                f"temperature={self.temperature} not negative"
+            )
 
 
 def load_run(directory: Path, world: parallel.World) -> tuple[Decoder, Tokenizer]:
@@ -77,8 +79,10 @@ def generate(model: Decoder, tokens: list[int], config: GenerateConfig, stop_tok
 
 def _parse(arguments: list[str]) -> tuple[Path, GenerateConfig]:
     if not arguments or "=" in arguments[0]:
-        raise ConfigError("usage: python -m train.generate RUN_DIRECTORY [prompt=TEXT] [max_tokens=64] [temperature=0.8] "
-                          "[top_k=50] [seed=0]")
+        raise ConfigError(
+            "usage: python -m train.generate RUN_DIRECTORY [prompt=TEXT] [max_tokens=64] [temperature=0.8] "
+            "[top_k=50] [seed=0]"
+        )
     values: dict = {}
     for argument in arguments[1:]:
         key, _, value = argument.partition("=")

@@ -11,8 +11,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,9 @@ class StepSums:
 
         `stop`: this rank was asked to end the run; `stop_agreed` then says so on every rank after the same step.
         """
-        counts = torch.tensor([[b.num_labels, b.layout.num_tokens, b.model_flops, 0] for b in batches], dtype=torch.float64)
+        counts = torch.tensor(
+            [[b.num_labels, b.layout.num_tokens, b.model_flops, 0] for b in batches], dtype=torch.float64
+        )
         counts = counts.sum(0)
         counts[3] = stop
         counts = counts.to(self._world.device)
@@ -112,49 +115,63 @@ class StepSums:
         self._began += time.perf_counter() - left
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    file: TextIO
+    bar: tqdm
+    tracker: Tracker
+
+
 class RunLog:
     """Writes a run's records. Only the main rank writes; elsewhere every method does nothing."""
 
     def __init__(self, directory: Path, *, tracker: Tracker | None, total_steps: int, first_step: int, progress: bool):
         """`tracker` is None on ranks that do not write."""
-        enabled = tracker is not None
-        self._enabled, self._tracker, self._directory = enabled, tracker, directory
-        self._file = None
-        self._bar = None
-        if enabled:
-            _drop_records_after(directory / "metrics.jsonl", first_step)
-            self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not progress, file=sys.stderr,
-                             dynamic_ncols=True, mininterval=0.5)
+        self._directory = directory
+        self._out: _Outputs | None = None
+        if tracker is not None:
+            path = directory / "metrics.jsonl"
+            _drop_records_after(path, first_step)
+            bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                unit="step",
+                disable=not progress,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                mininterval=0.5,
+            )
+            self._out = _Outputs(open(path, "a", encoding="utf-8", buffering=1), bar, tracker)
 
     def record(self, record: dict[str, Any]) -> None:
-        """One object per line; W&B gets the same numbers."""
-        if not self._enabled:
+        """One object per line; the progress bar and W&B show the same numbers."""
+        if self._out is None:
             return
-        self._file.write(json.dumps(record) + "\n")
-        shown = {key: f"{record[key]:.4g}" for key in ("loss", "validation_loss", "tokens_per_second") if key in record}
-        if "tokens_per_second" in shown:
-            shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
-            del shown["tokens_per_second"]
-        self._bar.set_postfix(shown, refresh=False)
-        self._tracker.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        self._out.file.write(json.dumps(record) + "\n")
+        shown = {name: f"{record[key]:{form}}" for key, name, form in _IN_BAR if key in record}
+        if shown:
+            self._out.bar.set_postfix(shown, refresh=False)
+        self._out.tracker.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
     def advance(self) -> None:
-        if self._bar is not None:
-            self._bar.update(1)
+        if self._out is not None:
+            self._out.bar.update(1)
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""
-        if self._enabled:
+        if self._out is not None:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        if not self._enabled:
+        if self._out is None:
             return
-        self._bar.close()
-        self._file.close()
+        self._out.bar.close()
+        self._out.file.close()
         draw_loss(self._directory)
-        self._tracker.finish()
+        self._out.tracker.finish()
+
+
+_IN_BAR = (("loss", "loss", ".3f"), ("validation_loss", "held-out", ".3f"), ("tokens_per_second", "tok/s", ",.0f"))
 
 
 class Tracker:
@@ -169,8 +186,15 @@ class Tracker:
     def _start(self, mode: str, directory: Path, project: str, group: str | None, name: str, config: dict) -> None:
         import wandb
 
-        self._run = wandb.init(mode=mode, dir=str(directory), project=project, group=group, name=name, config=config,  # type: ignore[arg-type]
-                               settings=wandb.Settings(silent=True, console="off", init_timeout=60))
+        self._run = wandb.init(
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(directory),
+            project=project,
+            group=group,
+            name=name,
+            config=config,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+        )
 
     def log(self, numbers: dict[str, Any], step: int) -> None:
         if self._run is not None:
@@ -183,9 +207,11 @@ class Tracker:
     def _attempt(self, what: str, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self._run = None
-            print(f"W&B could not {what} ({type(error).__name__}: {error}); the run goes on without it", file=sys.stderr)
+            print(
+                f"W&B could not {what} ({type(error).__name__}: {error}); the run goes on without it", file=sys.stderr
+            )
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -56,7 +56,8 @@ class OptimConfig:
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: matrices decay; norm gains and embeddings (text and summary) do not."""
-    decay, keep = [], []
+    decay: list[torch.nn.Parameter] = []
+    keep: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         # ZeRO-3 shows partitioned parameters as empty vectors; their real rank is in ds_shape.
         ndim = len(getattr(parameter, "ds_shape", parameter.shape))

@@ -33,7 +33,9 @@ class ParallelConfig:
             if getattr(self, name) < 1:
                 raise ParallelConfigError(f"parallel.{name}={getattr(self, name)} must be at least 1")
         if self.context != 1:
-            raise ParallelConfigError(f"parallel.context={self.context}: context parallelism is not supported yet; use 1")
+            raise ParallelConfigError(
+                f"parallel.context={self.context}: context parallelism is not supported yet; use 1"
+            )
         if self.zero != 1:
             raise ParallelConfigError(f"parallel.zero={self.zero}: only ZeRO stage 1 is supported yet")
         if self.timeout_minutes <= 0:
@@ -45,7 +47,8 @@ class ParallelConfig:
         if world_size % model_ranks:
             raise ParallelConfigError(
                 f"the world of {world_size} ranks is not a multiple of parallel.tensor={self.tensor} x "
-                f"parallel.context={self.context} = {model_ranks}")
+                f"parallel.context={self.context} = {model_ranks}"
+            )
         return world_size // model_ranks
 
 
@@ -118,8 +121,9 @@ class DeepSpeedTopology:
 
 def environment_world() -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun and its kin set them; a lone process is a world of one."""
-    return tuple(int(os.environ.get(name, default)) for name, default in
-                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # type: ignore[return-value]
+    return tuple(
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )  # type: ignore[return-value]
 
 
 def pick_device(name: str) -> torch.device:
@@ -153,10 +157,15 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor, context_parallel_size=config.context,
-        create_gloo_process_groups=False, distributed_timeout_minutes=max(1, round(config.timeout_minutes)))
+        tensor_model_parallel_size=config.tensor,
+        context_parallel_size=config.context,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
+    )
     return World(
-        rank=rank, size=size, device=device,
+        rank=rank,
+        size=size,
+        device=device,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         context_group=parallel_state.get_context_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),

@@ -1,8 +1,8 @@
 """Ending early on request: the contract between the trainer and whatever starts it. Imports nothing heavy.
 
 SIGTERM or SIGUSR1 (a scheduler's preemption, a time limit near) asks the run to finish its step, save a checkpoint and
-exit with `REQUEUE`; a second signal ends it at once. Launchers start a run again that ended with `REQUEUE`: it finds its
-run directory and continues.
+exit with `REQUEUE`; a second signal ends it at once. A launcher starts a run that ended with `REQUEUE` again: it finds
+its run directory and continues.
 """
 
 from __future__ import annotations

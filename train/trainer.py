@@ -15,7 +15,7 @@ import torch.distributed as dist
 import yaml
 
 import data_pipeline
-from data_pipeline import Loader, PreparedData
+from data_pipeline import Loader, Plan, PreparedData
 from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
@@ -30,9 +30,24 @@ from train.parallel import World
 from train.signals import StopRequest
 
 # Sections and keys that may differ between two visits to one run directory: they do not change what is computed.
-CHANGEABLE = ("logging", "checkpoint", "parallel", "resume", "run.root", "run.device", "run.log_every", "run.eval_every",
-              "run.eval_samples", "run.stop_at_step", "run.max_minutes", "run.steps", "run.recompute", "data.cache_dir",
-              "data.prefetch_samples", "model.attention_backend")
+CHANGEABLE = (
+    "logging",
+    "checkpoint",
+    "parallel",
+    "resume",
+    "run.root",
+    "run.device",
+    "run.log_every",
+    "run.eval_every",
+    "run.eval_samples",
+    "run.stop_at_step",
+    "run.max_minutes",
+    "run.steps",
+    "run.recompute",
+    "data.cache_dir",
+    "data.prefetch_samples",
+    "model.attention_backend",
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class RunResult:
 
 
 def train(config: TrainConfig) -> RunResult:
-    """Prepare data, build the model, resume if there is something to resume, train, and leave a run directory behind."""
+    """Prepare data, build the model, resume where there is something to resume, train, leave a run directory behind."""
     began = time.perf_counter()
     rank, world_size, _ = parallel.environment_world()
     device = parallel.pick_device(config.run.device)
@@ -90,15 +105,23 @@ def _train(config: TrainConfig, world: World, prepared: PreparedData, directory:
                 if ending or step % config.checkpoint.every_steps == 0:
                     run.save(step)
         if stopping:
-            run.log.say(f"asked to stop ({request.reason or 'by another rank'}): saved step {step}; start again to continue")
+            why = request.reason or "by another rank"
+            run.log.say(f"asked to stop ({why}): saved step {step}; start again to continue")
     finally:
         run.close()
-    return RunResult(directory, step, run.sums.tokens, run.validation_loss, time.perf_counter() - began,
-                     interrupted=stopping and step < config.run.steps)
+    return RunResult(
+        directory,
+        step,
+        run.sums.tokens,
+        run.validation_loss,
+        time.perf_counter() - began,
+        interrupted=stopping and step < config.run.steps,
+    )
 
 
-def train_step(engine: Engine, loader: Loader, world: World, sums: StepSums, lr: float, stop: bool = False
-               ) -> torch.Tensor | float:
+def train_step(
+    engine: Engine, loader: Loader, world: World, sums: StepSums, lr: float, stop: bool = False
+) -> torch.Tensor | float:
     """One optimizer step over this rank's micro-batches; returns the global gradient norm before clipping.
 
     The loss is the sum over all ranks' valid tokens divided once by their number, so ranks and micro-batches with few
@@ -144,8 +167,10 @@ class _Run:
     def report(self, step: int, grad_norm: torch.Tensor | float, lr: float) -> None:
         record = self.sums.read()
         if not math.isfinite(record["loss"]):
-            raise FloatingPointError(f"the loss is {record['loss']} at step {step}: the run stops before it saves that state")
-        self.log.record({"step": step, **record, "grad_norm": round(float(grad_norm), 5), "lr": lr})
+            raise FloatingPointError(
+                f"the loss is {record['loss']} at step {step}: stopping before this state is saved"
+            )
+        self.log.record({"step": step, **record, "grad_norm": float(grad_norm), "lr": lr})
 
     def evaluate(self, step: int) -> None:
         with self.sums.clock_stopped():
@@ -156,13 +181,23 @@ class _Run:
     def save(self, step: int) -> None:
         with self.sums.clock_stopped():
             began = time.perf_counter()
-            facts = {"config": to_mapping(self.config), "data_fingerprint": self.prepared.fingerprint,
-                     "versions": {"torch": torch.__version__, "python": platform.python_version()}}
+            facts = {
+                "config": to_mapping(self.config),
+                "data_fingerprint": self.prepared.fingerprint,
+                "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            }
             progress = Progress(step, self.sums.tokens, self.loader.state())
-            checkpoint.save(self.directory / "checkpoints", self.engine, self.world, progress, facts,
-                            self.config.checkpoint.keep_last)
-            self.log.record({"step": step, "tokens": progress.tokens,
-                             "checkpoint_seconds": round(time.perf_counter() - began, 3)})
+            checkpoint.save(
+                self.directory / "checkpoints",
+                self.engine,
+                self.world,
+                progress,
+                facts,
+                self.config.checkpoint.keep_last,
+            )
+            self.log.record(
+                {"step": step, "tokens": progress.tokens, "checkpoint_seconds": round(time.perf_counter() - began, 3)}
+            )
 
     def close(self) -> None:
         self.loader.close()
@@ -178,14 +213,31 @@ def build_engine(config: TrainConfig, world: World) -> Engine:
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     tp = TensorParallel(world.tensor_group, config.parallel.sequence, dtype)
     model = Decoder(config.model, tp, recompute=config.run.recompute)
-    return Engine(model, config.optim, config.parallel, world, precision=config.run.precision,
-                  micro_batches=config.run.samples_per_step // world.data_size)
+    return Engine(
+        model,
+        config.optim,
+        config.parallel,
+        world,
+        precision=config.run.precision,
+        micro_batches=config.run.samples_per_step // world.data_size,
+    )
 
 
 def make_loader(config: TrainConfig, prepared: PreparedData, world: World) -> Loader:
-    plan = data_pipeline.build_plan(prepared.train, config.seq_len, config.alignment, config.data.seed, config.data.cache_dir)
-    return Loader(plan, samples_per_step=config.run.samples_per_step, dp_rank=world.data_rank, dp_size=world.data_size,
-                  prefetch=config.data.prefetch_samples, transform=batch_maker(config.model))
+    plan = _plan(config, prepared.train)
+    return Loader(
+        plan,
+        samples_per_step=config.run.samples_per_step,
+        dp_rank=world.data_rank,
+        dp_size=world.data_size,
+        prefetch=config.data.prefetch_samples,
+        transform=batch_maker(config.model),
+    )
+
+
+def _plan(config: TrainConfig, shards: list[Path]) -> Plan:
+    data = config.data
+    return data_pipeline.build_plan(shards, config.seq_len, config.alignment, data.seed, data.cache_dir)
 
 
 def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -193,7 +245,8 @@ def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocab_size} pieces; "
-            "leave it null to take the tokenizer's")
+            "leave it null to take the tokenizer's"
+        )
     return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
 
 
@@ -205,18 +258,22 @@ def check_run_directory(directory: Path, config: TrainConfig) -> None:
     before = _flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
     now = _flatten(to_mapping(config))
     before["model.vocab_size"] = now["model.vocab_size"]  # filled in from the tokenizer
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
-               and not any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)]
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)
+    ]
     if changed:
         shown = ", ".join(f"{key} was {before.get(key)} and is now {now.get(key)}" for key in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise ConfigError(
             f"{directory} holds a run with another configuration: {shown}{more}; choose another run.name, or remove "
-            "the directory")
+            "the directory"
+        )
 
 
 def _flatten(mapping: dict, place: str = "") -> dict:
-    flat = {}
+    flat: dict[str, object] = {}
     for key, value in mapping.items():
         flat.update(_flatten(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value})
     return flat
@@ -232,15 +289,25 @@ def _write_run_directory(directory: Path, config: TrainConfig, prepared: Prepare
 def _held_out(config: TrainConfig, prepared: PreparedData, world: World) -> HeldOut:
     plan = None
     if prepared.validation and config.run.eval_samples:
-        plan = data_pipeline.build_plan(prepared.validation, config.seq_len, config.alignment, config.data.seed,
-                                        config.data.cache_dir)
+        plan = _plan(config, prepared.validation)
     return HeldOut(plan, config.model, world, config.run.eval_samples)
 
 
 def _open_log(config: TrainConfig, world: World, directory: Path, first_step: int) -> RunLog:
     tracker = None
     if world.is_main:
-        tracker = Tracker(config.logging.wandb, directory, project=config.logging.wandb_project,
-                          group=config.logging.wandb_group, name=config.run.name, config=to_mapping(config))
-    return RunLog(directory, tracker=tracker, total_steps=config.run.steps, first_step=first_step,
-                  progress=config.logging.progress)
+        tracker = Tracker(
+            config.logging.wandb,
+            directory,
+            project=config.logging.wandb_project,
+            group=config.logging.wandb_group,
+            name=config.run.name,
+            config=to_mapping(config),
+        )
+    return RunLog(
+        directory,
+        tracker=tracker,
+        total_steps=config.run.steps,
+        first_step=first_step,
+        progress=config.logging.progress,
+    )

@@ -39,13 +39,20 @@ def random_inputs(pack, dtype=torch.float64, seed=0):
     def draw(rows, heads):
         return torch.randn(rows, heads, HEAD_DIM, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    return (draw(pack.num_text, HEADS), draw(pack.num_text, KV_HEADS), draw(pack.num_text, KV_HEADS),
-            draw(pack.num_summary, KV_HEADS), draw(pack.num_summary, KV_HEADS))
+    return (
+        draw(pack.num_text, HEADS),
+        draw(pack.num_text, KV_HEADS),
+        draw(pack.num_text, KV_HEADS),
+        draw(pack.num_summary, KV_HEADS),
+        draw(pack.num_summary, KV_HEADS),
+    )
 
 
 def assert_same(fast, slow, inputs, pack, rows):
     """Outputs and gradients agree; `rows` are the query rows that count (padding carries no gradient)."""
-    weights = torch.randn(fast.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(9)) * rows[:, None, None]
+    weights = (
+        torch.randn(fast.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(9)) * rows[:, None, None]
+    )
     torch.testing.assert_close(fast * rows[:, None, None], slow * rows[:, None, None], rtol=2e-5, atol=2e-5)
     assert torch.isfinite(fast).all(), "padding must stay finite: later layers read it"
     fast_grads = torch.autograd.grad((fast * weights).sum(), inputs, allow_unused=True)
@@ -126,10 +133,12 @@ def test_documents_do_not_leak():
     others = [x.detach().float() * 50 for x in random_inputs(packed, seed=1)]
     start = 12
     for x, y in zip(others[:3], inputs[:3]):
-        x[start:start + 40] = y
+        x[start : start + 40] = y
     for x, y in zip(others[3:], inputs[3:]):
-        x[start // 4:start // 4 + 10] = y
-    torch.testing.assert_close(kernels.ksa_attention(*others, packed, 2)[start:start + 37], want, rtol=1e-5, atol=1e-5)
+        x[start // 4 : start // 4 + 10] = y
+    torch.testing.assert_close(
+        kernels.ksa_attention(*others, packed, 2)[start : start + 37], want, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_blocked_path_keeps_no_dense_tensor():

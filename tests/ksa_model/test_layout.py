@@ -71,13 +71,16 @@ def test_each_past_chunk_is_seen_exactly_once():
     assert torch.equal(text ^ summaries, past)
 
 
-@pytest.mark.parametrize("starts, lengths, rows, message", [
-    ([0], [9], 10, "a pack of 10 rows is not a multiple of chunk_size=4"),
-    ([2], [3], 8, r"document 0 \(start 2, length 3\) does not start on a multiple of chunk_size=4"),
-    ([0], [0], 8, r"document 0 \(start 0, length 0\) is empty"),
-    ([0, 4], [4, 5], 8, r"document 1 \(start 4, length 5\) ends beyond the pack of 8 rows"),
-    ([0, 4], [5, 2], 8, r"document 1 \(start 4, length 2\) begins before its predecessor's last chunk ends"),
-])
+@pytest.mark.parametrize(
+    "starts, lengths, rows, message",
+    [
+        ([0], [9], 10, "a pack of 10 rows is not a multiple of chunk_size=4"),
+        ([2], [3], 8, r"document 0 \(start 2, length 3\) does not start on a multiple of chunk_size=4"),
+        ([0], [0], 8, r"document 0 \(start 0, length 0\) is empty"),
+        ([0, 4], [4, 5], 8, r"document 1 \(start 4, length 5\) ends beyond the pack of 8 rows"),
+        ([0, 4], [5, 2], 8, r"document 1 \(start 4, length 2\) begins before its predecessor's last chunk ends"),
+    ],
+)
 def test_bad_documents_are_named(starts, lengths, rows, message):
     with pytest.raises(ModelConfigError, match=message):
         layout.build(np.array(starts), np.array(lengths), rows, chunk_size=4)

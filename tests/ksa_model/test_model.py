@@ -11,8 +11,19 @@ from ksa_model.config import ModelConfig, ModelConfigError
 from ksa_model.tensor_parallel import TensorParallel
 from tests.ksa_model.test_kernels import make_layout
 
-SMALL = dict(hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48, vocab_size=61,
-             chunk_size=4, window_chunks=1, window_tokens=6, vocab_multiple=16)
+SMALL = dict(
+    hidden_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_size=48,
+    vocab_size=61,
+    chunk_size=4,
+    window_chunks=1,
+    window_tokens=6,
+    vocab_multiple=16,
+)
 
 
 def small_config(**changes) -> ModelConfig:
@@ -35,10 +46,9 @@ def random_text(pack, vocab=61, seed=0):
 def plain_decoder_loss(decoder, tokens, labels, pack):
     """The same function written out with no parallelism, no streams, no kernels: one dense mask over all rows."""
     config = decoder.config
-    text, chunks = pack.num_text, pack.num_chunks
     p = dict(decoder.named_parameters())
     x = p["embedding.weight"][tokens]
-    s = p["summary_embedding"].repeat(chunks, 1) if config.has_summaries else x[:0]
+    s = p["summary_embedding"].repeat(pack.num_chunks, 1) if config.has_summaries else x[:0]
     rotary = RotaryTables.build(pack, config.head_dim, config.rope_base, x.device)
 
     def norm(x, name):
@@ -55,6 +65,10 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         x = norm(x, norm_name) if norm_name and config.qk_norm else x
         return turn(x, table) if table else x
 
+    def mlp(x, block):
+        gate, up, down = (p[f"{block}mlp.{name}.weight"].t() for name in ("gate", "up", "down"))
+        return (F.silu(x @ gate) * (x @ up)) @ down
+
     for i, layer in enumerate(config.layers):
         b = f"blocks.{i}."
         a = b + "attention."
@@ -70,27 +84,30 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         else:
             out = reference.text_attention(q, k, v, pack, layer.mixer, layer.window_chunks, config.window_tokens)
         x = x + out.flatten(1) @ p[a + "output.weight"].t()
-        mlp = lambda y: (F.silu(y @ p[b + "mlp.gate.weight"].t()) * (y @ p[b + "mlp.up.weight"].t())) @ p[b + "mlp.down.weight"].t()
         if layer.updates_summaries:
             qs = heads(sn, a + own + "query.weight", a + "query_norm.weight", rotary.summary)
             s = s + reference.summary_attention(qs, k, v, ks, vs, pack).flatten(1) @ p[a + "output.weight"].t()
-            s = s + mlp(norm(s, b + "mlp_norm.weight"))
-        x = x + mlp(norm(x, b + "mlp_norm.weight"))
+            s = s + mlp(norm(s, b + "mlp_norm.weight"), b)
+        x = x + mlp(norm(x, b + "mlp_norm.weight"), b)
     head = p["embedding.weight"] if config.tie_embeddings else p["head.weight"]
-    logits = norm(x, "norm.weight") @ head[:config.vocab_size].t()
+    logits = norm(x, "norm.weight") @ head[: config.vocab_size].t()
     return F.cross_entropy(logits, labels, ignore_index=model.IGNORE_INDEX, reduction="sum")
 
 
-@pytest.mark.parametrize("changes", [
-    dict(),
-    dict(layer_pattern="F"),
-    dict(layer_pattern="K", summary_tokens=2),
-    dict(layer_pattern="KSCF"),
-    dict(layer_pattern="FKKS", full_layers_update_summaries=False),
-    dict(layer_pattern="SC", tie_embeddings=True),
-    dict(layer_pattern="KF", independent_qkv=False, qk_norm=False),
-    dict(layer_pattern="KK", window_chunks=(0, 3), num_kv_heads=1),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(layer_pattern="F"),
+        dict(layer_pattern="K", summary_tokens=2),
+        dict(layer_pattern="KSCF"),
+        dict(layer_pattern="FKKS", full_layers_update_summaries=False),
+        dict(layer_pattern="SC", tie_embeddings=True),
+        dict(layer_pattern="KF", independent_qkv=False, qk_norm=False),
+        dict(layer_pattern="KK", window_chunks=(0, 3), num_kv_heads=1),
+    ],
+    ids=str,
+)
 def test_loss_and_gradients_match_a_plain_decoder(world, changes):
     config = small_config(**changes)
     pack = make_layout([13, 1, 22, 7], config.chunk_size, config.summary_tokens, 1)
@@ -142,7 +159,7 @@ def test_text_is_causal_and_documents_are_separate(world, pattern):
     row = 20 + 5
     changed[row] = (changed[row] + 1) % 61
     difference = (decoder.logits(tokens, pack) - decoder.logits(changed, pack)).abs().amax(1)
-    assert (difference[:row] == 0).all() and (difference[20 + 41:] == 0).all()
+    assert (difference[:row] == 0).all() and (difference[20 + 41 :] == 0).all()
     assert difference[row] > 0 and difference[20 + 40] > 0
 
 
@@ -167,8 +184,8 @@ def test_packing_does_not_change_a_document(world):
     row = 0
     for length in (18, 41, 9):
         alone = make_layout([length], 4, 1, 0)
-        got = decoder.logits(tokens[row:row + alone.num_text], alone)[:length]
-        torch.testing.assert_close(got, logits[row:row + length], rtol=1e-4, atol=1e-5)
+        got = decoder.logits(tokens[row : row + alone.num_text], alone)[:length]
+        torch.testing.assert_close(got, logits[row : row + length], rtol=1e-4, atol=1e-5)
         row += alone.num_text
 
 
@@ -222,18 +239,28 @@ def test_parameter_count_is_what_is_built(world):
 def test_last_summary_work_is_left_out():
     layers = small_config(layer_pattern="KKKF", num_layers=8).layers
     assert [(x.mixer, x.carries_summaries, x.updates_summaries) for x in layers] == [
-        ("K", True, True), ("K", True, True), ("K", True, True), ("F", True, True),
-        ("K", True, True), ("K", True, True), ("K", True, False), ("F", False, False)]
+        ("K", True, True),
+        ("K", True, True),
+        ("K", True, True),
+        ("F", True, True),
+        ("K", True, True),
+        ("K", True, True),
+        ("K", True, False),
+        ("F", False, False),
+    ]
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(layer_pattern="KXF"), "model.layer_pattern='KXF' holds 'X'"),
-    (dict(layer_pattern="KKF"), "has 3 letters and does not divide model.num_layers=4"),
-    (dict(num_kv_heads=3), "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
-    (dict(window_chunks=(1, 2)), "one for each of the 4 letters"),
-    (dict(chunk_size=0), "model.chunk_size=0 must be at least 1"),
-    (dict(head_dim=7), "model.head_dim=7 must be even"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(layer_pattern="KXF"), "model.layer_pattern='KXF' holds 'X'"),
+        (dict(layer_pattern="KKF"), "has 3 letters and does not divide model.num_layers=4"),
+        (dict(num_kv_heads=3), "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
+        (dict(window_chunks=(1, 2)), "one for each of the 4 letters"),
+        (dict(chunk_size=0), "model.chunk_size=0 must be at least 1"),
+        (dict(head_dim=7), "model.head_dim=7 must be even"),
+    ],
+)
 def test_bad_shapes_are_named(changes, message):
     with pytest.raises(ModelConfigError) as error:
         small_config(**changes)

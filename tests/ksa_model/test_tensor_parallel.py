@@ -28,12 +28,16 @@ def gradients_on_a_rank(tensor: int, sequence: bool, changes: dict) -> dict:
     return {
         "loss": loss.detach(),
         "logits": logits,
-        "gradients": {name: (p.partition_dim if getattr(p, "tensor_model_parallel", False) else None, p.grad)
-                      for name, p in decoder.named_parameters()},
+        "gradients": {
+            name: (p.partition_dim if getattr(p, "tensor_model_parallel", False) else None, p.grad)
+            for name, p in decoder.named_parameters()
+        },
     }
 
 
-@pytest.mark.parametrize("changes", [dict(layer_pattern="KSCF"), dict(layer_pattern="KKFK", tie_embeddings=True)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [dict(layer_pattern="KSCF"), dict(layer_pattern="KKFK", tie_embeddings=True)], ids=str
+)
 @pytest.mark.parametrize("tensor, sequence", [(2, False), (2, True), (4, True)])
 def test_matches_one_rank(tensor, sequence, changes):
     (want,) = run_on_ranks(1, gradients_on_a_rank, 1, False, changes)
@@ -48,5 +52,6 @@ def test_matches_one_rank(tensor, sequence, changes):
             for share in shares:  # replicated: every rank must hold the whole sum
                 torch.testing.assert_close(share, gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
         else:
-            torch.testing.assert_close(torch.cat(shares, dim), gradient, rtol=1e-4, atol=1e-5,
-                                       msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                torch.cat(shares, dim), gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
