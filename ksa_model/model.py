@@ -94,7 +94,7 @@ class Decoder(nn.Module):
             )
         if self.tp.shards_rows and layout.num_chunks % self.tp.size:
             raise ModelConfigError(
-                f"{layout.num_text} text rows are {layout.num_chunks} chunks: {self.tp.size} tensor ranks cannot share them"
+                f"{layout.num_text} text rows are {layout.num_chunks} chunks: {self.tp.size} tensor ranks cannot share these"
             )
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from train.config import USER_ERRORS, TrainConfig, all_keys, from_mapping, unknown_key
+from train.config import USER_ERRORS, TrainConfig, all_keys, from_mapping, unknown_key, validate
 from train.parallel import environment_world
 from train.signals import BAD_INPUT, REQUEUE
 
@@ -29,13 +28,14 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def _run(composed: DictConfig) -> None:
-    from train.trainer import train
-
     try:
         values: Any = OmegaConf.to_container(composed, resolve=True)
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # every point of a sweep has a run directory of its own
-            values["run"]["name"] += "/" + re.sub(r"[^\w.=,+-]+", "_", HydraConfig.get().job.override_dirname)
+            values["run"]["name"] += "/" + _point_name()
         config = from_mapping(TrainConfig, values)
+        validate(config, environment_world()[1])
+        from train.trainer import train  # seconds of imports, which a refused configuration need not wait for
+
         result = train(config)
     except USER_ERRORS as error:
         _exit_with(error)
@@ -86,13 +86,22 @@ def check_keys(overrides: list[str]) -> None:
             raise unknown_key(key, sorted(known | groups))
 
 
+def _point_name() -> str:
+    """`model.chunk_size=4` and the like: what this point of a multirun has that the others have not."""
+    typed = OverridesParser.create().parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
+    swept = {override.key_or_group for override in typed if override.is_sweep_override()}
+    here = [text for text in HydraConfig.get().overrides.task if text.lstrip("+").split("=")[0] in swept]
+    return re.sub(r"[^\w.=,+-]+", "_", ",".join(here)) or str(HydraConfig.get().job.num)
+
+
 def _exit_with(error: Exception) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    if environment_world()[2] == 0:  # once per host
+        lines = str(error).split("Config search path")[0].split("\n")
+        print("error: " + " ".join(line.strip() for line in lines if line.strip()), file=sys.stderr)
     sys.exit(BAD_INPUT)
 
 
 def main() -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     overrides = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
     try:
         check_keys(overrides)

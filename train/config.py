@@ -154,6 +154,8 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], place: str = "") -> T
 
 
 def unknown_key(key: str, known: list[str]) -> ConfigError:
+    beside = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+    known = beside or known  # in a section that exists, only its own keys help
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return ConfigError(
         f"{key} is not a configuration key"

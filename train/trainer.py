@@ -66,10 +66,11 @@ def train(config: TrainConfig) -> RunResult:
     """Prepare data, build the model, resume where there is something to resume, train, leave a run directory behind."""
     began = time.perf_counter()
     rank, world_size, _ = parallel.environment_world()
-    device = parallel.pick_device(config.run.device)
     validate(config, world_size)
+    device = parallel.pick_device(config.run.device)
     directory = Path(config.run.root) / config.run.name
     check_run_directory(directory, config)
+    checkpoint.find(config.resume, directory / "checkpoints")  # a wrong path must not wait for the data
     prepared = data_pipeline.prepare(config.data, progress=rank == 0 and config.logging.progress)
     config = dataclasses.replace(config, model=with_vocabulary(config.model, prepared.vocab_size))
     world = parallel.initialize(config.parallel, device)

@@ -23,6 +23,7 @@ BASE: dict[str, Any] = {
         window_chunks=2,
         window_tokens=12,
         vocab_multiple=32,
+        tie_embeddings=False,
     ),
     "data": dict(source="jsonl", vocab_size=400, validation_fraction=0.1),
     "optim": dict(lr=1e-2, warmup_steps=2, decay_steps=5),

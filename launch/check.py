@@ -1,0 +1,107 @@
+"""Before anything is submitted: does the training configuration compose, hold together and fit the layout's ranks?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config import CONFIGS, Launch, LaunchError
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a training run before it starts."""
+
+    run_directory: Path  # absolute
+    steps: int
+    memory: str  # one line for people; empty where the full check was turned off
+
+
+def check(launch: Launch) -> Checked:
+    """Compose `launch`'s overrides, and unless `launch.check=false` validate them for its world; or `LaunchError`."""
+    values = compose(launch.overrides)
+    memory = ""
+    if launch.settings.check:
+        memory = memory_line(validated(values, launch.world_size), launch.world_size)
+    run = values["run"]
+    for key in ("root", "name"):
+        if any(ord(character) < 32 for character in str(run[key])):
+            raise LaunchError(f"run.{key}={run[key]!r} holds a control character")
+    return Checked(launch.directory / str(run["root"]) / str(run["name"]), int(run["steps"]), memory)
+
+
+def compose(overrides: Iterable[str]) -> dict[str, Any]:
+    """The training configuration as plain values, as `python -m train OVERRIDES` would compose it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    overrides = list(overrides)
+    for override in overrides:
+        if override.startswith("-") or "=" not in override.removeprefix("~"):
+            raise LaunchError(f"{override!r} is not a training override KEY=VALUE")
+    try:
+        for parsed in OverridesParser.create().parse_overrides(overrides):
+            if parsed.is_sweep_override():
+                raise LaunchError(f"{parsed.input_line} has several values: those are for python -m launch.sweep")
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _named_key(error, overrides) from error
+
+
+def _named_key(error: Exception, overrides: list[str]) -> LaunchError:
+    """Hydra's message, or the trainer's own about a key that does not exist, which names the nearest one."""
+    try:
+        from train.__main__ import check_keys
+        from train.config import USER_ERRORS
+    except ImportError:
+        return LaunchError(_one_line(error))
+    try:
+        check_keys(overrides)
+    except USER_ERRORS as better:
+        return LaunchError(str(better))
+    except Exception:  # noqa: BLE001, not an override at all: Hydra said it better
+        pass
+    return LaunchError(_one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s*\n\s*", "; ", str(error).strip())
+
+
+def validated(values: dict[str, Any], world_size: int) -> TrainConfig:
+    """`values` as the trainer's own configuration, checked for `world_size` ranks."""
+    from train.config import USER_ERRORS, TrainConfig, from_mapping, validate
+
+    try:
+        config = from_mapping(TrainConfig, values)
+        validate(config, world_size)
+    except USER_ERRORS as error:
+        raise LaunchError(str(error)) from error
+    return config
+
+
+def memory_line(config: TrainConfig, world_size: int) -> str:
+    """What weights, gradients and optimizer take of each rank; activations come on top."""
+    import dataclasses
+
+    parallel, data_size = config.parallel, config.parallel.data(world_size)
+    vocab = config.model.vocab_size or config.data.vocab_size
+    counts = dataclasses.replace(config.model, vocab_size=vocab).num_parameters()
+    shards = data_size * parallel.context
+    weights, gradients = (2, 4) if config.run.precision == "bf16" else (4, 4)
+    state = 4 + 8  # fp32 master weights and two moments, which ZeRO shares out
+    per_rank = counts["total"] / parallel.tensor * (weights + gradients + state / (shards if parallel.zero else 1))
+    return (f"{counts['total'] / 1e6:,.1f}M parameters; {world_size} ranks = {data_size} data x {parallel.context} context x "
+            f"{parallel.tensor} tensor; weights, gradients and optimizer {per_rank / 2**30:,.2f} GiB a rank, before "
+            "activations")

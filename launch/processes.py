@@ -1,0 +1,70 @@
+"""Families of processes on Linux: end with the parent, adopt orphans, leave none behind. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+SUPERVISOR = "LAUNCH_SUPERVISOR_PID"  # environment: the process whose end the reader of it must not outlive
+_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+def end_with_supervisor() -> None:
+    """Get SIGTERM when the process named in the environment, which must be the parent, is gone."""
+    named = os.environ.pop(SUPERVISOR, None)
+    if named is None:
+        return
+    _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != int(named):  # it ended before the line above
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent dies, so that `end_descendants` finds them."""
+    _prctl(_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants(pid: int | None = None) -> list[int]:
+    """Children of `pid` (default: this process), their children, and so on."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                continue
+            state, parent = stat.rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents.setdefault(int(parent), []).append(int(entry.name))
+    found, queue = [], [pid or os.getpid()]
+    while queue:
+        below = parents.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def end_descendants(timeout: float = 10.0) -> None:
+    """Kill what is left below this process and reap it."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        for pid in descendants():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.02)
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, int(value), 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

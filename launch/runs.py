@@ -1,0 +1,137 @@
+"""What a run directory says from outside: how far the run is, who works on it, how it was launched. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.config import LaunchError
+
+
+@dataclass(frozen=True)
+class Record:
+    """`RUN/launch/launch.json`: how a run was started last."""
+
+    target: str
+    command: list[str]  # `python -m launch` and its arguments
+    jobs: list[str]  # Slurm job ids, oldest first
+    started: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    step: int  # of the newest complete checkpoint
+    steps: int | None  # None: no configuration was written yet
+    last_line: dict[str, Any] | None  # newest record with a loss
+
+    @property
+    def finished(self) -> bool:
+        return self.steps is not None and self.step >= self.steps
+
+
+def launch_directory(run: Path) -> Path:
+    return run / "launch"
+
+
+def find(text: str) -> Path:
+    """A run directory, or the name of one below `runs/`."""
+    for path in (Path(text), Path("runs") / text):
+        if launch_directory(path).is_dir() or (path / "config.yaml").is_file():
+            return path.resolve()
+    raise LaunchError(f"{text}: neither a run directory nor a run below runs/")
+
+
+def progress(run: Path) -> Progress:
+    """Read from checkpoints, config.yaml and metrics.jsonl; a run that has none of them is at step 0."""
+    done = [int(p.name[5:]) for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    steps = None
+    with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
+        steps = int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["run"]["steps"])
+    last = None
+    with contextlib.suppress(OSError):
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                last = entry if "loss" in entry else last
+    return Progress(max(done, default=0), steps, last)
+
+
+def write_record(run: Path, record: Record) -> None:
+    path = launch_directory(run) / "launch.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read_record(run: Path) -> Record | None:
+    try:
+        return Record(**json.loads((launch_directory(run) / "launch.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def locked(run: Path, wait_seconds: float = 0.0) -> Iterator[int]:
+    """Hold the run directory for this process and for those that inherit the yielded descriptor.
+
+    Agents inherit it, so a launcher that was killed leaves the lock with them until their ranks have ended.
+    """
+    path = launch_directory(run) / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline, told = time.monotonic() + wait_seconds, False
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise LaunchError(f"{run} is held by another launch (process {holder(run) or 'unknown'}); end that "
+                                      "one first") from None
+                if not told:
+                    told = True
+                    print(f"{run} is held by process {holder(run) or 'unknown'}; waiting up to {wait_seconds:.0f} s",
+                          file=sys.stderr)
+                time.sleep(0.2)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def holder(run: Path) -> int | None:
+    """The process that holds the lock or held it last."""
+    try:
+        return int((launch_directory(run) / "lock").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def is_held(run: Path) -> bool:
+    """Whether some process holds the run directory now."""
+    try:
+        descriptor = os.open(launch_directory(run) / "lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)

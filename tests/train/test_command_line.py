@@ -1,0 +1,251 @@
+"""`python -m train` as people type it: bad input, help, signals, torchrun, multirun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.train.runs import BASE, losses
+from train.__main__ import main
+from train.metrics import read_records
+from train.signals import BAD_INPUT, REQUEUE
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def small_overrides(corpus, root, **changes):
+    """Command-line overrides of the tests' small run."""
+    values = {
+        f"{section}.{key}": value
+        for section, keys in BASE.items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+    }
+    values |= {
+        "seq_len": BASE["seq_len"],
+        "data.path": corpus,
+        "data.cache_dir": corpus.parent / "cache",
+        "run.root": root,
+    } | {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def start(arguments, launcher=("-m", "train"), **kwargs):
+    return subprocess.Popen(
+        [sys.executable, *launcher, *arguments],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """Run the command in this process; returns the one line it leaves with."""
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == BAD_INPUT
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["model.chnk_size=4"], "model.chnk_size is not a configuration key; did you mean model.chunk_size?"),
+        (["+model.chnk_size=4"], "model.chnk_size is not a configuration key; did you mean model.chunk_size?"),
+        (["sequence_length=4096"], "sequence_length is not a configuration key"),
+        (["model=tinny"], "Could not find 'model/tinny' Available options in 'model'"),
+        (["model.layer_pattern=KKXF"], "model.layer_pattern='KKXF' holds 'X'"),
+        (["model.layer_pattern=KKF"], "has 3 letters and does not divide model.num_layers=4"),
+        (["parallel.tensor=3"], "the world of 1 ranks is not a multiple of parallel.tensor=3"),
+        (["run.samples_per_step=0"], "run.samples_per_step=0 must be at least 1"),
+        (
+            ["seq_len=4100"],
+            "seq_len=4100 is not a multiple of 8 = document alignment 8; the nearest that fit are 4096 and 4104",
+        ),
+        (["document_alignment=12"], "document_alignment=12 is not a multiple of model.chunk_size=8"),
+        (["model.chunk_size=eight"], "model.chunk_size='eight' is not of type integer"),
+        (["optim.betas=[0.9]"], "optim.betas=[0.9] must be a list of 2 values"),
+        (["data=jsonl"], "data.source=jsonl needs data.path"),
+        (["data=jsonl", "data.path=/no/such/corpus.jsonl"], "data.path=/no/such/corpus.jsonl"),
+        (["run.device=cuda"], "run.device=cuda, but this process sees no CUDA device"),
+        (["run.name=../elsewhere"], "run.name='../elsewhere' must be a relative path"),
+        (["resume=/no/such/run"], "resume=/no/such/run: neither a checkpoint"),
+        (["logging.wandb=perhaps"], "logging.wandb='perhaps' is not one of online, offline, off"),
+    ],
+    ids=lambda x: x[-1] if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, arguments, message):
+    if arguments == ["run.device=cuda"]:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a CUDA device")
+    assert message in refused(monkeypatch, capsys, f"run.root={tmp_path}", *arguments)
+    assert not (tmp_path / "default").exists()
+
+
+def test_layout_against_a_pretended_world(monkeypatch, capsys, tmp_path):
+    for world, arguments, message in [
+        (
+            2,
+            ["parallel.tensor=2", "model.num_kv_heads=1"],
+            "model.num_kv_heads=1 is not divisible by parallel.tensor=2",
+        ),
+        (3, [], "run.samples_per_step=1 is not a multiple of the 3 data-parallel ranks"),
+        (2, ["parallel.tensor=2", "parallel.sequence=true", "seq_len=4104"], "seq_len=4104 is not a multiple of 16"),
+    ]:
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        assert message in refused(monkeypatch, capsys, f"run.root={tmp_path}", *arguments)
+
+
+def test_bad_jsonl_names_file_and_line(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    for line, message in [('{"text": 3}', "text"), ("[1, 2]", "object"), ('{"body": "x"}', "text"), ("{nope", "JSON")]:
+        path.write_text(json.dumps({"text": "fine " * 50}) + "\n" + line + "\n")
+        said = refused(
+            monkeypatch,
+            capsys,
+            f"run.root={tmp_path}",
+            "data=jsonl",
+            f"data.path={path}",
+            f"data.cache_dir={tmp_path}/cache",
+            "data.vocab_size=300",
+            "logging.progress=false",
+        )
+        assert f"{path}:2" in said and message in said
+
+
+def test_a_run_directory_of_another_configuration(monkeypatch, capsys, tmp_path, corpus):
+    directory = tmp_path / "default"
+    directory.mkdir()
+    from tests.train.runs import make_config
+    from train.config import to_mapping
+
+    before = to_mapping(make_config(corpus, tmp_path))
+    (directory / "config.yaml").write_text(yaml.safe_dump(before))
+    said = refused(monkeypatch, capsys, *small_overrides(corpus, tmp_path, model__chunk_size=8))
+    assert "model.chunk_size was 4 and is now 8; choose another run.name" in said
+
+
+def test_help_and_cfg_are_useful():
+    for flag, wanted in (
+        ("--help", ["Pretrain a decoder", "model: ", "torchrun", "seq_len: 4096"]),
+        ("--cfg=job", ["chunk_size: 8", "every_steps: 40"]),
+    ):
+        shown = subprocess.run(
+            [sys.executable, "-m", "train", *flag.split("=")], cwd=ROOT, text=True, capture_output=True
+        )
+        assert shown.returncode == 0, shown.stderr
+        for text in wanted:
+            assert text in shown.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    root = tmp_path_factory.mktemp("undisturbed")
+    process = start(small_overrides(corpus, root, run__steps=40, logging__wandb="offline"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out, root / "default"
+
+
+def test_what_a_run_leaves_behind(undisturbed):
+    out, directory = undisturbed
+    records = read_records(directory / "metrics.jsonl")
+    assert {"step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds"} <= records[0].keys()
+    for name in ("config.yaml", "loss.png", "tokenizer.model", "checkpoints/step-00000040/manifest.json"):
+        assert (directory / name).stat().st_size > 0
+    assert list((directory / "wandb").glob("offline-run-*/*.wandb"))
+    assert yaml.safe_load((directory / "config.yaml").read_text())["model"]["vocab_size"] > 256
+    for text in ("Step 40 of 40", "metrics.jsonl", "run.steps=80", "model.chunk_size=8", "python -m train.generate"):
+        assert text in out
+
+
+def test_loss_picture_is_not_blank(undisturbed):
+    from matplotlib import pyplot
+
+    pixels = pyplot.imread(undisturbed[1] / "loss.png")[..., :3]
+    assert len({tuple(p) for p in pixels.reshape(-1, 3)[::7].round(2).tolist()}) > 20
+
+
+def test_a_signal_saves_and_asks_to_be_requeued(corpus, tmp_path, undisturbed):
+    arguments = small_overrides(corpus, tmp_path, run__steps=40, logging__wandb="off")
+    process = start(arguments)
+    metrics = tmp_path / "default" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while len(read_records(metrics)) < 5 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE, err
+    assert "asked to stop (SIGUSR1)" in err
+    stopped_at = read_records(metrics)[-1]["step"]
+    assert 5 <= stopped_at < 40
+    assert (tmp_path / "default" / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
+    again = start(arguments)
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert f"at step {stopped_at}" in err
+    assert losses(read_records(metrics)) == losses(read_records(undisturbed[1] / "metrics.jsonl"))
+
+
+def test_time_limit_does_the_same(corpus, tmp_path):
+    process = start(small_overrides(corpus, tmp_path, run__steps=100000, run__max_minutes=0.02))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == REQUEUE and "asked to stop (run.max_minutes)" in err
+
+
+def test_torchrun(corpus, tmp_path, undisturbed):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+        "-m",
+        "train",
+    )
+    process = start(
+        small_overrides(corpus, tmp_path, run__steps=5, parallel__tensor=2, parallel__sequence="true"),
+        launcher,
+        env=environment,
+    )
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert out.count("Step 5 of 5") == 1
+    # The schedule depends on the number of steps, so compare the first, before any update.
+    mine, want = (read_records(d / "metrics.jsonl")[0]["loss"] for d in (tmp_path / "default", undisturbed[1]))
+    assert mine == pytest.approx(want, rel=1e-6)
+
+
+def test_multirun_gives_every_point_its_own_directory(corpus, tmp_path):
+    process = start(["-m", *small_overrides(corpus, tmp_path, run__steps=2, model__chunk_size="4,8")])
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert {p.name for p in (tmp_path / "default").iterdir()} == {"model.chunk_size=4", "model.chunk_size=8"}
+    configs = sorted(tmp_path.rglob("config.yaml"))
+    assert [yaml.safe_load(c.read_text())["model"]["chunk_size"] for c in configs] == [4, 8]
+    assert all(len(losses(read_records(c.parent / "metrics.jsonl"))) == 2 for c in configs)
+
+
+def test_generate(undisturbed):
+    shown = subprocess.run(
+        [sys.executable, "-m", "train.generate", str(undisturbed[1]), "prompt=def f(", "max_tokens=8"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("def f(")
