@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class Checked:
     """What is known of a training run before it starts."""
 
+    name: str  # run.name
     run_directory: Path  # absolute
     steps: int
     memory: str  # one line for people; empty where the full check was turned off
@@ -33,7 +34,7 @@ def check(launch: Launch) -> Checked:
     for key in ("root", "name"):
         if any(ord(character) < 32 for character in str(run[key])):
             raise LaunchError(f"run.{key}={run[key]!r} holds a control character")
-    return Checked(launch.directory / str(run["root"]) / str(run["name"]), int(run["steps"]), memory)
+    return Checked(str(run["name"]), launch.directory / str(run["root"]) / str(run["name"]), int(run["steps"]), memory)
 
 
 def compose(overrides: Iterable[str]) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""`python -m launch target=... nodes=... gpus_per_node=... -- OVERRIDES`, and `status|logs|cancel RUN`."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+
+from launch import runs
+from launch.check import Checked, check
+from launch.config import TARGETS, Launch, LaunchError, parse
+from launch.processes import end_with_supervisor
+from train.signals import BAD_INPUT
+
+USAGE = f"""Start a training run on one machine or many, and look after it.
+
+  python -m launch target=TARGET [nodes=N] [gpus_per_node=N | ranks_per_node=N] [launch.KEY=VALUE ...] -- [KEY=VALUE ...]
+  python -m launch status|logs|cancel RUN
+
+TARGET is one of {', '.join(TARGETS)}; its settings are in configs/launch/TARGET.yaml. What stands after `--` goes to
+`python -m train` as it is. launch.dry_run=true prints what would run and stops there. docs/launch.md tells the rest.
+"""
+VERBS = ("status", "logs", "cancel")
+
+
+def main(arguments: list[str]) -> int:
+    end_with_supervisor()
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else BAD_INPUT
+    try:
+        if arguments[0] in VERBS:
+            return look_after(arguments[0], arguments[1:])
+        return start(arguments)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def start(arguments: list[str]) -> int:
+    """Check, show, submit."""
+    launch = parse(arguments)
+    checked = check(launch)
+    if checked.memory:
+        print(checked.memory, file=sys.stderr)
+    if launch.target == "kubernetes":
+        from launch import kubernetes
+
+        return kubernetes.submit(launch, [(checked.name, launch.overrides)])
+    if launch.target == "slurm":
+        from launch import slurm
+
+        return slurm.submit(launch, [slurm.Point(launch.overrides, checked.run_directory)], checked.run_directory, arguments)
+    return _foreground(launch, checked, arguments)
+
+
+def _foreground(launch: Launch, checked: Checked, arguments: list[str]) -> int:
+    """Targets whose job lives as long as the launcher: local and ssh."""
+    from launch import local, ssh
+
+    target = local if launch.target == "local" else ssh
+    print(target.describe(launch, checked.run_directory), file=sys.stderr if not launch.settings.dry_run else sys.stdout)
+    if launch.settings.dry_run:
+        return 0
+    with runs.locked(checked.run_directory, wait_seconds=launch.settings.grace_seconds) as lock:
+        runs.write_record(checked.run_directory, runs.Record(launch.target, arguments, [], now()))
+        if target is ssh:
+            return ssh.run(launch, checked.run_directory)
+        return local.run(launch, lock)
+
+
+def look_after(verb: str, arguments: list[str]) -> int:
+    """`status`, `logs` or `cancel` of one run, on whatever target it was started."""
+    if len(arguments) != 1:
+        raise LaunchError(f"python -m launch {verb} takes one run: its directory, or its name below runs/")
+    run = runs.find(arguments[0])
+    record = runs.read_record(run)
+    from launch import slurm
+
+    if verb == "logs":
+        return _logs(run)
+    if verb == "cancel":
+        if record is not None and record.target == "slurm":
+            return slurm.cancel(record)
+        return _stop_local(run)
+    print(_progress_line(run))
+    if record is not None and record.target == "slurm":
+        print(slurm.status(record))
+    elif runs.is_held(run):
+        print(f"running here, launcher process {runs.holder(run)}")
+    else:
+        print("not running")
+    return 0
+
+
+def _progress_line(run: Path) -> str:
+    progress = runs.progress(run)
+    last = progress.last_line
+    said = "" if last is None else f"; loss {last['loss']:.4f} at step {last['step']}"
+    state = "finished" if progress.finished else f"checkpoint at step {progress.step}"
+    return f"{run}: {state} of {progress.steps if progress.steps is not None else '?'} steps{said}"
+
+
+def _logs(run: Path) -> int:
+    files = sorted((runs.launch_directory(run) / "logs").glob("*"), key=lambda p: p.stat().st_mtime)
+    if not files:
+        raise LaunchError(f"{run} has no log files in launch/logs (a local run writes to its terminal)")
+    for path in files:
+        print(f"==> {path} <==")
+        print(path.read_text(encoding="utf-8", errors="replace"), end="")
+    return 0
+
+
+def _stop_local(run: Path) -> int:
+    import os
+    import signal
+
+    pid = runs.holder(run)
+    if pid is None or not runs.is_held(run):
+        raise LaunchError(f"{run} is not running on this machine")
+    os.kill(pid, signal.SIGTERM)
+    print(f"asked process {pid} to save and stop")
+    return 0
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,373 @@
+"""`python -m launch.sweep sweep=NAME KEY=A,B,C ...`: one run for every combination of values, on any target.
+
+The sweep lives in `{run.root}/NAME`, with `sweep.json` and one run directory for each point. Called again it runs what is
+missing: a point whose newest checkpoint is at its last step is finished, any other continues. Without axes on the
+command line they come from `sweep.json`, else from configs/sweep/NAME.yaml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch import check, config, kubernetes, runs, slurm
+from launch.config import CONFIGS, PROJECT, Launch, LaunchError
+from launch.processes import SUPERVISOR, end_descendants
+from train.signals import BAD_INPUT, REQUEUE
+
+USAGE = """Train one model for every combination of values, and compare them.
+
+  python -m launch.sweep sweep=NAME KEY=A,B,C [KEY=VALUE ...] [target=TARGET] [nodes=N] [launch.KEY=VALUE ...]
+
+  sweep=NAME            the sweep's directory below run.root, W&B group, and preset: {presets}
+  sweep.budget=tokens   tokens | flops | steps: what every point gets as much of as the base configuration would
+  sweep.only=POINT,...  these points alone
+  sweep.parallel=1      target=local: points at the same time
+  sweep.report=true     target=local and ssh: write the report at the end
+
+Run the same line again to continue: finished points are not run again, failed ones are.
+"""
+BUDGETS = ("tokens", "flops", "steps")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `sweep=` and `sweep.KEY=` say."""
+
+    name: str
+    budget: str | None = None
+    only: tuple[str, ...] = ()
+    parallel: int = 1
+    report: bool = True
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.+-]+", self.name) or set(self.name) == {"."}:
+            raise LaunchError(f"sweep={self.name!r} names a directory: letters, digits and _ . + - only")
+        if self.budget not in (None, *BUDGETS):
+            raise LaunchError(f"sweep.budget={self.budget!r} is not one of {', '.join(BUDGETS)}")
+        if self.parallel < 1:
+            raise LaunchError(f"sweep.parallel={self.parallel} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    name: str
+    values: dict[str, str]  # axis -> value, as written in an override
+    overrides: list[str]  # all that `python -m train` gets
+    steps: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep.json` holds."""
+
+    name: str
+    budget: str
+    given: list[str]  # overrides of the command line or the preset, axes included
+    points: list[Point]
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE.format(presets=", ".join(presets())))
+        return 0 if arguments else BAD_INPUT
+    try:
+        options, launch_arguments, overrides = parse(arguments)
+        launch = config.parse([*launch_arguments, "--", *overrides])
+        home, sweep = plan(options, launch)
+        return run(options, launch, launch_arguments, home, sweep)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def parse(arguments: Sequence[str]) -> tuple[Options, list[str], list[str]]:
+    """The command line -> the sweep's options, the launcher's arguments, the training overrides."""
+    before, after = config.split(arguments)
+    own: dict[str, Any] = {}
+    launch_arguments, overrides = [], []
+    for argument in before:
+        key, _, value = argument.partition("=")
+        if key == "sweep":
+            own["name"] = value
+        elif key.startswith("sweep."):
+            name = key.removeprefix("sweep.")
+            kinds = {"budget": str, "only": tuple[str, ...], "parallel": int, "report": bool}
+            if name not in kinds:
+                raise LaunchError(f"{key} is not a key of sweeps; those are {', '.join(f'sweep.{k}' for k in kinds)}")
+            own[name] = config._convert(kinds[name], value, key)
+        elif key == "target" or key in config.SIZE_KEYS or key.startswith("launch."):
+            launch_arguments.append(argument)
+        else:
+            overrides.append(argument)
+    if "name" not in own:
+        raise LaunchError(f"sweep=NAME is missing; a new name, or one of the presets {', '.join(presets())}")
+    if not any(a.startswith("target=") for a in launch_arguments):
+        launch_arguments.insert(0, "target=local")
+    return Options(**own), launch_arguments, [*overrides, *after]
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / "sweep").glob("*.yaml"))
+
+
+# -- what to run ------------------------------------------------------------------------------------------------------
+
+
+def plan(options: Options, launch: Launch) -> tuple[Path, Sweep]:
+    """The sweep's directory and its points, every one composed and validated for the launch's ranks."""
+    axes, common = split_axes(launch.overrides)
+    for override in common:
+        if override.split("=")[0].lstrip("+") == "run.name":
+            raise LaunchError(f"{override}: a sweep names its runs itself")
+    base = check.compose([*common])
+    home = launch.directory / str(base["run"]["root"]) / options.name
+    stored = read(home)
+    preset = _preset(options.name)
+    budget = options.budget or (stored.budget if stored else preset.get("budget", "tokens"))
+    if not axes and stored is not None and not common:
+        return home, stored
+    if not axes:
+        source = stored.given if stored else preset.get("overrides", [])
+        axes, more = split_axes(source)
+        kept = {c.split("=")[0] for c in common}
+        common = [*(m for m in more if m.split("=")[0] not in kept), *common]
+        base = check.compose(common)
+    if not axes:
+        raise LaunchError(f"sweep={options.name} has nothing to vary: give KEY=A,B,C, or a preset's name: {', '.join(presets())}")
+    points = make_points(options.name, axes, common, base, budget, launch.world_size)
+    return home, Sweep(options.name, budget, [*(f"{k}={','.join(v)}" for k, v in axes.items()), *common],
+                       _merged(home, stored, points))
+
+
+def split_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Overrides with several values, and the others."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    axes: dict[str, list[str]] = {}
+    common: list[str] = []
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            raise LaunchError(f"{override!r}: {check._one_line(error)}") from error
+        if parsed.is_sweep_override():
+            values = list(parsed.sweep_string_iterator())
+            if len(set(values)) != len(values):
+                raise LaunchError(f"{override} names a value twice")
+            axes[parsed.get_key_element()] = values
+        else:
+            common.append(override)
+    return axes, common
+
+
+def make_points(name: str, axes: dict[str, list[str]], common: list[str], base: dict[str, Any], budget: str,
+                world_size: int) -> list[Point]:
+    short = {key: key.split(".")[-1] for key in axes}
+    if len(set(short.values())) < len(short):
+        short = {key: key for key in axes}
+    points = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values))
+        label = ",".join(f"{short[key]}={re.sub(r'[^A-Za-z0-9_.+-]+', '_', value)}" for key, value in chosen.items())
+        overrides = [*common, *(f"{key}={value}" for key, value in chosen.items()), f"run.name='{name}/{label}'"]
+        if not any(c.startswith("logging.wandb_group=") for c in common):
+            overrides.append(f"logging.wandb_group={name}")
+        try:
+            composed = check.compose(overrides)
+            steps = equal_steps(base, composed, budget, swept="run.steps" in axes)
+            composed["run"]["steps"] = steps
+            check.validated(composed, world_size)
+        except LaunchError as error:
+            raise LaunchError(f"{label}: {error}") from error
+        points.append(Point(label, chosen, [*(o for o in overrides if not o.startswith("run.steps=")), f"run.steps={steps}"],
+                            steps))
+    if len({p.name for p in points}) < len(points):
+        raise LaunchError(f"two points of sweep={name} would have the same directory: their values differ in punctuation only")
+    return points
+
+
+def equal_steps(base: dict[str, Any], point: dict[str, Any], budget: str, swept: bool) -> int:
+    """Steps that give `point` as many tokens, or training FLOPs, as the base configuration takes in its own."""
+    if budget == "steps" or swept:
+        return int(point["run"]["steps"])
+    cost = _tokens_per_step if budget == "tokens" else _flops_per_step
+    return max(1, round(base["run"]["steps"] * cost(base) / cost(point)))
+
+
+def _tokens_per_step(values: dict[str, Any]) -> float:
+    return values["seq_len"] * values["run"]["samples_per_step"]
+
+
+def _flops_per_step(values: dict[str, Any]) -> float:
+    """Forward and backward of samples that are one document each, in the trainer's own count."""
+    from ksa_model import layout
+    from train.batches import model_flops
+
+    trained = check.validated({**values, "run": {**values["run"], "samples_per_step": 1}, "parallel": {}}, 1)
+    model = dataclasses.replace(trained.model, vocab_size=trained.model.vocab_size or trained.data.vocab_size)
+    pack = layout.build([0], [trained.seq_len], trained.seq_len, model.chunk_size, model.summary_tokens)
+    return float(model_flops(model, pack)) * values["run"]["samples_per_step"]
+
+
+def _preset(name: str) -> dict[str, Any]:
+    path = CONFIGS / "sweep" / f"{name}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _merged(home: Path, stored: Sweep | None, points: list[Point]) -> list[Point]:
+    """The points asked for, checked against those of an earlier call; that call's other points stay part of the sweep."""
+    before = {p.name: p for p in stored.points} if stored else {}
+    for point in points:
+        old = before.pop(point.name, None)
+        if old and sorted(old.overrides) != sorted(point.overrides):
+            changed = sorted(set(old.overrides) ^ set(point.overrides))
+            raise LaunchError(f"{home} was begun with other settings: {point.name} differs in {', '.join(changed)}; "
+                              "choose another sweep=NAME, or remove the directory")
+    return [*before.values(), *points]
+
+
+def read(home: Path) -> Sweep | None:
+    try:
+        values = json.loads((home / "sweep.json").read_text(encoding="utf-8"))
+        return Sweep(**{**values, "points": [Point(**p) for p in values["points"]]})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise LaunchError(f"{home / 'sweep.json'} cannot be read: {error}") from error
+
+
+def write(home: Path, sweep: Sweep) -> None:
+    home.mkdir(parents=True, exist_ok=True)
+    aside = home / "sweep.json.tmp"
+    aside.write_text(json.dumps(asdict(sweep), indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, home / "sweep.json")
+
+
+# -- running it -------------------------------------------------------------------------------------------------------
+
+
+def run(options: Options, launch: Launch, launch_arguments: list[str], home: Path, sweep: Sweep) -> int:
+    """Start what is missing, on the target."""
+    unknown = set(options.only) - {p.name for p in sweep.points}
+    if unknown:
+        raise LaunchError(f"sweep.only={','.join(sorted(unknown))}: the points are {'  '.join(p.name for p in sweep.points)}")
+    wanted = [p for p in sweep.points if not options.only or p.name in options.only]
+    missing = [p for p in wanted if not is_finished(home, p)]
+    print(f"sweep {sweep.name}: {len(sweep.points)} points, equal {sweep.budget}; {len(wanted) - len(missing)} finished, "
+          f"{len(missing)} to run")
+    for point in wanted:
+        print(f"  {'to run' if point in missing else 'finished'}  {point.name}  {point.steps} steps")
+    if launch.settings.dry_run:
+        print(f"# each point: {shlex.join(_command(launch, launch_arguments, missing[0]))}" if missing else "# nothing to run")
+        return 0
+    write(home, sweep)
+    if launch.target == "kubernetes":
+        return kubernetes.submit(launch, [(f"{sweep.name}/{p.name}", tuple(p.overrides)) for p in missing]) if missing else 0
+    if launch.target == "slurm":
+        return _submit_array(launch, launch_arguments, home, missing)
+    with runs.locked(home, wait_seconds=5):
+        code = _run_here(launch, launch_arguments, home, missing, options.parallel)
+    if options.report and code != REQUEUE:
+        report = subprocess.run([sys.executable, "-m", "train.report", str(home)], env=_environment())
+        code = code or report.returncode
+    return code
+
+
+def is_finished(home: Path, point: Point) -> bool:
+    return runs.progress(home / point.name).step >= point.steps
+
+
+def _command(launch: Launch, launch_arguments: list[str], point: Point) -> list[str]:
+    kept = [a for a in launch_arguments if not a.startswith("launch.check=")]
+    return [sys.executable, "-m", "launch", *kept, "launch.check=false", "--", *point.overrides]
+
+
+def _submit_array(launch: Launch, launch_arguments: list[str], home: Path, missing: list[Point]) -> int:
+    record = runs.read_record(home)
+    if record is not None and record.target == "slurm" and slurm.running_jobs(record):
+        raise LaunchError(f"job {' '.join(record.jobs)} of this sweep is still in the queue; wait, or "
+                          f"python -m launch cancel {shlex.quote(str(home))}")
+    if not missing:
+        print("nothing to submit")
+        return 0
+    if launch.settings.chain_jobs > 1:
+        raise LaunchError("a sweep is one job array: use launch.continuation=requeue instead of a chain")
+    return slurm.submit(launch, [slurm.Point(p.overrides, home / p.name) for p in missing], home, launch_arguments)
+
+
+def _run_here(launch: Launch, launch_arguments: list[str], home: Path, missing: list[Point], parallel: int) -> int:
+    """Points one after another, or a few at a time, each a launcher of its own; 0, 1 or 75."""
+    waiting, failed = list(missing), []
+    running: dict[subprocess.Popen, tuple[Point, Path, float]] = {}
+    stop: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: stop.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        passed_on = 0
+        while running or (waiting and not stop):
+            while waiting and len(running) < parallel and not stop:
+                point = waiting.pop(0)
+                log = runs.launch_directory(home / point.name) / "logs" / "local.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                with open(log, "a", encoding="utf-8") as out:
+                    process = subprocess.Popen(_command(launch, launch_arguments, point), stdout=out, stderr=out,
+                                               env=_environment(), cwd=launch.directory, start_new_session=True)
+                running[process] = (point, log, time.monotonic())
+            if len(stop) > passed_on:
+                passed_on = len(stop)
+                for process in running:
+                    process.send_signal(signal.SIGTERM)
+            for process in [p for p in running if p.poll() is not None]:
+                point, log, began = running.pop(process)
+                code = process.returncode
+                print(f"  {point.name}: {_ended(home, point, code, log)}, {time.monotonic() - began:.0f} s", flush=True)
+                if code != 0:
+                    failed.append(point)
+            time.sleep(0.1)
+    finally:
+        end_descendants()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stop:
+        print("stopped; the same command continues")
+        return REQUEUE
+    if failed:
+        names = ",".join(p.name for p in failed)
+        print(f"{len(failed)} of {len(missing)} points did not finish; alone again: python -m launch.sweep sweep={home.name} "
+              f"{shlex.quote(f'sweep.only={names}')} {shlex.quote(f'run.root={home.parent}')}")
+    return 1 if failed else 0
+
+
+def _ended(home: Path, point: Point, code: int, log: Path) -> str:
+    if code == 0:
+        last = runs.progress(home / point.name).last_line
+        return "finished" + (f", loss {last['loss']:.4f}" if last else "")
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    said = next((line for line in reversed(lines) if line.startswith("error:") or re.match(r"(\[rank\d+\]: )?\w+Error\b", line)), "")
+    return f"FAILED with exit code {code}{f' ({said})' if said else ''}, see {log}"
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p)
+    return {**os.environ, "PYTHONPATH": path, SUPERVISOR: str(os.getpid())}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
