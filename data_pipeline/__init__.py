@@ -10,7 +10,7 @@ Imports neither torch nor the model; heavy libraries are imported where they are
 import warnings
 
 # `python -m data_pipeline.prepare` finds its module already imported by this package and hands over to it.
-warnings.filterwarnings("ignore", message="'data_pipeline.prepare' found in sys.modules", category=RuntimeWarning)
+warnings.filterwarnings("ignore", message=r"'data_pipeline\.\w+' found in sys.modules", category=RuntimeWarning)
 
 from data_pipeline.config import DataConfig  # noqa: E402
 from data_pipeline.errors import DataError  # noqa: E402

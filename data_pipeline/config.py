@@ -1,60 +1,169 @@
-"""What corpus to prepare and how to read it. Plain values only, so that it can be built from YAML or a command line."""
+"""What data to train on and how to read it. Plain values only, so that it can be built from YAML or a command line."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from data_pipeline.errors import DataError
 
-SOURCES = ("stdlib", "text", "jsonl")
+RAW = ("stdlib", "text", "jsonl", "parquet", "hf")
+"""Sources of text, which `prepare` tokenizes."""
+TOKENIZED = ("shards", "megatron")
+"""Sources of tokens, which are used as they are."""
+SOURCES = (*RAW, *TOKENIZED, "mixture", "synthetic")
+STREAMABLE = ("text", "jsonl", "parquet")
 TOKENIZER_TYPES = ("bpe", "unigram")
+TASKS = ("needle", "multikey", "variables")
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """One corpus of a mixture. The fields mean what they mean in `DataConfig`."""
+
+    name: str
+    source: str
+    path: str | None = None
+    weight: float | None = None
+    """Share of the samples drawn from here, relative to the others; None on all corpora: by size (`temperature`)."""
+    text_key: str = "text"
+    subset: str | None = None
+    split: str = "train"
+    validation_path: str | None = None
+    validation_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        place = f"data.corpora[{self.name}]"
+        if self.source not in (*RAW, *TOKENIZED):
+            raise DataError(f"{place}.source={self.source!r} must be one of {', '.join((*RAW, *TOKENIZED))}")
+        if self.weight is not None and not self.weight > 0:
+            raise DataError(f"{place}.weight={self.weight!r} must be above 0; leave the corpus out instead")
+
+
+@dataclass(frozen=True)
+class DrawConfig:
+    """What a stage draws from one corpus: its documents of `min_tokens` to `max_tokens`, with a weight."""
+
+    corpus: str
+    weight: float | None = None
+    """None: the weight of the corpus in the mixture."""
+    min_tokens: int = 0
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_range(f"data.stages.draws[{self.corpus}]", self.min_tokens, self.max_tokens)
+        if self.weight is not None and not self.weight > 0:
+            raise DataError(f"data.stages.draws[{self.corpus}].weight={self.weight!r} must be above 0")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stretch of training at one sample length, e.g. the last 2,000 samples at 1,048,576 tokens."""
+
+    seq_len: int
+    samples: int
+    min_tokens: int = 0
+    """Documents shorter than this are left out."""
+    max_tokens: int | None = None
+    """Documents longer than this are left out."""
+    draws: tuple[DrawConfig, ...] = ()
+    """Corpora (or length ranges of them) with weights of this stage; empty: all corpora with theirs."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "draws", _items(DrawConfig, self.draws, "data.stages.draws"))
+        if self.samples < 1:
+            raise DataError(f"data.stages: samples={self.samples} must be at least 1")
+        _check_range(f"data.stages[seq_len={self.seq_len}]", self.min_tokens, self.max_tokens)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """One corpus: where it is, how it is split and tokenized, and how its samples are ordered.
+    """Where the data is, how it is split and tokenized, and how its samples are ordered.
 
     Raises:
         DataError: a value is of the wrong type or out of range, or the fields do not fit together.
     """
 
     source: str = "stdlib"
-    """`stdlib` (the running Python's own standard library), `text` (a document per file) or `jsonl` (one per line)."""
+    """`stdlib` (the running Python's own standard library), `text` (a document per file), `jsonl` (one per line),
+    `parquet` (one per row), `hf` (a Hugging Face dataset), `shards` (what an earlier prepare made, local or remote),
+    `megatron` (existing .bin/.idx), `mixture` (several of these) or `synthetic` (generated probes)."""
     path: str | None = None
-    """File, directory or glob of the corpus; for `text` and `jsonl` only."""
+    """File, directory or glob of the corpus, local or a URL (s3://, gs://, https://, hf://); for `hf` the dataset."""
     text_key: str = "text"
-    """The key of a JSONL object that holds the document."""
+    """The key of a JSONL object, or the column of a table, that holds the document."""
+    subset: str | None = None
+    """`hf` only: the configuration of the dataset, where it has several."""
+    split: str = "train"
+    """`hf` only: the split of the dataset."""
     validation_path: str | None = None
     """File, directory or glob of the held-out documents; None holds out `validation_fraction` of `path` instead."""
     validation_fraction: float = 0.01
     """Share of documents held out, chosen by a hash of the document's text: equal texts share a side."""
     tokenizer: str | None = None
-    """Path of a SentencePiece model; None trains one on the training split."""
+    """Path of a SentencePiece model or a Hugging Face tokenizer.json; None trains one on the training split."""
     vocab_size: int = 4096
     """Pieces of a tokenizer trained here; a given `tokenizer` brings its own."""
     tokenizer_type: str = "bpe"
     """Kind of a tokenizer trained here: `bpe` or `unigram`."""
+    max_document_tokens: int | None = None
+    """Longer documents are left out and counted; None keeps all."""
+    shard_mb: float = 512.0
+    """Size of a token shard; preparing continues after a kill at the last finished shard."""
     cache_dir: str = ".cache/data"
     """Everything that is built lies below this directory."""
+    cache_gb: float = 20.0
+    """Bound of the local cache of remote shards; the least recently used blocks go first."""
+    retries: int = 5
+    """How often a failed remote request is repeated before it is an error."""
+    verify: bool = False
+    """Hash all shards when they are opened. Shards whose time stamp has changed are hashed in any case."""
+    stream: bool = False
+    """`text`, `jsonl`, `parquet`: train straight from the raw text, tokenized when it is needed."""
+    slab_mb: float = 64.0
+    """`stream` only: text that is tokenized and packed together; a slab should give 200 samples or more."""
     seed: int = 0
     """Chooses which documents share a sample and the order of the samples."""
     prefetch_samples: int = 4
     """Samples per data-parallel rank that the loader keeps ready."""
+    accept_changes: bool = False
+    """Continue a run on other data (corpus, tokenizer, seq_len, seed, weights), at the same sample number."""
+    corpora: tuple[CorpusConfig, ...] = ()
+    """`mixture` only: what is mixed."""
+    temperature: float = 1.0
+    """`mixture` without weights: a corpus of n tokens weighs n ** (1 / temperature)."""
+    stages: tuple[StageConfig, ...] = ()
+    """`mixture` only: lengths of samples in the order of training; empty: one stage without end at the run's length."""
+    tasks: tuple[str, ...] = TASKS
+    """`synthetic` only: the kinds of probes, in turn."""
 
     def __post_init__(self) -> None:
-        for name in ("source", "text_key", "tokenizer_type", "cache_dir"):
+        object.__setattr__(self, "corpora", _items(CorpusConfig, self.corpora, "data.corpora"))
+        object.__setattr__(self, "stages", _items(StageConfig, self.stages, "data.stages"))
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        for name in ("source", "text_key", "split", "tokenizer_type", "cache_dir"):
             _require(isinstance(getattr(self, name), str) and getattr(self, name) != "", name, self, "a non-empty text")
-        for name in ("path", "validation_path", "tokenizer"):
+        for name in ("path", "subset", "validation_path", "tokenizer"):
             value = getattr(self, name)
             _require(value is None or (isinstance(value, str) and value != ""), name, self, "a path or null")
-        for name in ("vocab_size", "seed", "prefetch_samples"):
+        for name in ("vocab_size", "seed", "prefetch_samples", "retries"):
+            _require(_is_whole(getattr(self, name)), name, self, "a whole number")
+        for name in ("verify", "stream", "accept_changes"):
+            _require(isinstance(getattr(self, name), bool), name, self, "true or false")
+        for name in ("shard_mb", "cache_gb", "slab_mb", "temperature"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and not isinstance(value, bool), name, self, "a whole number")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(is_number and 0 < value < float("inf"), name, self, "a number above 0")
         _require(self.source in SOURCES, "source", self, f"one of {', '.join(SOURCES)}")
         _require(self.tokenizer_type in TOKENIZER_TYPES, "tokenizer_type", self, f"one of {', '.join(TOKENIZER_TYPES)}")
         _require(self.vocab_size > 0, "vocab_size", self, "at least 1")
         _require(0 <= self.seed < 2**63, "seed", self, "between 0 and 2**63 - 1")
         _require(self.prefetch_samples >= 1, "prefetch_samples", self, "at least 1")
+        _require(self.retries >= 0, "retries", self, "at least 0")
+        most = self.max_document_tokens
+        _require(most is None or (_is_whole(most) and most > 0), "max_document_tokens", self, "at least 1, or null")
         fraction = self.validation_fraction
         _require(
             isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and 0 <= fraction < 1,
@@ -62,17 +171,83 @@ class DataConfig:
             self,
             "a number from 0 up to but not including 1",
         )
-        if self.source == "stdlib":
+        tasks_known = len(self.tasks) > 0 and set(self.tasks) <= set(TASKS)
+        _require(tasks_known, "tasks", self, f"a list of {', '.join(TASKS)}")
+        self._check_source()
+
+    def _check_source(self) -> None:
+        if self.source in ("stdlib", "mixture", "synthetic"):
             for name in ("path", "validation_path"):
                 if getattr(self, name) is not None:
                     raise DataError(
-                        f"data.{name}={getattr(self, name)!r} has no meaning for data.source=stdlib: remove it, or set "
-                        f"data.source to text or jsonl"
+                        f"data.{name}={getattr(self, name)!r} has no meaning for data.source={self.source}: remove it, "
+                        f"or set data.source to text or jsonl"
                     )
         elif self.path is None:
             raise DataError(f"data.source={self.source} needs data.path: a file, a directory or a glob")
+        if self.source != "mixture" and (self.corpora or self.stages):
+            raise DataError(f"data.corpora and data.stages belong to data.source=mixture, not {self.source}")
+        if self.source == "mixture":
+            _check_mixture(self.corpora, self.stages)
+        if self.source == "megatron" and self.tokenizer is None:
+            raise DataError("data.source=megatron needs data.tokenizer: the one that the shards were made with")
+        if self.stream and self.source not in STREAMABLE:
+            raise DataError(f"data.stream=true reads {', '.join(STREAMABLE)}, not data.source={self.source}")
+        if self.stream and self.tokenizer is None:
+            raise DataError(
+                "data.stream=true needs data.tokenizer: training one would read the corpus first; make one with "
+                "`python -m data_pipeline.tokenizer train ...`"
+            )
+
+
+def _check_mixture(corpora: tuple[CorpusConfig, ...], stages: tuple[StageConfig, ...]) -> None:
+    names = [corpus.name for corpus in corpora]
+    if not names:
+        raise DataError("data.source=mixture needs data.corpora: a list of corpora with name, source and path")
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"data.corpora: the name {name!r} is given twice")
+    without = [corpus.name for corpus in corpora if corpus.weight is None]
+    if without and len(without) < len(names):
+        raise DataError(f"data.corpora: {', '.join(without)} lack a weight; give one to all corpora or to none")
+    for stage in stages:
+        for draw in stage.draws:
+            if draw.corpus not in names:
+                near = difflib.get_close_matches(draw.corpus, names, n=1, cutoff=0)[0]
+                raise DataError(f"data.stages draw from {draw.corpus!r}, which is no corpus; the nearest is {near!r}")
 
 
 def _require(condition: bool, name: str, config: DataConfig, wanted: str) -> None:
     if not condition:
         raise DataError(f"data.{name}={getattr(config, name)!r} must be {wanted}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_range(place: str, least: int, most: int | None) -> None:
+    if least < 0 or (most is not None and most < max(least, 1)):
+        raise DataError(f"{place}: min_tokens={least} and max_tokens={most} leave no length; set min below max")
+
+
+def _items(kind: type, values: Any, place: str) -> tuple[Any, ...]:
+    """A list of `kind`, each given as one or as a mapping of its fields (from YAML or JSON)."""
+    if not isinstance(values, (list, tuple)):
+        raise DataError(f"{place}={values!r} must be a list")
+    known = [field.name for field in fields(kind)]
+    items = []
+    for value in values:
+        if isinstance(value, Mapping):
+            for key in value:
+                if key not in known:
+                    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+                    raise DataError(f"{place}: unknown key {key!r}, the nearest is {near!r}")
+            try:
+                value = kind(**value)
+            except TypeError as error:
+                raise DataError(f"{place}: {dict(value)!r} lacks a key or has a wrong value ({error})") from error
+        if not isinstance(value, kind):
+            raise DataError(f"{place}: {value!r} must be a group of the keys {', '.join(known)}")
+        items.append(value)
+    return tuple(items)

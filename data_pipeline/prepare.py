@@ -4,41 +4,44 @@ What is built, below `cache_dir`:
 
     <corpus>-<fingerprint>/tokenizer.model
                            train-00000.bin .idx, validation-00000.bin .idx, ...
+                           progress.json          while it is built: what is finished, and where in the corpus to go on
                            manifest.json          written last: its presence means that all the rest is there
 
 The fingerprint is that of the request (files with size and time stamp, split, tokenizer); `PreparedData.fingerprint`
 is that of the result (tokenizer and tokens), so it stays the same when a corpus is copied to another machine.
+
+Shards of both splits are closed together, at a document, and then progress.json is replaced. What was written after it
+when a process was killed is written again, so no document is lost or doubled.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
-import shutil
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import DataConfig
+from data_pipeline import cli, verify
+from data_pipeline.config import RAW, DataConfig
+from data_pipeline.encode import encode_all
 from data_pipeline.errors import DataError
-from data_pipeline.shards import ShardInfo, ShardWriter, token_dtype
-from data_pipeline.sources import SPLITS, TRAIN, VALIDATION, Corpus, Document
-from data_pipeline.storage import build_once, fingerprint_of, read_json, sha256_of_file, write_json
-from data_pipeline.tokenizer import CHUNK_CHARACTERS, TRAINING_CHARACTERS, Tokenizer, train_tokenizer
+from data_pipeline.readers import Position
+from data_pipeline.remote import is_remote
+from data_pipeline.shards import ShardWriter, token_dtype
+from data_pipeline.sources import SPLITS, TRAIN, VALIDATION, Corpus, Piece
+from data_pipeline.storage import aside, build_once, fingerprint_of, read_json, sha256_of_file, write_json
+from data_pipeline.tokenizer import CHUNK_CHARACTERS, PIECE_CHARACTERS, TRAINING_CHARACTERS, Tokenizer, train_tokenizer
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
-_FORMAT = 1
-_SHARD_BYTES = 1 << 29
-_BATCH_CHARACTERS = 1 << 18
+_PROGRESS = "progress.json"
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class PreparedData:
 def prepare(config: DataConfig, *, progress: bool = False) -> PreparedData:
     """Tokenize the corpus of `config` below `config.cache_dir`, or find it there.
 
-    Any number of processes may call this at once: one does the work and the others wait for it. What a killed process
-    left half-done is done again.
+    Any number of processes may call this at once: one does the work and the others wait for it. After a kill, the next
+    call goes on at the last finished shard.
 
     Args:
         config: the corpus.
@@ -73,13 +76,19 @@ def prepare(config: DataConfig, *, progress: bool = False) -> PreparedData:
     Raises:
         DataError: the corpus, the tokenizer or the files found in the cache are not what they should be.
     """
+    if config.source not in RAW:
+        raise DataError(f"data.source={config.source} has no text to prepare; the sources of text are {', '.join(RAW)}")
+    if is_remote(config.cache_dir):
+        raise DataError(f"{config.cache_dir}: shards are written to a local directory; copy them from there")
     corpus = Corpus(config)
     wanted = None if config.tokenizer is None else Tokenizer(config.tokenizer).fingerprint
     request = {
         "format": _FORMAT,
         "corpus": corpus.identity(),
         "tokenizer": wanted or [config.tokenizer_type, config.vocab_size, TRAINING_CHARACTERS],
-        "chunk_characters": CHUNK_CHARACTERS,
+        "chunk_characters": [CHUNK_CHARACTERS, PIECE_CHARACTERS],
+        "max_document_tokens": config.max_document_tokens,
+        "shard_mb": float(config.shard_mb),
     }
     directory = Path(config.cache_dir) / f"{corpus.name}-{fingerprint_of(request)[:16]}"
 
@@ -87,8 +96,11 @@ def prepare(config: DataConfig, *, progress: bool = False) -> PreparedData:
         if progress:
             print(f"waiting for another process that prepares {directory}", file=sys.stderr)
 
-    build_once(directory, MANIFEST, lambda target: _build(target, config, corpus, progress), announce_wait)
-    return open_prepared(directory, wanted)
+    build_once(directory, MANIFEST, lambda target: _build(target, config, corpus, progress), announce_wait, keep=True)
+    prepared = open_prepared(directory, wanted)
+    shards = [shard for split in SPLITS for shard in prepared.manifest["splits"][split]["shards"]]
+    verify.check(directory, shards, config.cache_dir, everything=config.verify)
+    return prepared
 
 
 def open_prepared(directory: str | Path, tokenizer_fingerprint: str | None = None) -> PreparedData:
@@ -148,25 +160,30 @@ def shard_hashes(prefixes: Sequence[str | Path]) -> list[list[str]]:
 def _build(directory: Path, config: DataConfig, corpus: Corpus, progress: bool) -> None:
     tokenizer_path = directory / TOKENIZER
     if config.tokenizer is not None:
-        shutil.copyfile(config.tokenizer, tokenizer_path)
-    else:
+        with aside(tokenizer_path) as file:
+            file.write(Path(config.tokenizer).read_bytes())
+    elif not tokenizer_path.exists():
         with _bar(corpus, "reading for the tokenizer", progress) as bar:
-            texts = (document.text for split, document in _watched(corpus, Counter(), bar) if split == TRAIN)
+            texts = (piece.text for piece in _watched(corpus.pieces(), bar) if piece.split == TRAIN)
             train_tokenizer(texts, tokenizer_path, config.vocab_size, config.tokenizer_type)
     tokenizer = Tokenizer(tokenizer_path)
     dtype = token_dtype(tokenizer.vocab_size)
-    skipped: Counter[str] = Counter()
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(_SplitWriter(directory, split, dtype)) for split in SPLITS}
+        output = stack.enter_context(_Output(directory, dtype, config))
         bar = stack.enter_context(_bar(corpus, "encoding", progress))
-        for split, num_bytes, tokens in _encode_all(_watched(corpus, skipped, bar), tokenizer, dtype):
-            writers[split].add(tokens, num_bytes)
-    splits = {split: writer.summary() for split, writer in writers.items()}
-    if not splits[TRAIN]["documents"]:
-        held_out = splits[VALIDATION]["documents"]
+        bar.update(sum(file.num_bytes for file in corpus.files[: output.position.file]) + output.position.offset)
+        began, num_text_bytes = time.perf_counter(), 0
+        for piece, tokens, num_bytes in encode_all(_watched(corpus.pieces(output.position), bar), tokenizer, dtype):
+            output.add(piece, tokens, num_bytes)
+            num_text_bytes += num_bytes
+            rate = num_text_bytes / 1e6 / max(time.perf_counter() - began, 1e-9)
+            bar.set_postfix_str(f"{rate:.1f} MB/s of text", refresh=False)
+        output.commit()
+    if not output.splits[TRAIN].documents:
         raise DataError(
-            f"data.source={config.source} data.path={config.path}: no document is left to train on ({held_out} held "
-            f"out, {skipped['empty']} empty); set data.validation_fraction=0, or add documents"
+            f"data.source={config.source} data.path={config.path}: no document is left to train on "
+            f"({output.splits[VALIDATION].documents} held out, {output.skipped['empty']} empty); set "
+            f"data.validation_fraction=0, or add documents"
         )
     manifest = {
         "format": _FORMAT,
@@ -176,110 +193,137 @@ def _build(directory: Path, config: DataConfig, corpus: Corpus, progress: bool) 
             "validation_path": config.validation_path,
             "split_rule": corpus.split_rule,
             "files": len(corpus.files),
-            "file_bytes": sum(file.num_bytes for file in corpus.files),
-            "skipped": dict(skipped),
+            "file_bytes": corpus.num_bytes,
+            "max_document_tokens": config.max_document_tokens,
+            "skipped": dict(output.skipped),
         },
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint,
+            "kind": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
             "chunk_characters": CHUNK_CHARACTERS,
+            "piece_characters": PIECE_CHARACTERS,
         },
         "dtype": dtype.name,
-        "splits": splits,
+        "splits": {split: output.splits[split].summary() for split in SPLITS},
     }
+    shards = [shard for split in SPLITS for shard in output.splits[split].shards]
+    verify.remember(directory, shards, config.cache_dir)
     write_json(directory / MANIFEST, manifest)
+    (directory / _PROGRESS).unlink()
 
 
-class _SplitWriter:
-    """The shards of one split: a context manager that starts a new shard whenever the last one is large enough."""
+class _SplitCounts:
+    """What the finished shards of one split hold; `summary()` is its part of the manifest, and restores it."""
 
-    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_bytes: int = _SHARD_BYTES) -> None:
-        self._prefix = directory / split
-        self._dtype = dtype
-        self._shard_bytes = shard_bytes
-        self._open = ExitStack()
-        self._writer: ShardWriter | None = None
-        self._writers: list[ShardWriter] = []
-        self._text_bytes = 0
+    def __init__(self, summary: dict[str, Any] | None = None) -> None:
         # By bits of the length: bucket b counts documents of 2**(b-1) < length <= 2**b tokens.
-        self._documents = np.zeros(64, dtype=np.int64)
-        self._tokens = np.zeros(64, dtype=np.int64)
+        self._buckets = np.zeros((64, 2), dtype=np.int64)
+        self.text_bytes, self.shards = 0, list[dict[str, Any]]()
+        if summary is not None:
+            self.text_bytes, self.shards = summary["text_bytes"], summary["shards"]
+            for bucket in summary["length_histogram"]:
+                row = (bucket["at_most_tokens"] - 1).bit_length()
+                self._buckets[row] = bucket["documents"], bucket["tokens"]
 
-    def __enter__(self) -> _SplitWriter:
+    @property
+    def documents(self) -> int:
+        return int(self._buckets[:, 0].sum())
+
+    def count(self, num_tokens: int, num_bytes: int) -> None:
+        self._buckets[(num_tokens - 1).bit_length()] += 1, num_tokens
+        self.text_bytes += num_bytes
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "documents": self.documents,
+            "tokens": int(self._buckets[:, 1].sum()),
+            "text_bytes": self.text_bytes,
+            "length_histogram": [
+                {"at_most_tokens": 1 << row, "documents": int(documents), "tokens": int(tokens)}
+                for row, (documents, tokens) in enumerate(self._buckets.tolist())
+                if documents
+            ],
+            "shards": self.shards,
+        }
+
+
+class _Output:
+    """The shards of all splits and the record of what is finished; a context manager.
+
+    Attributes:
+        position: where in the corpus the next document is.
+        skipped: documents left out, by reason.
+    """
+
+    def __init__(self, directory: Path, dtype: np.dtype, config: DataConfig) -> None:
+        self._directory, self._dtype = directory, dtype
+        self._shard_bytes = int(config.shard_mb * 1e6)
+        self._most_tokens = config.max_document_tokens
+        self._open = ExitStack()
+        self._writers: dict[str, ShardWriter] = {}
+        self._open_bytes, self._dropping = 0, False
+        self.position, self.skipped, self._group = Position(), Counter[str](), 0
+        self.splits = {split: _SplitCounts() for split in SPLITS}
+        if (directory / _PROGRESS).exists():
+            done = read_json(directory / _PROGRESS)
+            self.position, self._group = Position(*done["position"]), done["group"]
+            self.skipped.update(done["skipped"])
+            self.splits = {split: _SplitCounts(done["splits"][split]) for split in SPLITS}
+        listed = {shard["name"] for counts in self.splits.values() for shard in counts.shards}
+        for path in [*directory.glob("*.bin"), *directory.glob("*.idx")]:
+            if path.stem not in listed:
+                path.unlink()
+
+    def __enter__(self) -> _Output:
         return self
-
-    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
-        if self._writer is None:
-            self._writer = self._open.enter_context(
-                ShardWriter(self._prefix.with_name(f"{self._prefix.name}-{len(self._writers):05d}"), self._dtype)
-            )
-            self._writers.append(self._writer)
-        self._writer.add(tokens)
-        self._text_bytes += num_bytes
-        bucket = (tokens.size - 1).bit_length()
-        self._documents[bucket] += 1
-        self._tokens[bucket] += tokens.size
-        if self._writer.num_bytes >= self._shard_bytes:
-            self._open.close()
-            self._writer = None
 
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
 
-    def summary(self) -> dict[str, Any]:
-        shards: list[ShardInfo] = [writer.info for writer in self._writers if writer.info is not None]
-        return {
-            "documents": int(self._documents.sum()),
-            "tokens": int(self._tokens.sum()),
-            "text_bytes": self._text_bytes,
-            "length_histogram": [
-                {"at_most_tokens": 1 << b, "documents": int(self._documents[b]), "tokens": int(self._tokens[b])}
-                for b in np.flatnonzero(self._documents).tolist()
-            ],
-            "shards": [asdict(shard) for shard in shards],
+    def add(self, piece: Piece, tokens: np.ndarray, num_bytes: int) -> None:
+        """Take the next piece of the corpus."""
+        if piece.first:
+            self._open_bytes, self._dropping = 0, False
+        if piece.reason is not None:
+            self.skipped[piece.reason] += 1
+        elif not self._dropping:
+            writer = self._writer(piece.split)
+            writer.append(tokens)
+            self._open_bytes += num_bytes
+            if self._most_tokens is not None and writer.open_tokens > self._most_tokens:
+                writer.drop_document()
+                self.skipped["too_long"] += 1
+                self._dropping = True
+            elif piece.last:
+                self.splits[piece.split].count(writer.end_document(), self._open_bytes)
+        if piece.last:
+            self.position = piece.end
+            if any(writer.num_bytes >= self._shard_bytes for writer in self._writers.values()):
+                self.commit()
+
+    def commit(self) -> None:
+        """Finish the open shards and record them."""
+        self._open.close()
+        for split, writer in self._writers.items():
+            if writer.info is not None and writer.info.num_documents:
+                self.splits[split].shards.append(asdict(writer.info))
+        self._writers, self._open = {}, ExitStack()
+        self._group += 1
+        progress = {
+            "position": astuple(self.position),
+            "group": self._group,
+            "skipped": dict(self.skipped),
+            "splits": {split: counts.summary() for split, counts in self.splits.items()},
         }
+        write_json(self._directory / _PROGRESS, progress)
 
-
-def _encode_all(
-    documents: Iterator[tuple[str, Document]], tokenizer: Tokenizer, dtype: np.dtype
-) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Yield `(split, text bytes, tokens with the end token)` of each document, in order, encoded on all cores.
-
-    Threads, not processes: SentencePiece releases the interpreter while it encodes, so they reach the same rate, and
-    neither a fork of a threaded trainer nor a second import of it is needed. Only a few batches are in memory.
-    """
-    end = np.array([tokenizer.eos_id], dtype=dtype)
-
-    def encode(batch: list[tuple[str, Document]]) -> list[tuple[str, int, np.ndarray]]:
-        result = []
-        for split, document in batch:
-            tokens = np.concatenate([tokenizer.encode(document.text).astype(dtype), end])
-            result.append((split, len(document.text.encode()), tokens))
-        return result
-
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pending: deque[Future[list[tuple[str, int, np.ndarray]]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for batch in _batches(documents):
-            pending.append(pool.submit(encode, batch))
-            if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-
-
-def _batches(documents: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
-    batch: list[tuple[str, Document]] = []
-    size = 0
-    for split, document in documents:
-        batch.append((split, document))
-        size += len(document.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    def _writer(self, split: str) -> ShardWriter:
+        if split not in self._writers:
+            prefix = self._directory / f"{split}-{self._group:05d}"
+            self._writers[split] = self._open.enter_context(ShardWriter(prefix, self._dtype))
+        return self._writers[split]
 
 
 def _bar(corpus: Corpus, what: str, progress: bool) -> Any:
@@ -289,59 +333,35 @@ def _bar(corpus: Corpus, what: str, progress: bool) -> Any:
     return tqdm(total=corpus.num_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=not progress)
 
 
-def _watched(corpus: Corpus, skipped: Counter[str], bar: Any) -> Iterator[tuple[str, Document]]:
-    for split, document in corpus.documents(skipped):
-        bar.update(document.num_bytes)
-        yield split, document
+def _watched(pieces: Iterator[Piece], bar: Any) -> Iterator[Piece]:
+    for piece in pieces:
+        bar.update(piece.num_read)
+        yield piece
 
 
-# The command line: every key is a field of DataConfig that preparing depends on; `out` is its `cache_dir`.
-_KEYS = {
-    ("out" if field.name == "cache_dir" else field.name): field
-    for field in fields(DataConfig)
-    if field.name not in ("seed", "prefetch_samples")
-}
+# Keys of the command line: the fields of DataConfig that preparing depends on; `out` is its `cache_dir`.
+_NOT_HERE = tuple(
+    "seed prefetch_samples cache_gb stream slab_mb accept_changes corpora temperature stages tasks".split()
+)
 
 
-def _parse_arguments(arguments: Sequence[str]) -> DataConfig:
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals:
-            raise DataError(f"argument {argument!r} must have the form key=value; the keys are {', '.join(_KEYS)}")
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0)[0]
-            raise DataError(f"unknown key {key!r}, the nearest is {near!r}; the keys are {', '.join(_KEYS)}")
-        field = _KEYS[key]
-        convert = type(field.default)
-        try:
-            values[field.name] = convert(text) if convert in (int, float) else text
-        except ValueError as error:
-            raise DataError(f"{key}={text!r} must be a number") from error
-    return DataConfig(**values)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print("python -m data_pipeline.prepare key=value ...\n\n" + (__doc__ or "").split("\n\n")[0] + "\n")
-        for key, field in _KEYS.items():
-            print(f"  {key:20} default {field.default!r}")
-        return 0
+def _command(arguments: Sequence[str]) -> None:
     started = time.perf_counter()
-    try:
-        data = prepare(_parse_arguments(arguments), progress=True)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config, _ = cli.parse(arguments, leave_out=_NOT_HERE, rename={"cache_dir": "out"})
+    data = prepare(config, progress=True)
     seconds = time.perf_counter() - started
     print(f"{data.directory}: vocabulary {data.vocab_size}, {seconds:.1f} s")
     for split in SPLITS:
         part = data.manifest["splits"][split]
         rate = part["text_bytes"] / max(part["tokens"], 1)
         print(f"  {split:10} {part['documents']:>9} documents  {part['tokens']:>12} tokens  {rate:.2f} bytes/token")
-    return 0
+    for reason, count in sorted(data.manifest["source"]["skipped"].items()):
+        print(f"  left out   {count:>9} documents  {reason}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return cli.run(__doc__ or "", _command, arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     int32[S] tokens per sequence    int64[S] byte offset of each sequence in the .bin
     int64[D + 1] the sequence at which each document starts, and S
 
-The writer stores one sequence per document; the reader accepts any number.
+The writer stores one sequence per document (several where it has 2**31 tokens or more); the reader accepts any number.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DTYPE_OF_CODE: dict[int, np.dtype] = {
     8: np.dtype(np.uint16),
 }
 _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
-_MAX_DOCUMENT_TOKENS = 2**31 - 1
+_MAX_SEQUENCE_TOKENS = 2**31 - 1
 _UINT16_VOCAB = 65500  # Megatron's own limit, kept so that both choose the same dtype
 
 
@@ -70,9 +70,11 @@ class ShardWriter:
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self._prefix = Path(prefix)
         self._dtype = np.dtype(dtype)
-        self._lengths = array("i")
+        self._sequences = array("i")
+        self._bounds = array("q", [0])
+        self._open_tokens = 0  # tokens of the document that is being written
         self._num_tokens = 0
-        self._digest = hashlib.sha256()
+        self._digest = self._digest_before = hashlib.sha256()
         self._files = ExitStack()
         self.info: ShardInfo | None = None
         """What was written; set when the block has ended."""
@@ -82,25 +84,50 @@ class ShardWriter:
         return self
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append one document, integers of shape [length]; DataError when it is too long or does not fit the dtype."""
-        if tokens.size > _MAX_DOCUMENT_TOKENS:
-            raise DataError(
-                f"{self._prefix}: document {len(self._lengths)} has {tokens.size} tokens, more than the "
-                f"{_MAX_DOCUMENT_TOKENS} of the shard format; split it"
-            )
+        """Append one document, integers of shape [length]; DataError when a token does not fit the dtype."""
+        self.append(tokens)
+        self.end_document()
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Write the next tokens of the document that `end_document` or `drop_document` will close."""
         limits = np.iinfo(self._dtype)
         if tokens.size and (int(tokens.min()) < limits.min or int(tokens.max()) > limits.max):
-            raise DataError(f"{self._prefix}: document {len(self._lengths)} has a token outside {self._dtype}")
+            raise DataError(f"{self._prefix}: document {len(self._bounds) - 1} has a token outside {self._dtype}")
+        if not self._open_tokens:
+            self._digest_before = self._digest.copy()
         data = np.ascontiguousarray(tokens, dtype=self._dtype).data
         self._bin.write(data)
         self._digest.update(data)
-        self._lengths.append(tokens.size)
-        self._num_tokens += tokens.size
+        self._open_tokens += tokens.size
+
+    def end_document(self) -> int:
+        """Close the document; returns its number of tokens."""
+        length = self._open_tokens
+        for start in range(0, max(length, 1), _MAX_SEQUENCE_TOKENS):
+            self._sequences.append(min(length - start, _MAX_SEQUENCE_TOKENS))
+        self._bounds.append(len(self._sequences))
+        self._num_tokens += length
+        self._open_tokens = 0
+        return length
+
+    def drop_document(self) -> None:
+        """Take back what was appended since the last document."""
+        if self._open_tokens:
+            self._bin.flush()
+            self._bin.truncate(self.num_bytes)
+            self._bin.seek(self.num_bytes)
+            self._digest = self._digest_before
+            self._open_tokens = 0
 
     @property
     def num_bytes(self) -> int:
-        """Bytes written so far to the `.bin` file."""
+        """Bytes of all closed documents in the `.bin` file."""
         return self._num_tokens * self._dtype.itemsize
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens of the document that is not closed yet."""
+        return self._open_tokens
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -113,7 +140,7 @@ class ShardWriter:
             file.write(index)
         self.info = ShardInfo(
             name=self._prefix.name,
-            num_documents=len(self._lengths),
+            num_documents=len(self._bounds) - 1,
             num_tokens=self._num_tokens,
             num_bytes=self.num_bytes,
             sha256_bin=self._digest.hexdigest(),
@@ -121,10 +148,10 @@ class ShardWriter:
         )
 
     def _index_bytes(self) -> bytes:
-        lengths = np.array(self._lengths, dtype="<i4")
+        lengths = np.array(self._sequences, dtype="<i4")
         ends = np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
         starts = np.concatenate([np.zeros(1, dtype="<i8"), ends])[: lengths.size]
-        documents = np.arange(lengths.size + 1, dtype="<i8")
+        documents = np.array(self._bounds, dtype="<i8")
         header = _HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[self._dtype], lengths.size, documents.size)
         return b"".join((header, lengths.tobytes(), starts.tobytes(), documents.tobytes()))
 

@@ -71,14 +71,35 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the lock file `path`. The lock is the kernel's (`flock`), so it goes with the process that held it.
+
+    `on_wait` is called when somebody else holds it.
+    """
+    with open(path, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if on_wait is not None:
+                on_wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build_once(
-    directory: Path, marker: str, build: Callable[[Path], None], on_wait: Callable[[], None] | None = None
+    directory: Path,
+    marker: str,
+    build: Callable[[Path], None],
+    on_wait: Callable[[], None] | None = None,
+    *,
+    keep: bool = False,
 ) -> None:
     """Fill `directory` with `build`, once, however many processes ask at the same time.
 
     `build(directory)` writes the file `marker` last: a directory with its marker is finished, and one without it is
-    what a killed process left behind, so it is emptied and built again. The lock is the kernel's (`flock`), so it
-    goes with the process that held it. `on_wait` is called when another process is found building.
+    what a killed process left behind. That is emptied first, or with `keep` left to `build`, but for files that were
+    never finished (`.tmp`). `on_wait` is called when another process is found building.
 
     Raises:
         DataError: the directory cannot be written (disk full, no permission, ...).
@@ -87,18 +108,14 @@ def build_once(
         return
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with open(directory.with_name(directory.name + ".lock"), "ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if on_wait is not None:
-                    on_wait()
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(directory.with_name(directory.name + ".lock"), on_wait):
             if (directory / marker).exists():
                 return
-            if directory.exists():
+            if directory.exists() and not keep:
                 shutil.rmtree(directory)
-            directory.mkdir()
+            directory.mkdir(exist_ok=True)
+            for leftover in directory.glob("*.tmp"):
+                leftover.unlink()
             build(directory)
     except OSError as error:
         raise DataError(f"{directory}: cannot be built ({error}); check the disk, or set another cache_dir") from error

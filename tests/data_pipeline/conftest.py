@@ -7,6 +7,7 @@ import pytest
 from data_pipeline import DataConfig, prepare
 from data_pipeline.tokenizer import train_tokenizer
 
+REPOSITORY = Path(__file__).parents[2]
 WORDS = "attention summary chunk window token layer model tensor rank shard plan order sample loader pack index".split()
 
 

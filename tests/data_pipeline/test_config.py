@@ -8,7 +8,7 @@ from data_pipeline import DataConfig, DataError
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"source": "parquet"}, "data.source='parquet' must be one of stdlib, text, jsonl"),
+        ({"source": "paquet"}, "data.source='paquet' must be one of stdlib, text, jsonl"),
         ({"source": "text"}, "data.source=text needs data.path: a file, a directory or a glob"),
         ({"path": "a.txt"}, "data.path='a.txt' has no meaning for data.source=stdlib"),
         ({"tokenizer_type": "word"}, "data.tokenizer_type='word' must be one of bpe, unigram"),

@@ -1,26 +1,23 @@
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data_pipeline import DataConfig, DataError, Tokenizer, build_plan, prepare
-from data_pipeline.prepare import _SplitWriter, open_prepared
+from data_pipeline.prepare import open_prepared
 from data_pipeline.shards import ShardSet
 from data_pipeline.sources import Corpus
 from data_pipeline.storage import build_once
 
-from .conftest import write_corpus
-
-REPOSITORY = Path(__file__).parents[2]
+from .conftest import REPOSITORY, write_corpus
 
 
 @pytest.fixture
@@ -51,8 +48,8 @@ def test_every_document_is_in_the_shards_in_order_with_its_end_token(config):
     data = prepare(replace(config, validation_fraction=0.2))
     tokenizer = Tokenizer(data.tokenizer_path)
     expected = {"train": [], "validation": []}
-    for split, document in Corpus(replace(config, validation_fraction=0.2)).documents(Counter()):
-        expected[split].append([*tokenizer.encode(document.text).tolist(), tokenizer.eos_id])
+    for piece in Corpus(replace(config, validation_fraction=0.2)).pieces():
+        expected[piece.split].append([*tokenizer.encode(piece.text).tolist(), tokenizer.eos_id])
     for split, prefixes in (("train", data.train), ("validation", data.validation)):
         shards = ShardSet(prefixes)
         found = [shards.read(i, 0, int(n)).tolist() for i, n in enumerate(shards.lengths)]
@@ -109,17 +106,32 @@ def test_a_copied_corpus_has_the_same_fingerprint(config, tmp_path):
     assert plans[0].fingerprint == plans[1].fingerprint
 
 
-def test_a_large_split_goes_to_several_shards(tmp_path):
-    documents = [np.arange(number % 7 + 2) for number in range(100)]
-    with _SplitWriter(tmp_path, "train", np.dtype(np.uint16), shard_bytes=100) as writer:
-        for tokens in documents:
-            writer.add(tokens, num_bytes=3)
-    summary = writer.summary()
-    names = [shard["name"] for shard in summary["shards"]]
-    assert len(names) > 5 and names[:2] == ["train-00000", "train-00001"]
-    shards = ShardSet([tmp_path / name for name in names])
-    assert [shards.read(i, 0, int(n)).tolist() for i, n in enumerate(shards.lengths)] == [d.tolist() for d in documents]
-    assert (summary["documents"], summary["text_bytes"]) == (100, 300)
+def documents_of(prefixes):
+    shards = ShardSet(prefixes)
+    return [shards.read(i, 0, int(n)).tolist() for i, n in enumerate(shards.lengths)]
+
+
+def test_a_large_corpus_goes_to_several_shards_of_both_splits(config):
+    one = prepare(replace(config, validation_fraction=0.3))
+    many = prepare(replace(config, validation_fraction=0.3, shard_mb=0.001))
+    assert len(one.train) == len(one.validation) == 1 and len(many.train) > 5
+    assert [path.name for path in many.train[:2]] == ["train-00000", "train-00001"]
+    for split in ("train", "validation"):
+        assert documents_of(getattr(many, split)) == documents_of(getattr(one, split))
+        for key in ("documents", "tokens", "text_bytes", "length_histogram"):
+            assert many.manifest["splits"][split][key] == one.manifest["splits"][split][key]
+
+
+def test_documents_beyond_the_limit_are_left_out_and_counted(config):
+    every = documents_of(prepare(config).train)
+    data = prepare(replace(config, max_document_tokens=150, shard_mb=0.001))
+    short = [tokens for tokens in every if len(tokens) <= 150]
+    assert documents_of(data.train) == short and 10 < len(short) < len(every)
+    skipped = data.manifest["source"]["skipped"]["too_long"]
+    assert 0 < len(every) - len(short) <= skipped
+    for shard in data.manifest["splits"]["train"]["shards"]:
+        content = (data.directory / f"{shard['name']}.bin").read_bytes()
+        assert hashlib.sha256(content).hexdigest() == shard["sha256_bin"]
 
 
 def test_processes_that_prepare_at_once_share_one_result(config):
@@ -162,28 +174,88 @@ def test_a_process_that_finds_another_building_waits_for_it(tmp_path):
     assert waited == [True] and child.returncode == 0
 
 
-def test_kill_9_in_the_middle_and_again(tmp_path):
-    write_corpus(tmp_path / "corpus.jsonl", 2500, seed=4, mean_words=200)
-    config = DataConfig(
-        source="jsonl", path=str(tmp_path / "corpus.jsonl"), vocab_size=400, cache_dir=str(tmp_path / "a")
-    )
-    straight = prepare(config)
-    for number, moment in enumerate(["corpus-*/", "corpus-*/tokenizer.model", "corpus-*/train-*.tmp"]):
-        cache = tmp_path / f"killed-{number}"
-        child = run("source=jsonl", f"path={config.path}", "vocab_size=400", f"out={cache}")
-        while child.poll() is None and not list(cache.glob(moment)):
-            time.sleep(0.001)
-        child.send_signal(signal.SIGKILL)
-        child.communicate(timeout=60)
-        assert child.returncode == -signal.SIGKILL
-        assert not list(cache.glob("corpus-*/manifest.json"))
+def killed_at(config, seconds, out):
+    """Run a prepare in a process of its own and kill it after a time; True when it had finished before."""
+    child = run("source=jsonl", f"path={config.path}", "vocab_size=400", f"out={out}", f"shard_mb={config.shard_mb}")
+    deadline = time.monotonic() + seconds
+    while child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=60)
+    assert child.returncode in (0, -signal.SIGKILL)
+    return child.returncode == 0
 
-        again = prepare(replace(config, cache_dir=str(cache)))
-        assert again.manifest == straight.manifest
-        names = {path.name for path in straight.directory.iterdir()}
-        assert {path.name for path in again.directory.iterdir()} == names
-        for name in names:
-            assert (again.directory / name).read_bytes() == (straight.directory / name).read_bytes()
+
+def assert_same_files(again, straight):
+    assert again.manifest == straight.manifest
+    names = {path.name for path in straight.directory.iterdir()}
+    assert {path.name for path in again.directory.iterdir()} - {"progress.json"} == names
+    for name in names:
+        assert (again.directory / name).read_bytes() == (straight.directory / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_kill_9_at_20_random_moments_and_again(tmp_path):
+    """Runs are killed again and again over the same output, which ends up byte for byte as if nothing had happened."""
+    write_corpus(tmp_path / "corpus.jsonl", 2500, seed=4, mean_words=200)
+    straight_config = DataConfig(
+        source="jsonl", path=str(tmp_path / "corpus.jsonl"), vocab_size=400, cache_dir=str(tmp_path / "a"), shard_mb=0.1
+    )
+    began = time.monotonic()
+    straight = prepare(straight_config)
+    whole = time.monotonic() - began + 0.5  # and the start of a process
+    assert len(straight.train) > 10
+    rng, kills, rounds, resumed = random.Random(7), 0, 0, 0
+    while kills < 20:
+        out = tmp_path / f"killed-{rounds}"
+        rounds += 1
+        while kills < 20 and not killed_at(straight_config, rng.uniform(0.3, 0.9) * whole, out):
+            kills += 1
+            resumed += bool(list(out.glob("corpus-*/progress.json")))
+        assert_same_files(prepare(replace(straight_config, cache_dir=str(out))), straight)
+    assert resumed > 3  # the moments were not all before the first shard
+
+
+def test_a_restart_reads_only_what_is_not_finished(config, monkeypatch):
+    config = replace(config, shard_mb=0.002)
+    whole = prepare(replace(config, cache_dir=config.cache_dir + "-whole"))
+    real, read, stop_at = Corpus.pieces, [], 60
+
+    def pieces(self, *arguments):
+        for piece in real(self, *arguments):
+            read.append(piece.name)
+            if len(read) == stop_at:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(Corpus, "pieces", pieces)
+    monkeypatch.setattr("data_pipeline.encode._BATCH_CHARACTERS", 2000)  # so that shards are written before the end
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    first, stop_at = list(read), 0
+    read.clear()
+    again = prepare(config)
+    assert 40 < len(read) < 95 and read[0] in first  # went on in the middle
+    assert_same_files(again, whole)
+
+
+def test_bytes_changed_in_place_are_noticed_at_the_next_open(config):
+    data = prepare(config)
+    path = data.directory / "train-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    stamp = path.stat().st_mtime_ns
+    path.write_bytes(content)
+    os.utime(path, ns=(stamp + 10**9, stamp + 10**9))
+    with pytest.raises(DataError, match=r"train-00000.bin: its content has changed: the manifest has sha256"):
+        prepare(config)
+    os.utime(path, ns=(stamp, stamp))  # a disk that loses bits leaves the time alone
+    prepare(config)
+    with pytest.raises(DataError, match="its content has changed"):
+        prepare(replace(config, verify=True))
+    content[40] ^= 1
+    path.write_bytes(content)
+    assert prepare(replace(config, verify=True)) == data
 
 
 def test_an_exchanged_tokenizer_is_refused_with_both_hashes(config, tmp_path):
@@ -210,11 +282,13 @@ def test_damaged_results_are_refused(config):
     (data.directory / "train-00000.bin").write_bytes(b"12")
     with pytest.raises(DataError, match=r"train-00000.bin: has 2 bytes, but train-00000.idx describes"):
         build_plan(data.train, 64, 8, 0, config.cache_dir)
+    with pytest.raises(DataError, match=r"train-00000.bin: its content has changed"):
+        prepare(config)
     (data.directory / "manifest.json").write_text("{")
     with pytest.raises(DataError, match=r"manifest.json: cannot be read"):
         prepare(config)
     (data.directory / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(DataError, match=r"manifest.json: has format 99, expected 1"):
+    with pytest.raises(DataError, match=r"manifest.json: has format 99, expected 2"):
         prepare(config)
 
 
@@ -250,7 +324,7 @@ def test_the_command_line(config):
     [
         (["sorce=jsonl"], "error: unknown key 'sorce', the nearest is 'source'; the keys are source, path, "),
         (["jsonl"], "error: argument 'jsonl' must have the form key=value; the keys are source, path, "),
-        (["vocab_size=many"], "error: vocab_size='many' must be a number"),
+        (["vocab_size=many"], "error: vocab_size='many' must be a whole number"),
         (["source=jsonl"], "error: data.source=jsonl needs data.path"),
         (["source=jsonl", "path=/absent/x.jsonl"], "error: data.path=/absent/x.jsonl: no such file or directory"),
         (["tokenizer=/absent/model"], "error: /absent/model: cannot be used as a SentencePiece model"),

@@ -15,8 +15,15 @@ from .conftest import write_corpus
 
 def read(**values):
     corpus = Corpus(DataConfig(**values))
-    skipped = Counter()
-    return [(split, document.text, document.name) for split, document in corpus.documents(skipped)], skipped
+    documents, skipped = [], Counter()
+    for piece in corpus.pieces():
+        if not piece.first:
+            documents[-1] = (piece.split, documents[-1][1] + piece.text, piece.name)
+        elif piece.reason:
+            skipped[piece.reason] += 1
+        else:
+            documents.append((piece.split, piece.text, piece.name))
+    return documents, skipped
 
 
 def jsonl(path, *lines):
@@ -91,7 +98,7 @@ def test_compressed_jsonl_also_in_several_frames(tmp_path, ending, compress):
     path = tmp_path / f"data{ending}"
     path.write_bytes(compress(b"".join(lines[:50])) + compress(b"".join(lines[50:])))
     expected = [f"text {number} é" for number in range(100)]
-    assert (Corpus(DataConfig(source="jsonl", path=str(path))).num_bytes is None) == (ending != ".jsonl")
+    assert Corpus(DataConfig(source="jsonl", path=str(path))).num_bytes == path.stat().st_size
     for given in (path, tmp_path):
         documents, _ = read(source="jsonl", path=str(given), validation_fraction=0.0)
         assert [text for _, text, _ in documents] == expected
@@ -146,7 +153,7 @@ def test_another_text_key_blank_lines_and_empty_texts(tmp_path):
         (lambda root: root / "*.jsonl", "no such file or directory, and no file matches it as a glob"),
         (lambda root: root, "no .jsonl/.ndjson/.json file in this directory"),
         (lambda root: root / "void.txt", "is empty (0 bytes in 1 file)"),
-        (lambda root: "nosuchprotocol://bucket/x", "cannot be listed"),
+        (lambda root: "nosuchprotocol://bucket/x", "cannot be read (ValueError: Protocol not known"),
     ],
 )
 def test_nothing_to_read(tmp_path, make, message):
