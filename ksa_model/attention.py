@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ksa_model import kernels
+from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig
 from ksa_model.layout import SequenceLayout
 from ksa_model.tensor_parallel import TensorParallel
@@ -66,9 +67,11 @@ class Attention(nn.Module):
     own, `summary_query` (only if the layer updates them), `summary_key`, `summary_value`.
     """
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, tp: TensorParallel):
+    def __init__(
+        self, config: ModelConfig, layer: LayerConfig, tp: TensorParallel, context: ContextParallel | None = None
+    ):
         super().__init__()
-        self.config, self.layer, self.tp = config, layer, tp
+        self.config, self.layer, self.tp, self.context = config, layer, tp, context
         h, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         std = config.init_std
         self.query, self.key, self.value = tp.column(h, q, std), tp.column(h, kv, std), tp.column(h, kv, std)
@@ -87,32 +90,29 @@ class Attention(nn.Module):
 
         Returns the sub-layer's output for the rows it updates: both streams, or text alone.
         """
-        layer, tp = self.layer, self.tp
-        text, summary = (
-            tp.split_streams(tp.gather(x), layout.num_text) if layer.carries_summaries else (tp.gather(x), None)
-        )
+        layer, tp, backend = self.layer, self.tp, self.config.attention_backend
+        text = tp.gather(x)
+        if layer.carries_summaries:
+            text, summary = tp.split_streams(text, layout.num_text)
         q = self._heads(self.query(text), "query_norm", rotary.text)
         k = self._heads(self.key(text), "key_norm", rotary.text)
         v = self._heads(self.value(text))
         if layer.projects_summaries:
-            assert summary is not None
             k_summary = self._heads((self.summary_key or self.key)(summary), "key_norm", rotary.summary)
             v_summary = self._heads((self.summary_value or self.value)(summary))
         if layer.mixer == "K":
-            out = kernels.ksa_attention(q, k, v, k_summary, v_summary, layout, layer.window_chunks, self._backend)
-        else:
-            out = kernels.text_attention(
-                q, k, v, layout, layer.mixer, layer.window_chunks, self.config.window_tokens, self._backend
+            out = kernels.ksa_attention(
+                q, k, v, k_summary, v_summary, layout, layer.window_chunks, backend, self.context
             )
+        else:
+            windows = (layer.window_chunks, self.config.window_tokens)
+            out = kernels.text_attention(q, k, v, layout, layer.mixer, *windows, backend, self.context)
         if not layer.updates_summaries:
             return self.output(out.flatten(1))
+        # A chunk lies on one rank with its summaries, so this part never exchanges anything.
         q_summary = self._heads((self.summary_query or self.query)(summary), "query_norm", rotary.summary)
-        out_summary = kernels.summary_attention(q_summary, k, v, k_summary, v_summary, layout, self._backend)
+        out_summary = kernels.summary_attention(q_summary, k, v, k_summary, v_summary, layout, backend)
         return self.output(tp.join_streams(out.flatten(1), out_summary.flatten(1)))
-
-    @property
-    def _backend(self) -> str:
-        return self.config.attention_backend
 
     def _heads(self, x: torch.Tensor, norm: str | None = None, table=None) -> torch.Tensor:
         """[rows, heads*d] -> [rows, heads, d], normed and rotated where asked."""

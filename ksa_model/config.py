@@ -137,6 +137,13 @@ class ModelConfig:
     def has_summaries(self) -> bool:
         return "K" in self.layer_pattern
 
+    @property
+    def halo_rows(self) -> int:
+        """Text rows that the furthest-looking near or sliding part of any layer reaches back."""
+        back = {"K": lambda w: w * self.chunk_size, "C": lambda w: w * self.chunk_size,
+                "S": lambda w: self.window_tokens - 1, "F": lambda w: 0}  # fmt: skip
+        return max(back[layer.mixer](layer.window_chunks) for layer in self.layers)
+
     def num_parameters(self) -> dict[str, int]:
         """Parameters by role: `embedding`, `attention`, `summary` (the embedding rows and q/k/v of their own), `mlp`,
         `norm`, `head`, and their `total`. Vocabulary padding is left out."""

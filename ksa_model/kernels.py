@@ -18,38 +18,57 @@ from dataclasses import dataclass
 import torch
 
 from ksa_model import reference
+from ksa_model.collectives import ContextParallel, Exchange, gather, halo
 from ksa_model.layout import KeyRanges, SequenceLayout
 
 ROWS_PER_BLOCK = 128  # query rows per block; see docs/log.md for the sizes tried
 
 
 def ksa_attention(
-    q_text, k_text, v_text, k_summary, v_summary, layout: SequenceLayout, window_chunks: int, backend: str = "auto"
+    q_text,
+    k_text,
+    v_text,
+    k_summary,
+    v_summary,
+    layout: SequenceLayout,
+    window_chunks: int,
+    backend: str = "auto",
+    context: ContextParallel | None = None,
 ) -> torch.Tensor:
     """KSA of text rows: near text and far summaries under one softmax.
 
     q_text [T, H, d]; k_text, v_text [T, G, d]; k_summary, v_summary [S, G, d] -> [T, H, d] in q's dtype.
-    Rows of padding give 0. Twin: `reference.ksa_attention`.
+    Rows of padding give 0. With `context`, the rows and `layout` are this rank's share of the sample.
+    Twin: `reference.ksa_attention`.
     """
     if backend == "reference":
         return reference.ksa_attention(q_text, k_text, v_text, k_summary, v_summary, layout, window_chunks)
-    near, far = layout.near_ranges(window_chunks), layout.far_ranges(window_chunks)
+    near = Part(layout.near_ranges(window_chunks), halo(context, window_chunks * layout.chunk_size))
+    far = Part(layout.far_ranges(window_chunks), gather(context, "summaries"))
     return _JointAttention.apply((near, far), q_text, k_text, v_text, k_summary, v_summary)
 
 
 def text_attention(
-    q, k, v, layout: SequenceLayout, mixer: str, window_chunks: int = 0, window_tokens: int = 0, backend: str = "auto"
+    q,
+    k,
+    v,
+    layout: SequenceLayout,
+    mixer: str,
+    window_chunks: int = 0,
+    window_tokens: int = 0,
+    backend: str = "auto",
+    context: ContextParallel | None = None,
 ) -> torch.Tensor:
     """Attention of text over text alone: mixers `F`, `S`, `C`. Shapes as in `ksa_attention`."""
     if backend == "reference":
         return reference.text_attention(q, k, v, layout, mixer, window_chunks, window_tokens)
     if mixer == "F":
-        ranges = layout.full_ranges()
+        part = Part(layout.full_ranges(), gather(context, "text"))
     elif mixer == "S":
-        ranges = layout.sliding_ranges(window_tokens)
+        part = Part(layout.sliding_ranges(window_tokens), halo(context, window_tokens - 1))
     else:
-        ranges = layout.near_ranges(window_chunks)
-    return _JointAttention.apply((ranges,), q, k, v)
+        part = Part(layout.near_ranges(window_chunks), halo(context, window_chunks * layout.chunk_size))
+    return _JointAttention.apply((part,), q, k, v)
 
 
 def summary_attention(
@@ -95,27 +114,46 @@ def _summary_mask(layout: SequenceLayout, device: torch.device, group: int) -> t
     return torch.cat([text, own], dim=2).repeat_interleave(group, dim=1)[:, None]
 
 
+@dataclass(frozen=True)
+class Part:
+    """One set of keys of a softmax: which of them a row sees, and how they come here from the ranks that hold them."""
+
+    ranges: KeyRanges
+    exchange: Exchange
+
+
 class _JointAttention(torch.autograd.Function):
-    """One softmax over several parts: `parts[i]` are the key ranges into the i-th pair of keys and values."""
+    """One softmax over several parts; the i-th pair of keys and values belongs to `parts[i]`.
+
+    Every exchange starts before the first part is computed and is waited for when its part's turn comes, so the part
+    with the largest exchange stands last; backward runs the other way round.
+    """
 
     @staticmethod
-    def forward(ctx, parts: tuple[KeyRanges, ...], q, *keys_and_values):
-        pairs = list(zip(keys_and_values[::2], keys_and_values[1::2]))
-        out, lse = merge([attend_ranges(q, k, v, ranges) for ranges, (k, v) in zip(parts, pairs)])
+    def forward(ctx, parts: tuple[Part, ...], q, *keys_and_values):
+        own = zip(keys_and_values[::2], keys_and_values[1::2])
+        pending = [part.exchange.start(k, v) for part, (k, v) in zip(parts, own)]
+        seen, results = [], []
+        for part, arriving in zip(parts, pending):
+            k, v = arriving.wait()
+            seen += [k, v]
+            results.append(attend_ranges(q, k, v, part.ranges))
+        out, lse = merge(results)
         out = out.to(q.dtype)
         ctx.parts = parts
-        ctx.save_for_backward(q, out, lse, *keys_and_values)
+        ctx.save_for_backward(q, out, lse, *seen)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, out, lse, *keys_and_values = ctx.saved_tensors
-        pairs = list(zip(keys_and_values[::2], keys_and_values[1::2]))
+        q, out, lse, *seen = ctx.saved_tensors
         delta = (grad_out.float() * out.float()).sum(-1)  # [T, H]
         grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        grads = []
-        for ranges, (k, v) in zip(ctx.parts, pairs):
-            grads += attend_ranges_backward(grad_out, q, k, v, ranges, lse, delta, grad_q)
+        pending = []
+        for part, k, v in reversed(list(zip(ctx.parts, seen[::2], seen[1::2]))):
+            grads = attend_ranges_backward(grad_out, q, k, v, part.ranges, lse, delta, grad_q)
+            pending.append(part.exchange.start_backward(*grads))
+        grads = [grad for arriving in reversed(pending) for grad in arriving.wait()]
         return None, grad_q.to(q.dtype), *grads
 
 

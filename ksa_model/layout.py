@@ -185,6 +185,94 @@ class SequenceLayout:
         return int(m * self.chunk_lengths.sum() + self.num_chunks * m * (m + 1) // 2)
 
 
+class ShardedLayout(SequenceLayout):
+    """One context rank's share of a layout: slices `rank` and `2*size - 1 - rank` of `2*size` equal slices.
+
+    It reads like a layout of the rank's own rows; only its key ranges point into what `collectives` brings: the halo
+    buffer `[halo | slice | halo | slice]` for near and sliding keys, the whole sample for summaries and full keys.
+
+    Worked example, T = 16, k = 2, size = 2: slices of 4 rows; rank 0 holds rows 0-3 and 12-15, rank 1 rows 4-11.
+    """
+
+    def __init__(self, whole: SequenceLayout, rank: int, size: int):
+        check_context_parallel(whole.num_text, whole.chunk_size, 0, size)
+        self._whole = whole
+        self._slices = (rank, 2 * size - 1 - rank)
+        self._slice_rows = whole.num_text // (2 * size)
+        k, m = whole.chunk_size, whole.summary_tokens
+        super().__init__(
+            num_text=2 * self._slice_rows,
+            chunk_size=k,
+            summary_tokens=m,
+            chunk_lengths=self._own(whole.chunk_lengths, self._slice_rows // k),
+            first_chunks=self._own(whole.first_chunks, self._slice_rows // k),  # numbers of the whole sample
+            text_positions=self._own(whole.text_positions, self._slice_rows),
+            summary_positions=self._own(whole.summary_positions, self._slice_rows // k * m),
+        )
+
+    def _own(self, values: np.ndarray, per_slice: int) -> np.ndarray:
+        """This rank's two slices of an array over the whole sample."""
+        return np.concatenate([values[i * per_slice : (i + 1) * per_slice] for i in self._slices])
+
+    def rows(self, values: np.ndarray) -> np.ndarray:
+        """This rank's rows of an array over the sample's text rows."""
+        return self._own(values, self._slice_rows)
+
+    def near_ranges(self, window_chunks: int) -> KeyRanges:
+        return self._behind_halo(self._whole.near_ranges(window_chunks), window_chunks * self.chunk_size)
+
+    def sliding_ranges(self, window_tokens: int) -> KeyRanges:
+        return self._behind_halo(self._whole.sliding_ranges(window_tokens), window_tokens - 1)
+
+    def far_ranges(self, window_chunks: int) -> KeyRanges:
+        return self._in_whole(self._whole.far_ranges(window_chunks))
+
+    def full_ranges(self) -> KeyRanges:
+        return self._in_whole(self._whole.full_ranges())
+
+    def _in_whole(self, ranges: KeyRanges) -> KeyRanges:
+        return self.cached(id(ranges), lambda: KeyRanges(self.rows(ranges.start), self.rows(ranges.end)))
+
+    def _behind_halo(self, ranges: KeyRanges, halo_rows: int) -> KeyRanges:
+        """Sample rows -> rows of the halo buffer, where slice i's first row stands `halo_rows` behind its halo's."""
+
+        def compute() -> KeyRanges:
+            if halo_rows > self._slice_rows:
+                raise ModelConfigError(
+                    f"a window of {halo_rows} rows is longer than a context-parallel slice of {self._slice_rows}"
+                )
+            shift = np.repeat(
+                [
+                    place * (halo_rows + self._slice_rows) + halo_rows - number * self._slice_rows
+                    for place, number in enumerate(self._slices)
+                ],
+                self._slice_rows,
+            )
+            return KeyRanges(self.rows(ranges.start) + shift, self.rows(ranges.end) + shift)
+
+        return self.cached((id(ranges), halo_rows), compute)
+
+
+def check_context_parallel(num_text: int, chunk_size: int, halo_rows: int, size: int) -> None:
+    """Raise `ModelConfigError` unless a sample of `num_text` rows divides into slices for `size` context ranks.
+
+    `halo_rows` is the furthest that any near or sliding part looks back.
+    """
+    unit = 2 * size * chunk_size
+    below = num_text // unit * unit
+    if size > 1 and num_text % unit:
+        raise ModelConfigError(
+            f"seq_len={num_text} does not divide into 2 x parallel.context={size} slices of whole chunks of "
+            f"{chunk_size}; the nearest that do are {max(unit, below)} and {below + unit}"
+        )
+    if size > 1 and num_text // (2 * size) < halo_rows:
+        most = max(1, num_text // (2 * max(1, halo_rows)))
+        raise ModelConfigError(
+            f"parallel.context={size} cuts seq_len={num_text} into slices of {num_text // (2 * size)} rows, shorter "
+            f"than the {halo_rows} rows a window looks back; use parallel.context={most} or less, or a longer seq_len"
+        )
+
+
 def build(
     doc_starts: np.ndarray, doc_lengths: np.ndarray, num_text: int, chunk_size: int, summary_tokens: int = 1
 ) -> SequenceLayout:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ksa_model.attention import Attention, RMSNorm, RotaryTables
+from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_tensor_parallel
 from ksa_model.layout import SequenceLayout
 from ksa_model.tensor_parallel import TensorParallel
@@ -26,10 +27,18 @@ LOSS_ROWS = 1024  # rows of logits that exist at a time
 class Decoder(nn.Module):
     """A decoder LLM whose layers follow `config.layer_pattern`.
 
-    `recompute` re-runs each block in backward instead of keeping its activations.
+    With `context` of several ranks, every call is given this rank's slices of the sample and a `ShardedLayout`, and
+    the loss is this rank's share of the sum. `recompute` re-runs each block in backward instead of keeping its
+    activations.
     """
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, recompute: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: TensorParallel,
+        context: ContextParallel | None = None,
+        recompute: bool = False,
+    ):
         super().__init__()
         check_tensor_parallel(config, tp.size)
         self.config, self.tp, self.recompute = config, tp, recompute
@@ -38,7 +47,7 @@ class Decoder(nn.Module):
             self.summary_embedding = nn.Parameter(
                 torch.empty(config.summary_tokens, config.hidden_size, dtype=tp.dtype).normal_(0, config.init_std)
             )
-        self.blocks = nn.ModuleList(Block(config, layer, tp) for layer in config.layers)
+        self.blocks = nn.ModuleList(Block(config, layer, tp, context) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
         self.head = (
             None if config.tie_embeddings else tp.column(config.hidden_size, config.padded_vocab_size, config.init_std)
@@ -94,18 +103,19 @@ class Decoder(nn.Module):
             )
         if self.tp.shards_rows and layout.num_chunks % self.tp.size:
             raise ModelConfigError(
-                f"{layout.num_text} text rows are {layout.num_chunks} chunks: {self.tp.size} tensor ranks cannot share these"
+                f"{layout.num_text} text rows are {layout.num_chunks} chunks: {self.tp.size} tensor ranks cannot share "
+                "them equally"
             )
 
 
 class Block(nn.Module):
     """Pre-norm decoder layer: norm, attention, residual, norm, SwiGLU, residual."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, tp: TensorParallel):
+    def __init__(self, config: ModelConfig, layer: LayerConfig, tp: TensorParallel, context: ContextParallel | None):
         super().__init__()
         self.layer, self.tp = layer, tp
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
-        self.attention = Attention(config, layer, tp)
+        self.attention = Attention(config, layer, tp, context)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
         self.mlp = MLP(config, tp)
 

@@ -25,3 +25,9 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--whole-matrix", action="store_true", help="train on every parallel layout, not only a covering subset"
+    )

@@ -11,7 +11,7 @@ import torch
 from data_pipeline import PackedSample
 from ksa_model import layout
 from ksa_model.config import ModelConfig
-from ksa_model.layout import SequenceLayout
+from ksa_model.layout import SequenceLayout, ShardedLayout
 from ksa_model.model import IGNORE_INDEX
 
 
@@ -33,17 +33,23 @@ class Batch:
         return dataclasses.replace(self, tokens=tokens, labels=labels)
 
 
-def batch_maker(config: ModelConfig) -> Callable[[PackedSample], Batch]:
-    """What the loader's thread runs on every sample, so that layouts and their ranges are ready before the step."""
+def batch_maker(config: ModelConfig, context_rank: int = 0, context_size: int = 1) -> Callable[[PackedSample], Batch]:
+    """What the loader's thread runs on every sample, so that layouts and their ranges are ready before the step.
+
+    With several context ranks, the batch is this rank's two slices of the sample.
+    """
 
     def make(sample: PackedSample) -> Batch:
         pack = layout.build(
             sample.doc_starts, sample.doc_lengths, len(sample.tokens), config.chunk_size, config.summary_tokens
         )
-        labels = torch.from_numpy(sample.labels)
+        tokens, labels = sample.tokens, sample.labels
+        if context_size > 1:
+            pack = ShardedLayout(pack, context_rank, context_size)
+            tokens, labels = pack.rows(tokens), pack.rows(labels)
         return Batch(
-            torch.from_numpy(sample.tokens),
-            labels,
+            torch.from_numpy(tokens),
+            torch.from_numpy(labels),
             pack,
             int((labels != IGNORE_INDEX).sum()),
             model_flops(config, pack),
@@ -54,7 +60,7 @@ def batch_maker(config: ModelConfig) -> Callable[[PackedSample], Batch]:
 
 
 def model_flops(config: ModelConfig, pack: SequenceLayout) -> int:
-    """FLOPs of forward and backward that the documents in `pack` ask for: no recomputation, no padding.
+    """FLOPs of forward and backward that the rows of `pack` ask for: no recomputation, no padding.
 
     Attention counts the keys the real documents make visible; the summary stream's dense work is included.
     """

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from train.config import ConfigError
-from train.engine import Engine
+from train.engine import Engine, full_shape
 from train.parallel import World
 
 FORMAT = 1
@@ -151,7 +151,7 @@ def load(checkpoint: Path, engine: Engine, world: World) -> Progress:
     mesh = _tensor_mesh(world)
     for name, parameter in engine.named_parameters():  # one parameter at a time bounds host memory
         shares = {
-            f"{kind}/{name}": _as_share(torch.zeros(parameter.shape), parameter, mesh)
+            f"{kind}/{name}": _as_share(torch.zeros(full_shape(parameter)), parameter, mesh)
             for kind in ("master", "exp_avg", "exp_avg_sq")
         }
         dcp.load(shares, checkpoint_id=checkpoint)
@@ -205,7 +205,7 @@ def _as_share(tensor: torch.Tensor, parameter: torch.nn.Parameter, mesh: DeviceM
 
 
 def _full_shape(parameter: torch.nn.Parameter, world: World) -> tuple[int, ...]:
-    shape, dim = list(parameter.shape), _partition_dim(parameter)
+    shape, dim = list(full_shape(parameter)), _partition_dim(parameter)
     if dim is not None:
         shape[dim] *= world.tensor_group.size()
     return tuple(shape)

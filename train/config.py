@@ -7,6 +7,7 @@ unknown keys with the nearest existing one; `validate` checks what no section ca
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 from data_pipeline import DataConfig, DataError
 from ksa_model.config import ModelConfig, ModelConfigError, check_tensor_parallel
+from ksa_model.layout import check_context_parallel
 from train.optim import OptimConfig, OptimConfigError
 from train.parallel import ParallelConfig, ParallelConfigError
 
@@ -119,12 +121,25 @@ def validate(config: TrainConfig, world_size: int) -> None:
             f"document_alignment={config.alignment} is not a multiple of model.chunk_size={model.chunk_size}: "
             "documents start on chunk boundaries"
         )
-    unit = config.alignment * (parallel.tensor if parallel.sequence else 1)
+    _check_seq_len(config)
+    check_context_parallel(config.seq_len, model.chunk_size, model.halo_rows, parallel.context)
+    if parallel.context > 1 and model.attention_backend == "reference":
+        raise ConfigError("model.attention_backend=reference sees one rank's rows only and needs parallel.context=1")
+
+
+def _check_seq_len(config: TrainConfig) -> None:
+    parallel, chunk = config.parallel, config.model.chunk_size
+    unit, reasons = config.alignment, [f"document alignment {config.alignment}"]
+    if parallel.context > 1:
+        unit = math.lcm(unit, 2 * parallel.context * chunk)
+        reasons.append(f"2 x parallel.context={parallel.context} slices of whole chunks of {chunk}")
+    if parallel.sequence:
+        unit = math.lcm(unit, parallel.context * parallel.tensor * chunk)
+        reasons.append(f"parallel.tensor={parallel.tensor} equal shares of chunks (parallel.sequence=true)")
     if config.seq_len < 1 or config.seq_len % unit:
-        shared = f" x parallel.tensor={parallel.tensor} (parallel.sequence=true)" if parallel.sequence else ""
         below = config.seq_len // unit * unit
         raise ConfigError(
-            f"seq_len={config.seq_len} is not a multiple of {unit} = document alignment {config.alignment}{shared}; "
+            f"seq_len={config.seq_len} is not a multiple of {unit} ({', '.join(reasons)}); "
             f"the nearest that fit are {max(below, unit)} and {below + unit}"
         )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
 from data_pipeline import Loader, Plan
 from ksa_model.config import ModelConfig
-from train.batches import batch_maker
+from train.batches import Batch, batch_maker
 from train.parallel import World
 
 
@@ -16,29 +18,35 @@ class HeldOut:
 
     def __init__(self, plan: Plan | None, model_config: ModelConfig, world: World, num_samples: int):
         self._world = world
-        self._batches = []
-        samples = min(num_samples, plan.num_samples) // world.data_size * world.data_size if plan else 0
-        if plan is not None and samples:
-            loader = Loader(
-                plan,
-                samples_per_step=samples,
-                dp_rank=world.data_rank,
-                dp_size=world.data_size,
-                prefetch=samples,
-                transform=batch_maker(model_config),
-            )
-            self._batches = loader.next_step()
-            loader.close()
+        self._batches: list[Batch] = []
+        self._weights: list[int] = []
+        if plan is None or num_samples == 0:
+            return
+        wanted, ranks = min(num_samples, plan.num_samples), world.data_size
+        # Every rank runs as many forwards, since ZeRO-3 makes them collective; the last ones may weigh nothing.
+        rounded = -(-wanted // ranks) * ranks
+        maker = batch_maker(model_config, world.context_group.rank(), world.context_group.size())
+        loader = Loader(
+            plan,
+            samples_per_step=rounded,
+            dp_rank=world.data_rank,
+            dp_size=ranks,
+            prefetch=rounded // ranks,
+            transform=maker,
+        )
+        self._batches = loader.next_step()
+        self._weights = [int(j * ranks + world.data_rank < wanted) for j in range(len(self._batches))]
+        loader.close()
 
-    def loss(self, model: torch.nn.Module) -> float | None:
+    def loss(self, model: Callable[..., torch.Tensor]) -> float | None:
         """Mean loss per token over all ranks, or None without validation samples. Collective."""
         if not self._batches:
             return None
         sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         with torch.no_grad():
-            for batch in self._batches:
+            for batch, weight in zip(self._batches, self._weights):
                 batch = batch.to(self._world.device)
-                sums[0] += model(batch.tokens, batch.labels, batch.layout)
-                sums[1] += batch.num_labels
+                sums[0] += weight * model(batch.tokens, batch.labels, batch.layout)
+                sums[1] += weight * batch.num_labels
         dist.all_reduce(sums, group=self._world.data_context_group)
         return (sums[0] / sums[1]).item()

@@ -59,7 +59,6 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     decay: list[torch.nn.Parameter] = []
     keep: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        # ZeRO-3 shows partitioned parameters as empty vectors; their real rank is in ds_shape.
-        ndim = len(getattr(parameter, "ds_shape", parameter.shape))
+        ndim = parameter.ndim
         (keep if ndim < 2 or "embedding" in name else decay).append(parameter)
     return [dict(params=decay, weight_decay=weight_decay), dict(params=keep, weight_decay=0.0)]

@@ -25,19 +25,20 @@ class ParallelConfig:
     tensor: int = 1
     sequence: bool = False  # Megatron sequence parallelism: needs tensor > 1
     context: int = 1
-    zero: int = 1  # DeepSpeed ZeRO stage; 1 shards optimizer state over data-parallel ranks
+    zero: int = 1  # DeepSpeed ZeRO stage: shards over data x context ranks 1 optimizer state, 2 gradients, 3 weights
+    offload: str = "none"  # none | optimizer: optimizer state and master weights live in host memory
     timeout_minutes: float = 10.0  # a rank that hangs ends the job after this
 
     def __post_init__(self) -> None:
         for name in ("tensor", "context"):
             if getattr(self, name) < 1:
                 raise ParallelConfigError(f"parallel.{name}={getattr(self, name)} must be at least 1")
-        if self.context != 1:
-            raise ParallelConfigError(
-                f"parallel.context={self.context}: context parallelism is not supported yet; use 1"
-            )
-        if self.zero != 1:
-            raise ParallelConfigError(f"parallel.zero={self.zero}: only ZeRO stage 1 is supported yet")
+        if self.zero not in (0, 1, 2, 3):
+            raise ParallelConfigError(f"parallel.zero={self.zero} is not a ZeRO stage: 0, 1, 2 or 3")
+        if self.offload not in ("none", "optimizer"):
+            raise ParallelConfigError(f"parallel.offload={self.offload!r} is not one of none, optimizer")
+        if self.offload == "optimizer" and self.zero == 0:
+            raise ParallelConfigError("parallel.offload=optimizer needs parallel.zero=1, 2 or 3")
         if self.timeout_minutes <= 0:
             raise ParallelConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be positive")
 

@@ -16,6 +16,7 @@ import yaml
 
 import data_pipeline
 from data_pipeline import Loader, Plan, PreparedData
+from ksa_model.collectives import ContextParallel
 from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
@@ -134,7 +135,7 @@ def train_step(
     scale = (world.data_context_group.size() / counts[0].clamp(min=1)).float()
     loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
     for batch in batches:
-        loss = engine.module(batch.tokens, batch.labels, batch.layout)
+        loss = engine(batch.tokens, batch.labels, batch.layout)
         engine.backward(loss * scale)
         loss_sum += loss.detach()
     grad_norm = engine.step(lr)
@@ -175,7 +176,7 @@ class _Run:
 
     def evaluate(self, step: int) -> None:
         with self.sums.clock_stopped():
-            self.validation_loss = self.held_out.loss(self.engine.module)
+            self.validation_loss = self.held_out.loss(self.engine)
             if self.validation_loss is not None:
                 self.log.record({"step": step, "tokens": self.sums.tokens, "validation_loss": self.validation_loss})
 
@@ -213,7 +214,7 @@ def build_engine(config: TrainConfig, world: World) -> Engine:
     torch.manual_seed(config.run.seed)
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     tp = TensorParallel(world.tensor_group, config.parallel.sequence, dtype)
-    model = Decoder(config.model, tp, recompute=config.run.recompute)
+    model = Decoder(config.model, tp, ContextParallel(world.context_group), recompute=config.run.recompute)
     return Engine(
         model,
         config.optim,
@@ -232,7 +233,7 @@ def make_loader(config: TrainConfig, prepared: PreparedData, world: World) -> Lo
         dp_rank=world.data_rank,
         dp_size=world.data_size,
         prefetch=config.data.prefetch_samples,
-        transform=batch_maker(config.model),
+        transform=batch_maker(config.model, world.context_group.rank(), world.context_group.size()),
     )
 
 

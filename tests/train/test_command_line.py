@@ -71,7 +71,7 @@ def refused(monkeypatch, capsys, *arguments):
         (["run.samples_per_step=0"], "run.samples_per_step=0 must be at least 1"),
         (
             ["seq_len=4100"],
-            "seq_len=4100 is not a multiple of 8 = document alignment 8; the nearest that fit are 4096 and 4104",
+            "seq_len=4100 is not a multiple of 8 (document alignment 8); the nearest that fit are 4096 and 4104",
         ),
         (["document_alignment=12"], "document_alignment=12 is not a multiple of model.chunk_size=8"),
         (["model.chunk_size=eight"], "model.chunk_size='eight' is not of type integer"),
