@@ -6,6 +6,7 @@ reports. They are derived here once, from the attention rule in `ksa_model.refer
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 MIXERS = {"K": "KSA", "F": "full", "S": "sliding window", "C": "sliding chunk"}
@@ -144,22 +145,40 @@ class ModelConfig:
                 "S": lambda w: self.window_tokens - 1, "F": lambda w: 0}  # fmt: skip
         return max(back[layer.mixer](layer.window_chunks) for layer in self.layers)
 
+    def parameter_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
+        """Every parameter by name: its whole shape, and the dimension that tensor parallelism splits (or None)."""
+        h, f, d = self.hidden_size, self.ffn_size, self.head_dim
+        q, kv = self.num_heads * d, self.num_kv_heads * d
+        shapes: dict[str, tuple[tuple[int, ...], int | None]] = {"embedding.weight": ((self.padded_vocab_size, h), 0)}
+        if self.has_summaries:
+            shapes["summary_embedding"] = ((self.summary_tokens, h), None)
+        for layer in self.layers:
+            at = f"blocks.{layer.index}."
+            columns = {"query": q, "key": kv, "value": kv}
+            if self.independent_qkv and layer.updates_summaries:
+                columns["summary_query"] = q
+            if self.independent_qkv and layer.projects_summaries:
+                columns |= {"summary_key": kv, "summary_value": kv}
+            shapes |= {f"{at}attention.{name}.weight": ((size, h), 0) for name, size in columns.items()}
+            shapes[f"{at}attention.output.weight"] = ((h, q), 1)
+            if self.qk_norm:
+                shapes |= {f"{at}attention.{name}_norm.weight": ((d,), None) for name in ("query", "key")}
+            shapes |= {f"{at}mlp.{name}.weight": ((f, h), 0) for name in ("gate", "up")}
+            shapes[f"{at}mlp.down.weight"] = ((h, f), 1)
+            shapes |= {f"{at}{name}_norm.weight": ((h,), None) for name in ("attention", "mlp")}
+        shapes["norm.weight"] = ((h,), None)
+        if not self.tie_embeddings:
+            shapes["head.weight"] = ((self.padded_vocab_size, h), 0)
+        return shapes
+
     def num_parameters(self) -> dict[str, int]:
         """Parameters by role: `embedding`, `attention`, `summary` (the embedding rows and q/k/v of their own), `mlp`,
-        `norm`, `head`, and their `total`. Vocabulary padding is left out."""
-        h, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        vocab = self.vocab_size or 0
-        counts = {"embedding": vocab * h, "attention": 0, "summary": 0, "mlp": 0, "norm": h, "head": 0}
-        if not self.tie_embeddings:
-            counts["head"] = vocab * h
-        if self.has_summaries:
-            counts["summary"] += self.summary_tokens * h
-        for layer in self.layers:
-            counts["attention"] += h * (q + 2 * kv) + q * h
-            counts["mlp"] += 3 * h * self.ffn_size
-            counts["norm"] += 2 * h + (2 * self.head_dim if self.qk_norm else 0)
-            if self.independent_qkv:
-                counts["summary"] += h * (q * layer.updates_summaries + 2 * kv * layer.projects_summaries)
+        `norm`, `head`, and their `total`. Rows of vocabulary padding are left out."""
+        counts = dict.fromkeys(("embedding", "attention", "summary", "mlp", "norm", "head"), 0)
+        for name, (shape, _) in self.parameter_shapes().items():
+            roles = [role for role in ("summary", "norm", "mlp", "attention", "embedding", "head") if role in name]
+            rows = self.vocab_size if roles[0] in ("embedding", "head") else shape[0]
+            counts[roles[0]] += math.prod((rows, *shape[1:]))
         counts["total"] = sum(counts.values())
         return counts
 

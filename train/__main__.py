@@ -33,6 +33,11 @@ def _run(composed: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # every point of a sweep has a run directory of its own
             values["run"]["name"] += "/" + _point_name()
         config = from_mapping(TrainConfig, values)
+        if config.dry_run:
+            from train.dry_run import describe
+
+            print(describe(config, config.dry_run_ranks or environment_world()[1], config.dry_run_gpu))
+            return
         validate(config, environment_world()[1])
         from train.trainer import train  # seconds of imports, which a refused configuration need not wait for
 

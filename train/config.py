@@ -97,6 +97,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     resume: str = "auto"  # auto | never | path of a checkpoint or of another run's directory
+    dry_run: bool = False  # print the layout, memory and exchanges of a rank, and stop
+    dry_run_ranks: int | None = None  # the world to plan for; null: this one
+    dry_run_gpu: str = "h100-80gb"
     document_alignment: int | None = None  # documents start on multiples of this; None: model.chunk_size
 
     @property

@@ -232,8 +232,12 @@ def test_counts():
 def test_parameter_count_is_what_is_built(world):
     for pattern in ("KKKF", "F", "FKSC", "CKKK"):
         config = small_config(layer_pattern=pattern, vocab_size=64)
-        built = sum(p.numel() for p in build(world, config).parameters())
-        assert config.num_parameters()["total"] == built, pattern
+        built = dict(build(world, config).named_parameters())
+        assert config.num_parameters()["total"] == sum(p.numel() for p in built.values()), pattern
+        shapes = config.parameter_shapes()
+        assert {name: tuple(p.shape) for name, p in built.items()} == {name: s for name, (s, _) in shapes.items()}
+        for name, p in built.items():
+            assert (p.partition_dim if getattr(p, "tensor_model_parallel", False) else None) == shapes[name][1], name
 
 
 def test_last_summary_work_is_left_out():

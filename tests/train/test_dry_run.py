@@ -1,0 +1,140 @@
+"""The dry run's arithmetic against what is really built, kept and sent."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_on_ranks
+from tests.train.runs import make_config
+from train import dry_run
+from train.config import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Wide enough that rows of features outweigh the odd per-row number.
+WIDE = dict(
+    model__hidden_size=128, model__head_dim=32, model__ffn_size=320, model__num_kv_heads=2, model__vocab_size=400,
+    model__window_chunks=4, seq_len=1024,
+)  # fmt: skip
+
+
+def kept_bytes_on_a_rank(changes: dict) -> float:
+    """Bytes of distinct tensors that the blocks' forward keeps for backward, weights and tables left out."""
+    import numpy as np
+
+    from ksa_model import layout
+    from ksa_model.collectives import ContextParallel
+    from train import parallel
+    from train.trainer import build_engine
+
+    config = make_config(Path("corpus.jsonl"), Path("runs"), **changes)
+    world = parallel.initialize(config.parallel, torch.device("cpu"))
+    model = build_engine(config, world).module
+    k = config.model.chunk_size
+    pack = layout.build(np.array([0]), np.array([config.seq_len]), config.seq_len, k, config.model.summary_tokens)
+    tokens = torch.zeros(config.seq_len, dtype=torch.long)
+    context = ContextParallel(world.context_group)
+    if context.size > 1:
+        pack = layout.ShardedLayout(pack, context.rank, context.size)
+        tokens = tokens[: pack.num_text]
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known and tensor.dtype != torch.int64:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.hidden(tokens, pack)
+    rotary = 2 * 4 * (pack.num_text + pack.num_summary) * config.model.head_dim // 2
+    return sum(storage.nbytes() for storage in storages.values()) - rotary
+
+
+@pytest.mark.parametrize("ranks, changes", [
+    (1, dict(model__layer_pattern="F")),
+    (1, dict(model__layer_pattern="KKKF")),
+    (1, dict(model__layer_pattern="KSCK", run__precision="bf16")),
+    (1, dict(model__layer_pattern="KKKF", model__qk_norm=False, model__summary_tokens=2)),
+    (2, dict(model__layer_pattern="KKFK", parallel__tensor=2, parallel__sequence=True)),
+    (2, dict(model__layer_pattern="KKFK", parallel__context=2, run__precision="bf16")),
+], ids=str)  # fmt: skip
+def test_activations_are_what_autograd_keeps(ranks, changes):
+    changes = WIDE | dict(run__samples_per_step=4) | changes
+    kept = run_on_ranks(ranks, kept_bytes_on_a_rank, changes)[0]
+    config = make_config(Path("corpus.jsonl"), Path("runs"), **changes)
+    counted = sum(dry_run.block_bytes(config.model, layer, config) for layer in config.model.layers)
+    assert counted == pytest.approx(kept, rel=0.1), counted / kept
+
+
+def received_on_a_rank(changes: dict) -> dict[str, int]:
+    """What the context exchanges of one forward and backward really received on this rank."""
+    import numpy as np
+
+    from ksa_model import layout
+    from train import parallel
+    from train.trainer import build_engine
+
+    config = make_config(Path("corpus.jsonl"), Path("runs"), **changes)
+    world = parallel.initialize(config.parallel, torch.device("cpu"))
+    model = build_engine(config, world).module
+    pack = layout.build(np.array([0]), np.array([config.seq_len]), config.seq_len, config.model.chunk_size)
+    shard = layout.ShardedLayout(pack, world.context_group.rank(), world.context_group.size())
+    rows = torch.zeros(shard.num_text, dtype=torch.long)
+    model(rows, rows, shard).backward()
+    return dict(model.blocks[0].attention.context.received_bytes)
+
+
+def test_exchanges_are_what_collectives_count():
+    changes = WIDE | dict(model__layer_pattern="KSCF", parallel__context=4, run__samples_per_step=4)
+    counted = dry_run.plan(make_config(Path("c"), Path("r"), **changes), 4).exchange
+    received = run_on_ranks(4, received_on_a_rank, changes)
+    assert all(rank["summaries"] == counted["summaries"] for rank in received)
+    assert all(rank["text"] == counted["text keys"] for rank in received)
+    # The ends of the chain have one neighbour, the middle two; the plan counts the fullest rank.
+    assert max(rank["halo"] for rank in received) == counted["halo"]
+
+
+def test_zero_shards_what_it_says():
+    sizes = {}
+    for zero in (0, 1, 2, 3):
+        config = make_config(
+            Path("c"), Path("r"), **WIDE, parallel__zero=zero, run__precision="bf16", run__samples_per_step=8
+        )
+        sizes[zero] = dry_run.plan(config, 8).memory
+    p = sum(p for p in [dry_run.plan(config, 8).parameters_per_rank])
+    assert sizes[0]["weights"] == sizes[1]["weights"] == 2 * p and sizes[3]["weights"] == 2 * p / 8
+    assert sizes[0]["optimizer"] == 12 * p and sizes[1]["optimizer"] == sizes[3]["optimizer"] == 12 * p / 8
+    assert sizes[1]["gradients"] == 6 * p and sizes[2]["gradients"] == 2 * p / 8
+
+
+def dry_run_command(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run([sys.executable, "-m", "train", "dry_run=true", *arguments], cwd=ROOT, text=True,
+                          capture_output=True, env=environment)  # fmt: skip
+
+
+def test_command_plans_four_thousand_ranks(tmp_path):
+    shown = dry_run_command(
+        "model=hybrid_1b9", "model.vocab_size=151936", "seq_len=1048576", "run.precision=bf16", "run.recompute=true",
+        "parallel.tensor=2", "parallel.sequence=true", "parallel.context=64", "dry_run_ranks=4096",
+        "run.samples_per_step=32", f"run.root={tmp_path}",
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    for text in ("4096 ranks = tensor 2 + sequence x context 64 x data 32", "rank 4095", "fits", "summaries"):
+        assert text in shown.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_large_and_wrong_inputs():
+    config = make_config(Path("c"), Path("r"), **WIDE)
+    assert "does NOT fit" in dry_run.describe(make_config(Path("c"), Path("r"), **WIDE | dict(
+        model__hidden_size=32768, model__ffn_size=131072)), 1, "h100-80gb")  # fmt: skip
+    with pytest.raises(ConfigError, match="dry_run_gpu='gtx' is not one of"):
+        dry_run.describe(config, 1, "gtx")
+    with pytest.raises(ConfigError, match=r"dry_run needs model.vocab_size"):
+        dry_run.plan(make_config(Path("c"), Path("r")), 1)

@@ -1,0 +1,246 @@
+"""`python -m train dry_run=true`: what a run would look like on every rank, by arithmetic alone.
+
+No process group, no device, no data: a world of thousands of ranks is planned on a laptop. Memory is counted from the
+same shapes the model is built from; activations from what each layer keeps for its backward, which a test compares with
+what autograd really keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ksa_model.config import LayerConfig, ModelConfig
+from ksa_model.model import LOSS_ROWS
+from train.config import ConfigError, TrainConfig, validate
+
+GIB = 2**30
+GPU_MEMORY = {  # bytes a process can really have, below the label's number
+    "a100-40gb": 39.4 * GIB,
+    "a100-80gb": 79.1 * GIB,
+    "h100-80gb": 79.1 * GIB,
+    "h200-141gb": 139.8 * GIB,
+    "b200-192gb": 178.0 * GIB,
+}
+CUDA_CONTEXT_AND_NCCL = 1.5 * GIB
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of the fullest rank, by purpose; bytes it receives in one micro-batch, by exchange."""
+
+    world_size: int
+    data_size: int
+    parameters: int
+    parameters_per_rank: int
+    memory: dict[str, float]
+    exchange: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+
+def plan(config: TrainConfig, world_size: int) -> Plan:
+    """Count for a checked configuration; `model.vocab_size` must be known."""
+    validate(config, world_size)
+    if config.model.vocab_size is None:
+        raise ConfigError(
+            "dry_run needs model.vocab_size: the tokenizer that would decide it is not opened; "
+            "give it, e.g. model.vocab_size=151936"
+        )
+    parallel, model = config.parallel, config.model
+    data_size = parallel.data(world_size)
+    local = sum(
+        math.prod(shape) // (parallel.tensor if dim is not None else 1)
+        for shape, dim in model.parameter_shapes().values()
+    )
+    return Plan(
+        world_size=world_size,
+        data_size=data_size,
+        parameters=model.num_parameters()["total"],
+        parameters_per_rank=local,
+        memory=_state_bytes(config, local, data_size * parallel.context) | _working_bytes(config),
+        exchange=_exchange_bytes(config, local, data_size * parallel.context),
+    )
+
+
+def _state_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, float]:
+    """Weights, gradients and optimizer state of one rank, as the ZeRO stage shards them."""
+    zero, bf16 = config.parallel.zero, config.run.precision == "bf16"
+    value = 2 if bf16 else 4
+    state = (8 + 4) * local  # two moments and the fp32 master copy (kept beside fp32 weights too, except in stage 0)
+    if zero == 0 and not bf16:
+        state = 8 * local
+    # bf16 at stages 0 and 1 accumulates in fp32 beside the gradient that backward just made.
+    gradients = (value + 4 if bf16 and zero < 2 else value) * local
+    return {
+        "weights": value * local / (shards if zero == 3 else 1),
+        "gradients": gradients / (shards if zero >= 2 else 1),
+        "optimizer": 0.0 if config.parallel.offload == "optimizer" else state / (shards if zero else 1),
+    }
+
+
+def _rows(config: TrainConfig) -> tuple[int, int]:
+    """Text and summary rows of one context rank."""
+    text = config.seq_len // config.parallel.context
+    return text, text // config.model.chunk_size * config.model.summary_tokens
+
+
+def _working_bytes(config: TrainConfig) -> dict[str, float]:
+    """What forward keeps for backward, and the largest passing tensors."""
+    model, parallel = config.model, config.parallel
+    value = 2 if config.run.precision == "bf16" else 4
+    text, _ = _rows(config)
+    blocks = [block_bytes(model, layer, config) for layer in model.layers]
+    if config.run.recompute:
+        kept = sum(_block_input_bytes(layer, config) for layer in model.layers) + max(blocks)
+    else:
+        kept = sum(blocks)
+    vocabulary = model.padded_vocab_size // parallel.tensor
+    head = model.hidden_size * vocabulary * 4 + text * model.hidden_size * (2 * value + 4)
+    logits = min(LOSS_ROWS, text) * vocabulary * (4 + value)
+    return {"activations": kept, "loss": head + logits}
+
+
+def _stream_rows(layer: LayerConfig, config: TrainConfig) -> tuple[int, int, int]:
+    """Rows that enter the layer, rows it updates, text rows (all of one context rank, before sequence sharding)."""
+    text, summary = _rows(config)
+    return text + summary * layer.carries_summaries, text + summary * layer.updates_summaries, text
+
+
+def _block_input_bytes(layer: LayerConfig, config: TrainConfig) -> float:
+    value = 2 if config.run.precision == "bf16" else 4
+    entering, _, _ = _stream_rows(layer, config)
+    share = config.parallel.tensor if config.parallel.sequence else 1
+    return entering / share * config.model.hidden_size * value
+
+
+def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> float:
+    """Bytes that one block's forward keeps for its backward on one rank, recomputation off.
+
+    Legend: h hidden, q and kv projected features of this tensor rank, f MLP features of it, b bytes a value.
+    """
+    tensor, context = config.parallel.tensor, config.parallel.context
+    share = tensor if config.parallel.sequence else 1
+    b = 2 if config.run.precision == "bf16" else 4
+    # A norm keeps its input and the normalised rows, both in fp32; a fused norm would keep the first alone, so on a
+    # device that has one this counts a little too much.
+    norm = 4 + 4
+    h, f = model.hidden_size, model.ffn_size // tensor
+    q, kv = model.num_heads * model.head_dim // tensor, model.num_kv_heads * model.head_dim // tensor
+    entering, updated, text = _stream_rows(layer, config)
+    summary_in, summary_out = entering - text, updated - text
+    projected = summary_in if layer.projects_summaries else 0
+
+    norms = (entering + updated) / share * h * norm  # the residual stream, and the norms' own
+    gathered = (entering + updated) * h * b  # their outputs, gathered: the projections' and the MLP's input
+    heads = text * (q + 2 * kv) * b + projected * 2 * kv * b + summary_out * q * b  # as attention saved them
+    if model.qk_norm:  # the norm's input beside its output, which RoPE turns into another tensor
+        heads += (text * (q + kv) + projected * kv + summary_out * q) * norm
+    log_sum_exp = text * q // model.head_dim * 4
+    out = updated * q * b * (2 if summary_out else 1)  # joined streams are a copy
+    if summary_out:  # per-chunk copies of keys and values for the summary queries
+        heads += (text + projected) * 2 * kv * b + summary_out * q * b
+    exchanged = 0.0
+    if context > 1:
+        halo = {"K": layer.window_chunks * model.chunk_size, "S": model.window_tokens - 1, "F": 0}.get(
+            layer.mixer, layer.window_chunks * model.chunk_size
+        )
+        exchanged = (text + 2 * halo) * 2 * kv * b
+        if layer.mixer == "F":
+            exchanged = text * context * 2 * kv * b
+        elif layer.mixer == "K":
+            exchanged += projected * context * 2 * kv * b
+    mlp = updated * f * 4 * b
+    return norms + gathered + heads + log_sum_exp + out + exchanged + mlp
+
+
+def _exchange_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, float]:
+    """Bytes one rank receives for one micro-batch, forward and backward, without recomputation; gradients per step."""
+    model, parallel = config.model, config.parallel
+    b = 2 if config.run.precision == "bf16" else 4
+    tensor, context = parallel.tensor, parallel.context
+    kv = 2 * model.num_kv_heads * model.head_dim // tensor * b
+    text, summary = _rows(config)
+    counts = {"halo": 0.0, "summaries": 0.0, "text keys": 0.0, "tensor": 0.0}
+    for layer in model.layers:
+        if context > 1:
+            if layer.mixer == "F":
+                counts["text keys"] += 2 * text * (context - 1) * kv
+            else:
+                back = model.window_tokens - 1 if layer.mixer == "S" else layer.window_chunks * model.chunk_size
+                counts["halo"] += 2 * 2 * back * kv
+            if layer.mixer == "K":
+                counts["summaries"] += 2 * summary * (context - 1) * kv
+        entering, updated, _ = _stream_rows(layer, config)
+        # Two gathers and two reductions a block, and their mirror images in backward; an all-reduce moves twice that.
+        moved = 4 * (entering + updated) * model.hidden_size * b * (tensor - 1) / tensor
+        counts["tensor"] += moved
+    passes = {0: 2, 1: 2, 2: 2, 3: 3}[parallel.zero]  # gradients reduced, weights gathered again
+    counts["data (a step)"] = passes * local * b * (shards - 1) / shards
+    return {name: count for name, count in counts.items() if count}
+
+
+def describe(config: TrainConfig, world_size: int, gpu: str) -> str:
+    """The plan in words and tables. Raises `ConfigError` for a device whose memory is not known."""
+    if gpu not in GPU_MEMORY:
+        raise ConfigError(f"dry_run_gpu={gpu!r} is not one of {', '.join(GPU_MEMORY)}")
+    counted, parallel, model = plan(config, world_size), config.parallel, config.model
+    text, summary = _rows(config)
+    total = counted.total + CUDA_CONTEXT_AND_NCCL
+    capacity = GPU_MEMORY[gpu]
+    lines = [
+        f"{counted.parameters / 1e9:.3f} B parameters, {len(model.layers)} layers {model.layer_pattern}, "
+        f"k={model.chunk_size}, seq_len {config.seq_len:,}, {config.run.precision}",
+        f"{world_size} ranks = tensor {parallel.tensor}{' + sequence' if parallel.sequence else ''} x context "
+        f"{parallel.context} x data {counted.data_size}, ZeRO-{parallel.zero}; "
+        f"{config.run.samples_per_step // counted.data_size} micro-batches a step",
+        "",
+        "who holds what",
+        *_ranks(config, counted),
+        f"  every rank: {counted.parameters_per_rank / 1e9:.3f} B parameters, {text:,} text and {summary:,} summary "
+        f"rows, {model.num_heads // parallel.tensor} query and {model.num_kv_heads // parallel.tensor} key/value heads",
+        "",
+        "memory of a rank",
+        *(f"  {name:<22}{size / GIB:9.2f} GiB" for name, size in counted.memory.items()),
+        f"  {'CUDA context, NCCL':<22}{CUDA_CONTEXT_AND_NCCL / GIB:9.2f} GiB",
+        f"  {'together':<22}{total / GIB:9.2f} GiB of {capacity / GIB:.1f} on {gpu}: "
+        + ("fits" if total <= capacity else f"does NOT fit, {(total - capacity) / GIB:.1f} GiB too much"),
+    ]
+    if counted.exchange:
+        lines += ["", "received by a rank for one micro-batch, forward and backward"]
+        lines += [f"  {name:<22}{size / 1e9:9.3f} GB" for name, size in counted.exchange.items()]
+    if total > capacity:
+        lines += ["", "to make it fit: " + _advice(config)]
+    return "\n".join(lines)
+
+
+def _ranks(config: TrainConfig, counted: Plan) -> list[str]:
+    """The first ranks and the last one: their places on the three axes and the slices of the sample they hold."""
+    tensor, context = config.parallel.tensor, config.parallel.context
+    shown = [*range(min(4, counted.world_size)), *([counted.world_size - 1] if counted.world_size > 4 else [])]
+    lines = []
+    for rank in shown:
+        t, c, d = rank % tensor, rank // tensor % context, rank // (tensor * context)
+        rows = config.seq_len // (2 * context)
+        if context == 1:
+            held = f"rows 0-{config.seq_len - 1}"
+        else:
+            held = " and ".join(f"rows {i * rows}-{(i + 1) * rows - 1}" for i in (c, 2 * context - 1 - c))
+        if lines and rank > shown[len(lines) - 1] + 1:
+            lines.append("  ...")
+        lines.append(f"  rank {rank:<5} tensor {t}, context {c}, data {d}: {held}")
+    return lines
+
+
+def _advice(config: TrainConfig) -> str:
+    options = []
+    if not config.run.recompute:
+        options.append("run.recompute=true")
+    if config.parallel.zero < 3:
+        options.append(f"parallel.zero={config.parallel.zero + 1}")
+    if config.parallel.offload == "none" and config.parallel.zero:
+        options.append("parallel.offload=optimizer")
+    options += ["more parallel.context or parallel.tensor", "a shorter seq_len"]
+    return ", ".join(options)
