@@ -60,6 +60,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: dist.Store  # shared by the ranks of the job, for words rather than tensors
     tensor_group: dist.ProcessGroup
     context_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
@@ -147,13 +148,15 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
     elif not torch.cuda.is_available():
         # megatron-core allocates communication buffers on `torch.cuda.current_device()`; here that is the host.
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=config.timeout_minutes)
-        if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=size)
-        else:
-            dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
+    timeout = timedelta(minutes=config.timeout_minutes)
+    store: dist.Store = dist.HashStore()
+    if "MASTER_ADDR" in os.environ:
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        store.set_timeout(timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, timeout=timeout, rank=rank, world_size=size, store=dist.PrefixStore("groups", store)
+    )
     from megatron.core import parallel_state  # seconds of imports, which a refused configuration need not wait for
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
@@ -167,6 +170,7 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
         rank=rank,
         size=size,
         device=device,
+        store=store,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         context_group=parallel_state.get_context_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),

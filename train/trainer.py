@@ -29,6 +29,7 @@ from train.evaluate import HeldOut
 from train.metrics import RunLog, StepSums, Tracker
 from train.parallel import World
 from train.signals import StopRequest
+from train.watchdog import Watchdog
 
 # Sections and keys that may differ between two visits to one run directory: they do not change what is computed.
 CHANGEABLE = (
@@ -95,19 +96,28 @@ def _train(config: TrainConfig, world: World, prepared: PreparedData, directory:
     if step >= last_step:
         run.log.say(f"{directory} is at step {step} already: nothing to train")
     try:
-        with StopRequest(config.run.max_minutes) as request:
+        patience = 60 * config.parallel.timeout_minutes
+        with (
+            Watchdog(world.store, world.rank, world.size, patience) as watch,
+            StopRequest(config.run.max_minutes) as request,
+        ):
             while step < last_step and not stopping:
                 step += 1
+                watch.progress(step, "waiting for data")
+                batches = [batch.to(world.device) for batch in run.loader.next_step()]
+                watch.progress(step, "training")
                 lr = config.optim.lr_at(step - 1, config.run.steps)
-                grad_norm = train_step(run.engine, run.loader, world, run.sums, lr, stop=request.is_due)
+                grad_norm = train_step(run.engine, batches, world, run.sums, lr, stop=request.is_due)
                 stopping = run.sums.stop_agreed()
                 ending = stopping or step == last_step
                 run.log.advance()
                 if ending or step % config.run.log_every == 0:
                     run.report(step, grad_norm, lr)
                 if step == last_step or step % config.run.eval_every == 0:
+                    watch.progress(step, "validating")
                     run.evaluate(step)
                 if ending or step % config.checkpoint.every_steps == 0:
+                    watch.progress(step, "saving a checkpoint")
                     run.save(step)
         if stopping:
             why = request.reason or "by another rank"
@@ -125,14 +135,15 @@ def _train(config: TrainConfig, world: World, prepared: PreparedData, directory:
 
 
 def train_step(
-    engine: Engine, loader: Loader, world: World, sums: StepSums, lr: float, stop: bool = False
+    engine: Engine, batches: list[Batch], world: World, sums: StepSums, lr: float, stop: bool = False
 ) -> torch.Tensor | float:
     """One optimizer step over this rank's micro-batches; returns the global gradient norm before clipping.
+
+    `stop`: this rank was asked to end the run, which all ranks then learn in `StepSums.stop_agreed`.
 
     The loss is the sum over all ranks' valid tokens divided once by their number, so ranks and micro-batches with few
     labels, or none, weigh exactly what they hold.
     """
-    batches: list[Batch] = [batch.to(world.device) for batch in loader.next_step()]
     counts = sums.count(batches, stop)
     # The engine averages gradients over data x context ranks; the factor turns that mean into a sum over tokens' mean.
     scale = (world.data_context_group.size() / counts[0].clamp(min=1)).float()

@@ -50,14 +50,14 @@ def main() -> None:
     seconds = []
     for _ in range(WARM_UP + STEPS):
         began = time.perf_counter()
-        trainer.train_step(engine, loader, world, sums, 1e-3)
+        trainer.train_step(engine, loader.next_step(), world, sums, 1e-3)
         seconds.append(time.perf_counter() - began)
     step = statistics.median(seconds[WARM_UP:])
     waited = loader.wait_seconds
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         for _ in range(2):
             with record_function("step"):
-                trainer.train_step(engine, loader, world, sums, 1e-3)
+                trainer.train_step(engine, loader.next_step(), world, sums, 1e-3)
     print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
     result = {
         "command": "python -m tests.bench.cpu_step " + " ".join(sys.argv[1:]),
