@@ -177,8 +177,8 @@ class ModelConfig:
         counts = dict.fromkeys(("embedding", "attention", "summary", "mlp", "norm", "head"), 0)
         for name, (shape, _) in self.parameter_shapes().items():
             roles = [role for role in ("summary", "norm", "mlp", "attention", "embedding", "head") if role in name]
-            rows = self.vocab_size if roles[0] in ("embedding", "head") else shape[0]
-            counts[roles[0]] += math.prod((rows, *shape[1:]))
+            rows = (self.vocab_size or 0) if roles[0] in ("embedding", "head") else shape[0]
+            counts[roles[0]] += rows * math.prod(shape[1:])
         counts["total"] = sum(counts.values())
         return counts
 

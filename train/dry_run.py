@@ -220,7 +220,7 @@ def _ranks(config: TrainConfig, counted: Plan) -> list[str]:
     """The first ranks and the last one: their places on the three axes and the slices of the sample they hold."""
     tensor, context = config.parallel.tensor, config.parallel.context
     shown = [*range(min(4, counted.world_size)), *([counted.world_size - 1] if counted.world_size > 4 else [])]
-    lines = []
+    lines: list[str] = []
     for rank in shown:
         t, c, d = rank % tensor, rank // tensor % context, rank // (tensor * context)
         rows = config.seq_len // (2 * context)
