@@ -14,10 +14,10 @@ from train.signals import BAD_INPUT
 
 USAGE = f"""Start a training run on one machine or many, and look after it.
 
-  python -m launch target=TARGET [nodes=N] [gpus_per_node=N | ranks_per_node=N] [launch.KEY=VALUE ...] -- [KEY=VALUE ...]
+  python -m launch target=TARGET [nodes=N] [gpus_per_node=N | ranks_per_node=N] [launch.KEY=VALUE ...] -- [KEY=VALUE ..]
   python -m launch status|logs|cancel RUN
 
-TARGET is one of {', '.join(TARGETS)}; its settings are in configs/launch/TARGET.yaml. What stands after `--` goes to
+TARGET is one of {", ".join(TARGETS)}; its settings are in configs/launch/TARGET.yaml. What stands after `--` goes to
 `python -m train` as it is. launch.dry_run=true prints what would run and stops there. docs/launch.md tells the rest.
 """
 VERBS = ("status", "logs", "cancel")
@@ -50,7 +50,9 @@ def start(arguments: list[str]) -> int:
     if launch.target == "slurm":
         from launch import slurm
 
-        return slurm.submit(launch, [slurm.Point(launch.overrides, checked.run_directory)], checked.run_directory, arguments)
+        return slurm.submit(
+            launch, [slurm.Point(launch.overrides, checked.run_directory)], checked.run_directory, arguments
+        )
     return _foreground(launch, checked, arguments)
 
 
@@ -59,7 +61,9 @@ def _foreground(launch: Launch, checked: Checked, arguments: list[str]) -> int:
     from launch import local, ssh
 
     target = local if launch.target == "local" else ssh
-    print(target.describe(launch, checked.run_directory), file=sys.stderr if not launch.settings.dry_run else sys.stdout)
+    print(
+        target.describe(launch, checked.run_directory), file=sys.stderr if not launch.settings.dry_run else sys.stdout
+    )
     if launch.settings.dry_run:
         return 0
     with runs.locked(checked.run_directory, wait_seconds=launch.settings.grace_seconds) as lock:
@@ -83,7 +87,13 @@ def look_after(verb: str, arguments: list[str]) -> int:
         if record is not None and record.target == "slurm":
             return slurm.cancel(record)
         return _stop_local(run)
-    print(_progress_line(run))
+    if (run / "sweep.json").is_file():
+        from launch import sweep
+
+        for point in (sweep.read(run) or sweep.Sweep("", "", [], [])).points:
+            print(_progress_line(run / point.name))
+    else:
+        print(_progress_line(run))
     if record is not None and record.target == "slurm":
         print(slurm.status(record))
     elif runs.is_held(run):

@@ -12,15 +12,17 @@ Everything else is torch.distributed.run, unchanged.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable
-from types import FrameType
 
-from launch.processes import descendants, end_with_supervisor
+from launch.processes import children, end_with_supervisor, kill_descendants
 from train.signals import BAD_INPUT, REQUEUE
 
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 GRACE = "LAUNCH_GRACE_SECONDS"  # environment: how long ranks may take after a forwarded signal
 
 
@@ -40,30 +42,40 @@ def exit_code(rank_codes: Iterable[int], stop_requested: bool) -> int:
 
 
 class _Forwarder:
-    """Passes signals on to the ranks; after `grace` seconds those that are left are killed."""
+    """Passes signals on to the ranks; after `grace` seconds those that are left are killed.
+
+    A thread does it: while the main thread waits inside torchrun's C++ store (up to five minutes at the end of a run
+    whose other agent is gone) no handler written in Python would be called there.
+    """
 
     def __init__(self, grace: int):
         self.requested = False
         self._grace = grace
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._forward)
-        signal.signal(signal.SIGALRM, self._kill)
+        self._signals, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        for number in _FORWARDED:
+            signal.signal(number, lambda *_: None)  # caught, so that its number is written to the pipe
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def _forward(self, number: int, _: FrameType | None) -> None:
-        ranks = descendants()
-        if not ranks:  # nothing runs yet
-            sys.exit(REQUEUE)
+    def _listen(self) -> None:
+        while True:
+            for number in os.read(self._signals, 64):
+                if number in _FORWARDED:
+                    self._forward(number)
+
+    def _forward(self, number: int) -> None:
+        ranks = children(os.getpid())  # theirs are theirs to stop
+        if not ranks:  # not started yet, or ended already
+            os._exit(REQUEUE)
         if not self.requested:
-            signal.alarm(self._grace)
-        self.requested = True
-        own = os.getpid()
+            self.requested = True
+            timer = threading.Timer(self._grace, kill_descendants)
+            timer.daemon = True
+            timer.start()
         for pid in ranks:
-            if _parent(pid) == own:  # their children are theirs to stop
-                _send(pid, number)
-
-    def _kill(self, number: int, _: FrameType | None) -> None:
-        for pid in descendants():
-            _send(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def main(arguments: list[str]) -> int:
@@ -95,26 +107,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _told(error) -> str:
-    ends = {}
+    ends: dict[int, list[int]] = {}
     for rank, failure in sorted(error.failures.items()):
         ends.setdefault(failure.exitcode, []).append(rank)
-    return ", ".join(f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} ended with {code}"
-                     for code, ranks in ends.items())
-
-
-def _parent(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def _send(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
+    return ", ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} ended with {code}"
+        for code, ranks in ends.items()
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def _named_key(error: Exception, overrides: list[str]) -> LaunchError:
         check_keys(overrides)
     except USER_ERRORS as better:
         return LaunchError(str(better))
-    except Exception:  # noqa: BLE001, not an override at all: Hydra said it better
+    except Exception:
         pass
     return LaunchError(_one_line(error))
 
@@ -94,15 +95,16 @@ def validated(values: dict[str, Any], world_size: int) -> TrainConfig:
 
 def memory_line(config: TrainConfig, world_size: int) -> str:
     """What weights, gradients and optimizer take of each rank; activations come on top."""
-    import dataclasses
-
     parallel, data_size = config.parallel, config.parallel.data(world_size)
     vocab = config.model.vocab_size or config.data.vocab_size
-    counts = dataclasses.replace(config.model, vocab_size=vocab).num_parameters()
-    shards = data_size * parallel.context
-    weights, gradients = (2, 4) if config.run.precision == "bf16" else (4, 4)
-    state = 4 + 8  # fp32 master weights and two moments, which ZeRO shares out
-    per_rank = counts["total"] / parallel.tensor * (weights + gradients + state / (shards if parallel.zero else 1))
-    return (f"{counts['total'] / 1e6:,.1f}M parameters; {world_size} ranks = {data_size} data x {parallel.context} context x "
-            f"{parallel.tensor} tensor; weights, gradients and optimizer {per_rank / 2**30:,.2f} GiB a rank, before "
-            "activations")
+    parameters = dataclasses.replace(config.model, vocab_size=vocab).num_parameters()["total"]
+    # Bytes a parameter, and the ZeRO stage from which data x context ranks share them out.
+    parts = [(2 if config.run.precision == "bf16" else 4, 3), (4, 2), (4 + 8, 1)]
+    shares = data_size * parallel.context
+    per_parameter = sum(size / (shares if parallel.zero >= stage else 1) for size, stage in parts)
+    gib = parameters * per_parameter / parallel.tensor / 2**30
+    return (
+        f"{parameters / 1e6:,.1f}M parameters; {world_size} ranks = {data_size} data x {parallel.context} context x "
+        f"{parallel.tensor} tensor; weights, gradients and optimizer {gib:,.2f} GiB a rank, "
+        "before activations"
+    )

@@ -47,8 +47,16 @@ class Settings:
                 raise LaunchError(f"launch.env.{name}: {name!r} is not the name of an environment variable")
 
 
-MINIMUM = {"cpus_per_rank": 1, "grace_seconds": 1, "chain_jobs": 1, "array_limit": 1, "wait_seconds": 1,
-           "rendezvous_timeout_seconds": 1, "signal_seconds": 1, "master_port": 1}
+MINIMUM = {
+    "cpus_per_rank": 1,
+    "grace_seconds": 1,
+    "chain_jobs": 1,
+    "array_limit": 1,
+    "wait_seconds": 1,
+    "rendezvous_timeout_seconds": 1,
+    "signal_seconds": 1,
+    "master_port": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,9 @@ class SlurmSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.partition:
-            raise LaunchError("target=slurm needs launch.partition=NAME (`sinfo` lists them), or set it in "
-                              "configs/launch/slurm.yaml")
+            raise LaunchError(
+                "target=slurm needs launch.partition=NAME (`sinfo` lists them), or set it in configs/launch/slurm.yaml"
+            )
         if not re.fullmatch(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}", self.time):
             raise LaunchError(f"launch.time={self.time!r} is not a Slurm time: minutes, HH:MM:SS or D-HH:MM:SS")
         if self.continuation not in ("requeue", "chain"):
@@ -115,14 +124,17 @@ class KubernetesSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.image:
-            raise LaunchError("target=kubernetes needs launch.image=REGISTRY/NAME:TAG, or set it in "
-                              "configs/launch/kubernetes.yaml")
+            raise LaunchError(
+                "target=kubernetes needs launch.image=REGISTRY/NAME:TAG, or set it in configs/launch/kubernetes.yaml"
+            )
         for name, text in self.volumes.items():
             if not re.fullmatch(r"[^:]+:/[^:]*(:ro)?", text):
                 raise LaunchError(f"launch.volumes.{name}={text!r} must be CLAIM:/MOUNT or CLAIM:/MOUNT:ro")
         for name, text in self.secrets.items():
             if not re.fullmatch(r"[^/]+/[^/]+", text):
-                raise LaunchError(f"launch.secrets.{name}={text!r} must be SECRET/KEY: the value itself stays in the cluster")
+                raise LaunchError(
+                    f"launch.secrets.{name}={text!r} must be SECRET/KEY: the value itself stays in the cluster"
+                )
         for key in ("shm_size", "memory"):
             if not re.fullmatch(r"\d+(\.\d+)?([EPTGMk]|[EPTGMK]i)?", getattr(self, key)):
                 raise LaunchError(f"launch.{key}={getattr(self, key)!r} is not a Kubernetes quantity such as 64Gi")
@@ -145,7 +157,11 @@ class SshSettings(Settings):
 
 
 TARGETS: dict[str, type[Settings]] = {
-    "local": LocalSettings, "slurm": SlurmSettings, "kubernetes": KubernetesSettings, "ssh": SshSettings}
+    "local": LocalSettings,
+    "slurm": SlurmSettings,
+    "kubernetes": KubernetesSettings,
+    "ssh": SshSettings,
+}
 SIZE_KEYS = ("nodes", "gpus_per_node", "ranks_per_node")
 
 
@@ -185,13 +201,17 @@ def parse(arguments: Iterable[str], directory: Path | None = None) -> Launch:
             raise LaunchError(f"{argument!r} is not KEY=VALUE; training overrides go after `--`")
         if key != "target" and key not in SIZE_KEYS and not key.startswith("launch."):
             known = ["target", *SIZE_KEYS, "launch.dry_run"]
-            raise LaunchError(f"{key} is not a key of the launcher{_nearest(key, known)}; training overrides go after `--`")
+            raise LaunchError(
+                f"{key} is not a key of the launcher{_nearest(key, known)}; training overrides go after `--`"
+            )
         values[key] = value
     target = values.pop("target", None)
     if target not in TARGETS:
         said = "target=NAME is missing" if target is None else f"target={target!r} is unknown"
         raise LaunchError(f"{said}{_nearest(target or '', list(TARGETS))}; the targets are {', '.join(TARGETS)}")
-    settings = load_settings(target, {k.removeprefix("launch."): v for k, v in values.items() if k.startswith("launch.")})
+    settings = load_settings(
+        target, {k.removeprefix("launch."): v for k, v in values.items() if k.startswith("launch.")}
+    )
     sizes = {key: _convert(int, values[key], key) for key in SIZE_KEYS if key in values}
     return _sized(Launch(target, 0, 0, 0, settings, tuple(overrides), directory or Path.cwd()), sizes)
 
@@ -200,7 +220,7 @@ def split(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     """What stands before `--` and what stands after it."""
     arguments = list(arguments)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:cut], arguments[cut + 1:]
+    return arguments[:cut], arguments[cut + 1 :]
 
 
 def load_settings(target: str, changes: Mapping[str, str]) -> Settings:
@@ -218,7 +238,9 @@ def load_settings(target: str, changes: Mapping[str, str]) -> Settings:
     for place, text in changes.items():
         key, dot, entry = place.partition(".")
         if key not in hints or (dot and not isinstance(values[key], dict)):
-            raise LaunchError(f"launch.{place} is not a setting of target={target}{_nearest(place, list(hints), 'launch.')}")
+            raise LaunchError(
+                f"launch.{place} is not a setting of target={target}{_nearest(place, list(hints), 'launch.')}"
+            )
         if isinstance(values[key], dict):
             if not entry:
                 raise LaunchError(f"launch.{key} holds names: write launch.{key}.NAME=VALUE")
@@ -236,22 +258,26 @@ def _sized(launch: Launch, given: Mapping[str, int]) -> Launch:
     if launch.target == "ssh" and not hosts:
         raise LaunchError("target=ssh needs launch.hosts=[HOST,HOST,...], or set them in configs/launch/ssh.yaml")
     nodes = given.get("nodes", hosts or 1)
+    for key, value in given.items():
+        if value < (0 if key == "gpus_per_node" else 1):
+            raise LaunchError(f"{key}={value} must be at least {0 if key == 'gpus_per_node' else 1}")
     if hosts and nodes != hosts:
         raise LaunchError(f"nodes={nodes}, but launch.hosts names {hosts}: {', '.join(launch.settings.hosts)}")
-    gpus = given.get("gpus_per_node")
+    gpus = given.get("gpus_per_node", 0)
     if launch.target == "local":
         here = local_gpus()
-        gpus = here // nodes if gpus is None and "ranks_per_node" not in given else gpus or 0
+        if not given.keys() & {"gpus_per_node", "ranks_per_node"}:
+            gpus = here // nodes
         if gpus * nodes > here:
-            raise LaunchError(f"gpus_per_node={gpus} x nodes={nodes}, but this machine shows {here} GPUs; for CPU ranks "
-                              "use ranks_per_node=N without gpus_per_node")
-    gpus = gpus or 0
+            raise LaunchError(
+                f"gpus_per_node={gpus} x nodes={nodes}, but this machine shows {here} GPUs; for CPU ranks use "
+                "ranks_per_node=N without gpus_per_node"
+            )
     ranks = given.get("ranks_per_node", gpus or 1)
-    for key, value in (("nodes", nodes), ("ranks_per_node", ranks)):
-        if value < 1:
-            raise LaunchError(f"{key}={value} must be at least 1")
-    if gpus < 0 or (gpus and ranks != gpus):
-        raise LaunchError(f"gpus_per_node={gpus}, ranks_per_node={ranks}: every rank has one GPU; leave ranks_per_node out")
+    if gpus and ranks != gpus:
+        raise LaunchError(
+            f"gpus_per_node={gpus}, ranks_per_node={ranks}: every rank has one GPU; leave ranks_per_node out"
+        )
     return dataclasses.replace(launch, nodes=nodes, gpus_per_node=gpus, ranks_per_node=ranks)
 
 
@@ -287,7 +313,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     elif isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
         return dict(value)
     kind = {int: "an integer", bool: "true or false", str: "a text (quote it in YAML)"}.get(hint)
-    raise LaunchError(f"{key}={value!r} is not {kind or ('a list of texts' if origin is tuple else 'NAME: TEXT pairs')}")
+    raise LaunchError(
+        f"{key}={value!r} is not {kind or ('a list of texts' if origin is tuple else 'NAME: TEXT pairs')}"
+    )
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,7 +29,7 @@ LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
 
 
 def submit(launch: Launch, names_and_overrides: list[tuple[str, tuple[str, ...]]]) -> int:
-    """Print the manifest, write it to `launch.output`, or apply it. One pair of objects for each (run name, overrides)."""
+    """Print the manifest, write it to `launch.output`, or apply it; two objects for each (run name, overrides)."""
     text = "---\n".join(manifest(launch, name, overrides) for name, overrides in names_and_overrides)
     if launch.settings.dry_run:
         print(text, end="")
@@ -44,15 +43,20 @@ def submit(launch: Launch, names_and_overrides: list[tuple[str, tuple[str, ...]]
         print(f"wrote {path}; submit with kubectl apply -f {shlex.quote(str(path))}")
     else:
         if shutil.which("kubectl") is None:
-            raise LaunchError("target=kubernetes needs kubectl on PATH, or launch.output=FILE to write the manifest only")
+            raise LaunchError(
+                "target=kubernetes needs kubectl on PATH, or launch.output=FILE to write the manifest only"
+            )
         done = subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, capture_output=True)
         if done.returncode:
             raise LaunchError(f"kubectl apply: {'; '.join(done.stderr.split(chr(10))).strip('; ')}")
         print(done.stdout, end="")
     for name in names:
-        print(f"status  kubectl -n {namespace} get trainjob {name}\n"
-              f"logs    kubectl -n {namespace} logs -f -l jobset.sigs.k8s.io/jobset-name={name} --prefix\n"
-              f"cancel  kubectl -n {namespace} delete trainjob,trainingruntime {name}", file=sys.stderr)
+        print(
+            f"status  kubectl -n {namespace} get trainjob {name}\n"
+            f"logs    kubectl -n {namespace} logs -f -l jobset.sigs.k8s.io/jobset-name={name} --prefix\n"
+            f"cancel  kubectl -n {namespace} delete trainjob,trainingruntime {name}",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -65,7 +69,10 @@ def object_name(run_name: str) -> str:
 def manifest(launch: Launch, run_name: str, overrides: tuple[str, ...]) -> str:
     """Both objects as YAML."""
     name = object_name(run_name)
-    dump = [yaml.safe_dump(part, sort_keys=False, width=120) for part in (runtime(launch, name), job(launch, name, overrides))]
+    dump = [
+        yaml.safe_dump(part, sort_keys=False, width=120)
+        for part in (runtime(launch, name), job(launch, name, overrides))
+    ]
     return "---\n".join(dump)
 
 
@@ -95,21 +102,27 @@ def runtime(launch: Launch, name: str) -> dict[str, Any]:
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": settings.grace_seconds + 10,
-        "containers": [{
-            "name": STEP,
-            "image": settings.image,
-            "workingDir": settings.workdir,
-            "env": _environment(launch),
-            "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, *map(_mount, settings.volumes.items())],
-            "resources": _resources(launch),
-        }],
-        "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shm_size}},
-                    *map(_volume, settings.volumes.items())],
+        "containers": [
+            {
+                "name": STEP,
+                "image": settings.image,
+                "workingDir": settings.workdir,
+                "env": _environment(launch),
+                "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, *map(_mount, settings.volumes.items())],
+                "resources": _resources(launch),
+            }
+        ],
+        "volumes": [
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shm_size}},
+            *map(_volume, settings.volumes.items()),
+        ],
     }
     if settings.node_selector:
         pod["nodeSelector"] = dict(settings.node_selector)
     if settings.tolerations:
-        pod["tolerations"] = [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in settings.tolerations]
+        pod["tolerations"] = [
+            {"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in settings.tolerations
+        ]
     if settings.image_pull_secret:
         pod["imagePullSecrets"] = [{"name": settings.image_pull_secret}]
     if settings.service_account:
@@ -122,29 +135,50 @@ def runtime(launch: Launch, name: str) -> dict[str, Any]:
         "metadata": {"name": name, "namespace": settings.namespace},
         "spec": {
             "mlPolicy": {"numNodes": launch.nodes, "torch": {}},
-            "template": {"spec": {
-                "failurePolicy": {
-                    "maxRestarts": settings.restarts,
-                    "rules": [{"name": "saved", "action": "RestartJobSetAndIgnoreMaxRestarts",
-                               "onJobFailureReasons": ["PodFailurePolicy"], "targetReplicatedJobs": [STEP]}],
-                },
-                "replicatedJobs": [{
-                    "name": STEP,
-                    "replicas": 1,
-                    "template": {
-                        "metadata": {"labels": {LABEL: "trainer"}},
-                        "spec": {
-                            "backoffLimit": 0,
-                            "podFailurePolicy": {"rules": [
-                                {"action": "FailJob", "onExitCodes": {"containerName": STEP, "operator": "In",
-                                                                      "values": [REQUEUE]}},
-                                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                            ]},
-                            "template": {"spec": pod},
-                        },
+            "template": {
+                "spec": {
+                    "failurePolicy": {
+                        "maxRestarts": settings.restarts,
+                        "rules": [
+                            {
+                                "name": "saved",
+                                "action": "RestartJobSetAndIgnoreMaxRestarts",
+                                "onJobFailureReasons": ["PodFailurePolicy"],
+                                "targetReplicatedJobs": [STEP],
+                            }
+                        ],
                     },
-                }],
-            }},
+                    "replicatedJobs": [
+                        {
+                            "name": STEP,
+                            "replicas": 1,
+                            "template": {
+                                "metadata": {"labels": {LABEL: "trainer"}},
+                                "spec": {
+                                    "backoffLimit": 0,
+                                    "podFailurePolicy": {
+                                        "rules": [
+                                            {
+                                                "action": "FailJob",
+                                                "onExitCodes": {
+                                                    "containerName": STEP,
+                                                    "operator": "In",
+                                                    "values": [REQUEUE],
+                                                },
+                                            },
+                                            {
+                                                "action": "FailJob",
+                                                "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                                            },
+                                        ]
+                                    },
+                                    "template": {"spec": pod},
+                                },
+                            },
+                        }
+                    ],
+                }
+            },
         },
     }
 

@@ -29,10 +29,27 @@ SETTLE_SECONDS = 15.0  # agents of one job notice each other's end within this
 
 def commands(launch: Launch, attempt: int, port: int) -> list[list[str]]:
     """One torchrun agent for each node; a single node picks its own port."""
-    where = ([f"--nnodes={launch.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
-              f"--rdzv-id=local-{os.getpid()}-{attempt}", "--local-addr=127.0.0.1"])
-    return [[launch.python, "-m", "launch.agent", "--signals=forward", *where, f"--nproc-per-node={launch.ranks_per_node}",
-             "-m", "train", *launch.overrides] for _ in range(launch.nodes)]
+    where = [
+        f"--nnodes={launch.nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        f"--rdzv-id=local-{os.getpid()}-{attempt}",
+        "--local-addr=127.0.0.1",
+    ]
+    return [
+        [
+            launch.python,
+            "-m",
+            "launch.agent",
+            "--signals=forward",
+            *where,
+            f"--nproc-per-node={launch.ranks_per_node}",
+            "-m",
+            "train",
+            *launch.overrides,
+        ]
+        for _ in range(launch.nodes)
+    ]
 
 
 def environments(launch: Launch) -> list[dict[str, str]]:
@@ -42,27 +59,39 @@ def environments(launch: Launch) -> list[dict[str, str]]:
         return [common] * launch.nodes
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(launch.nodes * launch.gpus_per_node)]
-    return [{**common, "CUDA_VISIBLE_DEVICES": ",".join(devices[i * launch.gpus_per_node:(i + 1) * launch.gpus_per_node])}
-            for i in range(launch.nodes)]
+    return [
+        {**common, "CUDA_VISIBLE_DEVICES": ",".join(devices[i * launch.gpus_per_node : (i + 1) * launch.gpus_per_node])}
+        for i in range(launch.nodes)
+    ]
 
 
 def child_environment(launch: Launch) -> dict[str, str]:
     """This process's environment, with what the launch adds."""
     path = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, **launch.environment, "PYTHONPATH": path, SUPERVISOR: str(os.getpid()),
-            GRACE: str(launch.settings.grace_seconds)}
+    return {
+        **os.environ,
+        **launch.environment,
+        "PYTHONPATH": path,
+        SUPERVISOR: str(os.getpid()),
+        GRACE: str(launch.settings.grace_seconds),
+    }
 
 
 def run(launch: Launch, lock: int) -> int:
     """Run to the end, restarting after crashes; returns the exit code. `lock` is held by the agents as well."""
+
     def start(attempt: int) -> list[subprocess.Popen]:
-        return [subprocess.Popen(command, env=env, cwd=launch.directory, pass_fds=(lock,), start_new_session=True)
-                for command, env in zip(commands(launch, attempt, free_port()), environments(launch))]
+        return [
+            subprocess.Popen(command, env=env, cwd=launch.directory, pass_fds=(lock,), start_new_session=True)
+            for command, env in zip(commands(launch, attempt, free_port()), environments(launch))
+        ]
+
     return supervise(start, restarts=launch.settings.restarts, grace_seconds=launch.settings.grace_seconds)
 
 
-def supervise(start: Callable[[int], list[subprocess.Popen]], *, restarts: int, grace_seconds: float,
-              out: IO[str] | None = None) -> int:
+def supervise(
+    start: Callable[[int], list[subprocess.Popen]], *, restarts: int, grace_seconds: float, out: IO[str] | None = None
+) -> int:
     """Start attempt after attempt until one ends for good. Signals that ask this process to stop go to its children."""
     out = out or sys.stderr
     adopt_orphans()
@@ -78,8 +107,11 @@ def supervise(start: Callable[[int], list[subprocess.Popen]], *, restarts: int, 
                 return REQUEUE
             if code in (0, BAD_INPUT):
                 return code
-            print(f"attempt {attempt + 1} of {restarts + 1} failed"
-                  + ("; starting again from the newest checkpoint" if attempt < restarts else ""), file=out)
+            print(
+                f"attempt {attempt + 1} of {restarts + 1} failed"
+                + ("; starting again from the newest checkpoint" if attempt < restarts else ""),
+                file=out,
+            )
         return 1
 
 
@@ -103,23 +135,25 @@ class _Stop:
 
 def _watch(agents: list[subprocess.Popen], stop: _Stop, grace_seconds: float) -> int:
     """Wait for the agents of one attempt and say with one code how it ended."""
-    passed_on, deadline = 0, float("inf")
-    while any(agent.poll() is None for agent in agents):
+    passed_on, deadline, crashed = 0, float("inf"), False
+    while None in (codes := [agent.poll() for agent in agents]):
         now = time.monotonic()
         if stop.count > passed_on:
             passed_on = stop.count
             deadline = min(deadline, now + grace_seconds)
             _signal_all(agents, signal.SIGTERM if passed_on <= 2 else signal.SIGKILL)
-        ended = [agent.returncode for agent in agents if agent.returncode is not None]
-        if any(ended) and deadline == float("inf"):  # one ended badly; saving or refusing, the others do the same
+        ended = {code for code in codes if code is not None}
+        if ended - {0} and deadline == float("inf"):  # one ended badly; saving or refusing, the others do the same
             deadline = now + SETTLE_SECONDS
-            if not {REQUEUE, BAD_INPUT} & set(ended):
+            if not {REQUEUE, BAD_INPUT} & ended:
+                crashed = True
                 _signal_all(agents, signal.SIGTERM)
         if now > deadline:
             _signal_all(agents, signal.SIGKILL)
         time.sleep(0.05)
-    codes = {agent.returncode for agent in agents}
-    return next((code for code in (REQUEUE, BAD_INPUT) if code in codes), 0 if codes == {0} else 1)
+    if crashed and not stop.count:  # the others may have saved when they were stopped; nobody asked the job to end
+        return 1
+    return next((code for code in (REQUEUE, BAD_INPUT) if code in codes), 1 if any(codes) else 0)
 
 
 def _signal_all(agents: list[subprocess.Popen], number: int) -> None:

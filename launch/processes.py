@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -29,6 +30,21 @@ def adopt_orphans() -> None:
 
 def descendants(pid: int | None = None) -> list[int]:
     """Children of `pid` (default: this process), their children, and so on."""
+    parents = _families()
+    found, queue = [], [pid or os.getpid()]
+    while queue:
+        below = parents.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def children(pid: int) -> list[int]:
+    return _families().get(pid, [])
+
+
+def _families() -> dict[int, list[int]]:
+    """Parent -> children, of every process that is not a zombie."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -39,23 +55,20 @@ def descendants(pid: int | None = None) -> list[int]:
             state, parent = stat.rpartition(")")[2].split()[:2]
             if state != "Z":
                 parents.setdefault(int(parent), []).append(int(entry.name))
-    found, queue = [], [pid or os.getpid()]
-    while queue:
-        below = parents.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
+    return parents
+
+
+def kill_descendants() -> None:
+    for pid in descendants():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def end_descendants(timeout: float = 10.0) -> None:
-    """Kill what is left below this process and reap it."""
+    """Kill what is left below this process and reap it; not for a process that still wants its children's exit codes."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        for pid in descendants():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        kill_descendants()
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

@@ -100,12 +100,15 @@ def locked(run: Path, wait_seconds: float = 0.0) -> Iterator[int]:
                 break
             except OSError:
                 if time.monotonic() >= deadline:
-                    raise LaunchError(f"{run} is held by another launch (process {holder(run) or 'unknown'}); end that "
-                                      "one first") from None
+                    raise LaunchError(
+                        f"{run} is held by another launch (process {holder(run) or 'unknown'}); end that one first"
+                    ) from None
                 if not told:
                     told = True
-                    print(f"{run} is held by process {holder(run) or 'unknown'}; waiting up to {wait_seconds:.0f} s",
-                          file=sys.stderr)
+                    print(
+                        f"{run} is held by process {holder(run) or 'unknown'}; waiting up to {wait_seconds:.0f} s",
+                        file=sys.stderr,
+                    )
                 time.sleep(0.2)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

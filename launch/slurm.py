@@ -56,8 +56,9 @@ def submit(launch: Launch, points: list[Point], home: Path, command: list[str]) 
     path.write_text(text, encoding="utf-8")
     jobs = []
     for _ in range(launch.settings.chain_jobs):
-        done = subprocess.run(["sbatch", "--parsable", *options, str(path)], capture_output=True, text=True,
-                              cwd=launch.directory)
+        done = subprocess.run(
+            ["sbatch", "--parsable", *options, str(path)], capture_output=True, text=True, cwd=launch.directory
+        )
         if done.returncode:
             raise LaunchError(f"sbatch refused the job: {_one_line(done.stderr)}")
         jobs.append(done.stdout.strip().partition(";")[0])
@@ -75,13 +76,25 @@ def submit(launch: Launch, points: list[Point], home: Path, command: list[str]) 
 def sbatch_options(launch: Launch, points: Sequence[Point], home: Path) -> list[str]:
     """sbatch's options, each an argument of its own, so that no shell and no #SBATCH parser reads a path."""
     settings: SlurmSettings = launch.settings
-    given = {"partition": settings.partition, "account": settings.account, "qos": settings.qos, "time": settings.time,
-             "mem": settings.memory, "constraint": settings.constraint, "exclude": settings.exclude,
-             "reservation": settings.reservation, "nodes": str(launch.nodes), "ntasks-per-node": "1",
-             "cpus-per-task": str(settings.cpus_per_rank * launch.ranks_per_node),
-             "gpus-per-node": str(launch.gpus_per_node) if launch.gpus_per_node else None,
-             "signal": f"B:USR1@{settings.signal_seconds}", "job-name": job_name(home), "open-mode": "append",
-             "chdir": str(runs.launch_directory(home)), "output": "logs/" + ("%A_%a" if len(points) > 1 else "%j") + ".log"}
+    given = {
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "time": settings.time,
+        "mem": settings.memory,
+        "constraint": settings.constraint,
+        "exclude": settings.exclude,
+        "reservation": settings.reservation,
+        "nodes": str(launch.nodes),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(settings.cpus_per_rank * launch.ranks_per_node),
+        "gpus-per-node": str(launch.gpus_per_node) if launch.gpus_per_node else None,
+        "signal": f"B:USR1@{settings.signal_seconds}",
+        "job-name": job_name(home),
+        "open-mode": "append",
+        "chdir": str(runs.launch_directory(home)),
+        "output": "logs/" + ("%A_%a" if len(points) > 1 else "%j") + ".log",
+    }
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     if len(points) > 1:
         options.append(f"--array=0-{len(points) - 1}%{settings.array_limit}")
@@ -105,16 +118,32 @@ def script(launch: Launch, points: Sequence[Point]) -> str:
         f"  {i})\n    run_directory={quote(str(point.run_directory))}\n"
         f"    log={quote(_log_pattern(point.run_directory))}\n"
         f"    overrides=({' '.join(quote(o) for o in point.overrides)}) ;;"
-        for i, point in enumerate(points))
+        for i, point in enumerate(points)
+    )
     exports = "\n".join(f"export {name}={quote(value)}" for name, value in sorted(launch.environment.items()))
     setup = f"source {quote(settings.setup_script)}" if settings.setup_script else "# no launch.setup_script"
     port = str(settings.rendezvous_port) if settings.rendezvous_port else "$((20000 + SLURM_JOB_ID % 10000))"
     return _SCRIPT.format(
-        cases=cases, exports=exports, setup=setup, port=port, directory=quote(str(launch.directory)),
-        project=quote(str(PROJECT)), python=quote(launch.python), nodes=launch.nodes, ranks=launch.ranks_per_node,
-        cpus=settings.cpus_per_rank * launch.ranks_per_node, wait=settings.wait_seconds, restarts=settings.restarts,
-        continuation=settings.continuation, max_requeues=settings.max_requeues, requeue_code=REQUEUE,
-        bad_input_code=BAD_INPUT, repeat=max(1, settings.signal_seconds * 3 // 4), chained=int(settings.chain_jobs > 1), timeout=settings.rendezvous_timeout_seconds)
+        cases=cases,
+        exports=exports,
+        setup=setup,
+        port=port,
+        directory=quote(str(launch.directory)),
+        project=quote(str(PROJECT)),
+        python=quote(launch.python),
+        nodes=launch.nodes,
+        ranks=launch.ranks_per_node,
+        cpus=settings.cpus_per_rank * launch.ranks_per_node,
+        wait=settings.wait_seconds,
+        restarts=settings.restarts,
+        continuation=settings.continuation,
+        max_requeues=settings.max_requeues,
+        requeue_code=REQUEUE,
+        bad_input_code=BAD_INPUT,
+        repeat=max(1, settings.signal_seconds * 3 // 4),
+        chained=int(settings.chain_jobs > 1),
+        timeout=settings.rendezvous_timeout_seconds,
+    )
 
 
 _SCRIPT = """\
@@ -211,8 +240,9 @@ def status(record: runs.Record) -> str:
         else:
             missing.append(job)
     for job in missing:
-        ended = _output(["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}",
-                         "--format=JobID,State,ExitCode"])
+        ended = _output(
+            ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=JobID,State,ExitCode"]
+        )
         lines.append(f"job {ended.replace('|', ' ')}" if ended else f"job {job}: no longer in the queue")
     return "\n".join(lines)
 
@@ -227,7 +257,9 @@ def cancel(record: runs.Record) -> int:
 
 def _output(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SLURM_TIME_FORMAT": "standard"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "SLURM_TIME_FORMAT": "standard"}
+        )
     except FileNotFoundError:
         raise LaunchError(f"{command[0]} is not on PATH: ask from a login node") from None
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -240,5 +272,3 @@ def _one_line(text: str) -> str:
 def running_jobs(record: runs.Record) -> bool:
     """Whether any of the record's jobs is still in the queue."""
     return any(_output(["squeue", "--noheader", f"--jobs={job}", "--format=%i"]) for job in record.jobs)
-
-

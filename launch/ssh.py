@@ -31,27 +31,43 @@ def rank_script(launch: Launch) -> str:
     """What DeepSpeed starts for every rank; RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from it."""
     environment = {**launch.environment, **({} if launch.gpus_per_node else {"DS_ACCELERATOR": "cpu"})}
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items()))
-    return (f"#!/bin/bash\n# Written by `python -m launch`: one rank.\n{exports}\n"
-            f"export PYTHONPATH={shlex.quote(str(PROJECT))}${{PYTHONPATH:+:$PYTHONPATH}}\n"
-            f"cd -- {shlex.quote(str(launch.directory))} || exit 1\n"
-            f"exec {shlex.join([launch.python, '-m', 'train', *launch.overrides])}\n")
+    return (
+        f"#!/bin/bash\n# Written by `python -m launch`: one rank.\n{exports}\n"
+        f"export PYTHONPATH={shlex.quote(str(PROJECT))}${{PYTHONPATH:+:$PYTHONPATH}}\n"
+        f"cd -- {shlex.quote(str(launch.directory))} || exit 1\n"
+        f"exec {shlex.join([launch.python, '-m', 'train', *launch.overrides])}\n"
+    )
 
 
 def command(launch: Launch, run_directory: Path) -> list[str]:
     settings, place = launch.settings, runs.launch_directory(run_directory)
     for path in (launch.python, str(launch.directory), str(place)):
         if not SAFE.fullmatch(path):
-            raise LaunchError(f"target=ssh: {path!r} passes through remote shells that DeepSpeed does not quote for; it may "
-                              "hold only letters, digits and _ . / = , + @ : -")
-    return [launch.python, "-m", "deepspeed.launcher.runner", f"--hostfile={place / 'hostfile'}", f"--launcher={settings.launcher}",
-            "--force_multi", f"--master_addr={settings.hosts[0].rpartition('@')[2]}",
-            f"--master_port={settings.master_port}", "--no_python", "--no_local_rank", str(place / "rank.sh")]
+            raise LaunchError(
+                f"target=ssh: {path!r} passes through remote shells that DeepSpeed does not quote for; it may "
+                "hold only letters, digits and _ . / = , + @ : -"
+            )
+    return [
+        launch.python,
+        "-m",
+        "deepspeed.launcher.runner",
+        f"--hostfile={place / 'hostfile'}",
+        f"--launcher={settings.launcher}",
+        "--force_multi",
+        f"--master_addr={settings.hosts[0].rpartition('@')[2]}",
+        f"--master_port={settings.master_port}",
+        "--no_python",
+        "--no_local_rank",
+        str(place / "rank.sh"),
+    ]
 
 
 def describe(launch: Launch, run_directory: Path) -> str:
     place = runs.launch_directory(run_directory)
-    return (f"{shlex.join(command(launch, run_directory))}\n\n# {place / 'hostfile'}\n{hostfile(launch)}\n"
-            f"# {place / 'rank.sh'}\n{rank_script(launch)}")
+    return (
+        f"{shlex.join(command(launch, run_directory))}\n\n# {place / 'hostfile'}\n{hostfile(launch)}\n"
+        f"# {place / 'rank.sh'}\n{rank_script(launch)}"
+    )
 
 
 def run(launch: Launch, run_directory: Path) -> int:
@@ -66,9 +82,13 @@ def run(launch: Launch, run_directory: Path) -> int:
     (place / "rank.sh").write_text(rank_script(launch), encoding="utf-8")
     (place / "rank.sh").chmod(0o755)
     # DeepSpeed exports these unquoted to the hosts; the script sets what is needed itself.
-    environment = {name: value for name, value in os.environ.items()
-                   if not name.startswith(("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW"))
+    }
 
     def start(_: int) -> list[subprocess.Popen]:
         return [subprocess.Popen(line, env=environment, cwd=launch.directory, start_new_session=True)]
+
     return local.supervise(start, restarts=launch.settings.restarts, grace_seconds=launch.settings.grace_seconds)

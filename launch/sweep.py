@@ -1,7 +1,7 @@
 """`python -m launch.sweep sweep=NAME KEY=A,B,C ...`: one run for every combination of values, on any target.
 
-The sweep lives in `{run.root}/NAME`, with `sweep.json` and one run directory for each point. Called again it runs what is
-missing: a point whose newest checkpoint is at its last step is finished, any other continues. Without axes on the
+The sweep lives in `{run.root}/NAME`, with `sweep.json` and one run directory for each point. Called again it runs what
+is missing: a point whose newest checkpoint is at its last step is finished, any other continues. Without axes on the
 command line they come from `sweep.json`, else from configs/sweep/NAME.yaml.
 """
 
@@ -150,10 +150,13 @@ def plan(options: Options, launch: Launch) -> tuple[Path, Sweep]:
         common = [*(m for m in more if m.split("=")[0] not in kept), *common]
         base = check.compose(common)
     if not axes:
-        raise LaunchError(f"sweep={options.name} has nothing to vary: give KEY=A,B,C, or a preset's name: {', '.join(presets())}")
+        raise LaunchError(
+            f"sweep={options.name} has nothing to vary: give KEY=A,B,C, or a preset's name: {', '.join(presets())}"
+        )
     points = make_points(options.name, axes, common, base, budget, launch.world_size)
-    return home, Sweep(options.name, budget, [*(f"{k}={','.join(v)}" for k, v in axes.items()), *common],
-                       _merged(home, stored, points))
+    return home, Sweep(
+        options.name, budget, [*(f"{k}={','.join(v)}" for k, v in axes.items()), *common], _merged(home, stored, points)
+    )
 
 
 def split_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -178,8 +181,9 @@ def split_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str
     return axes, common
 
 
-def make_points(name: str, axes: dict[str, list[str]], common: list[str], base: dict[str, Any], budget: str,
-                world_size: int) -> list[Point]:
+def make_points(
+    name: str, axes: dict[str, list[str]], common: list[str], base: dict[str, Any], budget: str, world_size: int
+) -> list[Point]:
     short = {key: key.split(".")[-1] for key in axes}
     if len(set(short.values())) < len(short):
         short = {key: key for key in axes}
@@ -197,10 +201,15 @@ def make_points(name: str, axes: dict[str, list[str]], common: list[str], base: 
             check.validated(composed, world_size)
         except LaunchError as error:
             raise LaunchError(f"{label}: {error}") from error
-        points.append(Point(label, chosen, [*(o for o in overrides if not o.startswith("run.steps=")), f"run.steps={steps}"],
-                            steps))
+        points.append(
+            Point(
+                label, chosen, [*(o for o in overrides if not o.startswith("run.steps=")), f"run.steps={steps}"], steps
+            )
+        )
     if len({p.name for p in points}) < len(points):
-        raise LaunchError(f"two points of sweep={name} would have the same directory: their values differ in punctuation only")
+        raise LaunchError(
+            f"two points of sweep={name} would have the same directory: their values differ in punctuation only"
+        )
     return points
 
 
@@ -218,13 +227,11 @@ def _tokens_per_step(values: dict[str, Any]) -> float:
 
 def _flops_per_step(values: dict[str, Any]) -> float:
     """Forward and backward of samples that are one document each, in the trainer's own count."""
-    from ksa_model import layout
-    from train.batches import model_flops
+    from train.records import flops_per_sample
 
     trained = check.validated({**values, "run": {**values["run"], "samples_per_step": 1}, "parallel": {}}, 1)
     model = dataclasses.replace(trained.model, vocab_size=trained.model.vocab_size or trained.data.vocab_size)
-    pack = layout.build([0], [trained.seq_len], trained.seq_len, model.chunk_size, model.summary_tokens)
-    return float(model_flops(model, pack)) * values["run"]["samples_per_step"]
+    return float(flops_per_sample(model, trained.seq_len)) * values["run"]["samples_per_step"]
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -233,14 +240,19 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def _merged(home: Path, stored: Sweep | None, points: list[Point]) -> list[Point]:
-    """The points asked for, checked against those of an earlier call; that call's other points stay part of the sweep."""
+    """The points asked for, checked against those of an earlier call; its other points stay in the sweep."""
     before = {p.name: p for p in stored.points} if stored else {}
     for point in points:
         old = before.pop(point.name, None)
-        if old and sorted(old.overrides) != sorted(point.overrides):
-            changed = sorted(set(old.overrides) ^ set(point.overrides))
-            raise LaunchError(f"{home} was begun with other settings: {point.name} differs in {', '.join(changed)}; "
-                              "choose another sweep=NAME, or remove the directory")
+        # run.root may be written in another way: both mean this directory
+        changed = (
+            sorted(o for o in set(old.overrides) ^ set(point.overrides) if not o.startswith("run.root=")) if old else []
+        )
+        if changed:
+            raise LaunchError(
+                f"{home} was begun with other settings: {point.name} differs in {', '.join(changed)}; "
+                "choose another sweep=NAME, or remove the directory"
+            )
     return [*before.values(), *points]
 
 
@@ -268,19 +280,31 @@ def run(options: Options, launch: Launch, launch_arguments: list[str], home: Pat
     """Start what is missing, on the target."""
     unknown = set(options.only) - {p.name for p in sweep.points}
     if unknown:
-        raise LaunchError(f"sweep.only={','.join(sorted(unknown))}: the points are {'  '.join(p.name for p in sweep.points)}")
+        raise LaunchError(
+            f"sweep.only={','.join(sorted(unknown))}: the points are {'  '.join(p.name for p in sweep.points)}"
+        )
     wanted = [p for p in sweep.points if not options.only or p.name in options.only]
     missing = [p for p in wanted if not is_finished(home, p)]
-    print(f"sweep {sweep.name}: {len(sweep.points)} points, equal {sweep.budget}; {len(wanted) - len(missing)} finished, "
-          f"{len(missing)} to run")
+    print(
+        f"sweep {sweep.name}: {len(sweep.points)} points, equal {sweep.budget}; {len(wanted) - len(missing)} finished, "
+        f"{len(missing)} to run"
+    )
     for point in wanted:
         print(f"  {'to run' if point in missing else 'finished'}  {point.name}  {point.steps} steps")
     if launch.settings.dry_run:
-        print(f"# each point: {shlex.join(_command(launch, launch_arguments, missing[0]))}" if missing else "# nothing to run")
+        print(
+            f"# each point: {shlex.join(_command(launch, launch_arguments, missing[0]))}"
+            if missing
+            else "# nothing to run"
+        )
         return 0
     write(home, sweep)
     if launch.target == "kubernetes":
-        return kubernetes.submit(launch, [(f"{sweep.name}/{p.name}", tuple(p.overrides)) for p in missing]) if missing else 0
+        return (
+            kubernetes.submit(launch, [(f"{sweep.name}/{p.name}", tuple(p.overrides)) for p in missing])
+            if missing
+            else 0
+        )
     if launch.target == "slurm":
         return _submit_array(launch, launch_arguments, home, missing)
     with runs.locked(home, wait_seconds=5):
@@ -303,8 +327,10 @@ def _command(launch: Launch, launch_arguments: list[str], point: Point) -> list[
 def _submit_array(launch: Launch, launch_arguments: list[str], home: Path, missing: list[Point]) -> int:
     record = runs.read_record(home)
     if record is not None and record.target == "slurm" and slurm.running_jobs(record):
-        raise LaunchError(f"job {' '.join(record.jobs)} of this sweep is still in the queue; wait, or "
-                          f"python -m launch cancel {shlex.quote(str(home))}")
+        raise LaunchError(
+            f"job {' '.join(record.jobs)} of this sweep is still in the queue; wait, or "
+            f"python -m launch cancel {shlex.quote(str(home))}"
+        )
     if not missing:
         print("nothing to submit")
         return 0
@@ -327,8 +353,14 @@ def _run_here(launch: Launch, launch_arguments: list[str], home: Path, missing: 
                 log = runs.launch_directory(home / point.name) / "logs" / "local.log"
                 log.parent.mkdir(parents=True, exist_ok=True)
                 with open(log, "a", encoding="utf-8") as out:
-                    process = subprocess.Popen(_command(launch, launch_arguments, point), stdout=out, stderr=out,
-                                               env=_environment(), cwd=launch.directory, start_new_session=True)
+                    process = subprocess.Popen(
+                        _command(launch, launch_arguments, point),
+                        stdout=out,
+                        stderr=out,
+                        env=_environment(),
+                        cwd=launch.directory,
+                        start_new_session=True,
+                    )
                 running[process] = (point, log, time.monotonic())
             if len(stop) > passed_on:
                 passed_on = len(stop)
@@ -350,8 +382,12 @@ def _run_here(launch: Launch, launch_arguments: list[str], home: Path, missing: 
         return REQUEUE
     if failed:
         names = ",".join(p.name for p in failed)
-        print(f"{len(failed)} of {len(missing)} points did not finish; alone again: python -m launch.sweep sweep={home.name} "
-              f"{shlex.quote(f'sweep.only={names}')} {shlex.quote(f'run.root={home.parent}')}")
+        print(
+            f"{len(failed)} of {len(missing)} points did not finish; alone again: "
+            + shlex.join(
+                ["python", "-m", "launch.sweep", f"sweep={home.name}", f"sweep.only={names}", f"run.root={home.parent}"]
+            )
+        )
     return 1 if failed else 0
 
 
@@ -360,7 +396,14 @@ def _ended(home: Path, point: Point, code: int, log: Path) -> str:
         last = runs.progress(home / point.name).last_line
         return "finished" + (f", loss {last['loss']:.4f}" if last else "")
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    said = next((line for line in reversed(lines) if line.startswith("error:") or re.match(r"(\[rank\d+\]: )?\w+Error\b", line)), "")
+    said = next(
+        (
+            line
+            for line in reversed(lines)
+            if line.startswith("error:") or re.match(r"(\[rank\d+\]: )?\w+Error\b", line)
+        ),
+        "",
+    )
     return f"FAILED with exit code {code}{f' ({said})' if said else ''}, see {log}"
 
 

@@ -93,10 +93,13 @@ class Cluster:
 
     def run(self, *command: str, host: str = LOGIN, check: bool = True, **options) -> subprocess.CompletedProcess:
         """Run a command on a host of the cluster, in this process's working directory."""
-        done = subprocess.run([*self._inside(host), *command], env=self.environment, capture_output=True, text=True,
-                              **options)
+        done = subprocess.run(
+            [*self._inside(host), *command], env=self.environment, capture_output=True, text=True, **options
+        )
         if check and done.returncode:
-            raise AssertionError(f"{' '.join(command)} on {host} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+            raise AssertionError(
+                f"{' '.join(command)} on {host} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+            )
         return done
 
     def crash(self, node: str) -> None:
@@ -123,18 +126,24 @@ class Cluster:
 
     def logs(self) -> str:
         """The daemons' last words, for a failing test."""
-        return "\n".join(f"== {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted((self.home / "log").iterdir()))
+        return "\n".join(
+            f"== {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted((self.home / "log").iterdir())
+        )
 
     def _up(self) -> None:
         shutil.rmtree(self.home, ignore_errors=True)
         for name in ("log", "state"):
             (self.home / name).mkdir(parents=True)
-        hosts = {"localhost": "127.0.0.1", LOGIN: f"{SUBNET}.254",
-                 **{f"node{i}": f"{SUBNET}.{i}" for i in range(1, self.nodes + 1)}}
+        hosts = {
+            "localhost": "127.0.0.1",
+            LOGIN: f"{SUBNET}.254",
+            **{f"node{i}": f"{SUBNET}.{i}" for i in range(1, self.nodes + 1)},
+        }
         (self.home / "hosts").write_text("".join(f"{address} {name}\n" for name, address in hosts.items()))
         switch = Path("/etc/nsswitch.conf").read_text() if Path("/etc/nsswitch.conf").exists() else ""
         (self.home / "nsswitch.conf").write_text(
-            "".join(f"{line}\n" for line in switch.splitlines() if not line.startswith("hosts:")) + "hosts: files\n")
+            "".join(f"{line}\n" for line in switch.splitlines() if not line.startswith("hosts:")) + "hosts: files\n"
+        )
         (self.home / "slurm.conf").write_text(CONFIGURATION.format(home=self.home, nodes=self.nodes, subnet=SUBNET))
         self._start(LOGIN, "slurmctld", "-D")
         for line in ("link add br0 type bridge", f"addr add {SUBNET}.254/24 dev br0", "link set br0 up"):
@@ -152,11 +161,33 @@ class Cluster:
             time.sleep(0.1)
 
     def _start(self, name: str, *daemon: str) -> None:
-        log = open(self.home / "log" / f"{name}.out", "a")  # noqa: SIM115
+        log = open(self.home / "log" / f"{name}.out", "a")
         self._first[name] = subprocess.Popen(
-            ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--propagation", "private",
-             "--kill-child", "bash", "-c", FIRST_PROCESS, "_", name, str(self.home), *daemon],
-            env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            [
+                "unshare",
+                "--net",
+                "--uts",
+                "--mount",
+                "--pid",
+                "--fork",
+                "--mount-proc",
+                "--propagation",
+                "private",
+                "--kill-child",
+                "bash",
+                "-c",
+                FIRST_PROCESS,
+                "_",
+                name,
+                str(self.home),
+                *daemon,
+            ],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         log.close()
 
     def _pid(self, name: str) -> int:
@@ -170,7 +201,16 @@ class Cluster:
         raise AssertionError(f"{name} did not start\n{self.logs()}")
 
     def _inside(self, host: str) -> list[str]:
-        return ["nsenter", f"--target={self._pid(host)}", "--net", "--uts", "--mount", "--pid", f"--wdns={os.getcwd()}", "--"]
+        return [
+            "nsenter",
+            f"--target={self._pid(host)}",
+            "--net",
+            "--uts",
+            "--mount",
+            "--pid",
+            f"--wdns={os.getcwd()}",
+            "--",
+        ]
 
     def _ip(self, host: str, line: str) -> None:
         for _ in range(100):  # until the namespace is its own
@@ -201,8 +241,12 @@ def install() -> None:
         policy.chmod(0o755)
     try:
         for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
-            subprocess.run(["apt-get", *command], check=False, capture_output=True,
-                           env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+            subprocess.run(
+                ["apt-get", *command],
+                check=False,
+                capture_output=True,
+                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            )
     finally:
         if ours:
             policy.unlink()
@@ -216,7 +260,9 @@ if __name__ == "__main__":
     with Cluster(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 2) as cluster:
         print(f"started slurmctld and slurmd on {cluster.nodes} nodes; SLURM_CONF={cluster.home / 'slurm.conf'}")
         for name in cluster._first:
-            print(f"  nsenter --target={cluster._pid(name)} --net --uts --mount --pid --wdns=$PWD -- COMMAND   # on {name}")
+            print(
+                f"  on {name}: nsenter --target={cluster._pid(name)} --net --uts --mount --pid --wdns=$PWD -- COMMAND"
+            )
         try:
             input("Enter stops the cluster\n")
         except (KeyboardInterrupt, EOFError):

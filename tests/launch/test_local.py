@@ -1,0 +1,110 @@
+"""target=local on real processes: restarts, requests to stop, exit codes, and nobody left behind."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch.agent import exit_code
+from launch.processes import descendants
+from tests.launch.conftest import losses, python, start, wait_for
+
+
+@pytest.mark.parametrize(
+    "codes, stopped, expected",
+    [
+        ([75, 75], False, 75),
+        ([75, -15], False, 75),  # torchrun ends the others once one rank has left
+        ([2, -15], False, 2),
+        ([1, 75], False, 75),  # who says 75 says it after every rank has saved
+        ([1], False, 1),
+        ([-9], False, 1),
+        ([-15, 143], True, 75),  # ended by the request itself, before there was anything to save
+        ([1], True, 1),
+    ],
+)
+def test_agent_exit_code(codes, stopped, expected):
+    assert exit_code(codes, stopped) == expected
+
+
+def agents_of(launcher: int) -> list[int]:
+    return [pid for pid in descendants(launcher) if b"launch.agent" in command_line(pid)]
+
+
+def ranks_of(launcher: int) -> list[int]:
+    return [
+        pid
+        for pid in descendants(launcher)
+        if b"launch.agent" not in command_line(pid) and b"train" in command_line(pid)
+    ]
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_two_agents_one_is_killed_the_job_continues(small, tmp_path):
+    """A node's agent dies by SIGKILL and leaves its rank behind; everything is started again and ends as if undisturbed."""
+    common = [*small, f"run.root={tmp_path}", "run.samples_per_step=2", "run.steps=60", "checkpoint.every_steps=10"]
+    quiet = python("launch", "target=local", "nodes=2", "launch.check=false", "--", *common, "run.name=quiet")
+    assert quiet.returncode == 0, quiet.stderr
+
+    run, log = tmp_path / "disturbed", tmp_path / "log"
+    launcher = start("launch", "target=local", "nodes=2", "--", *common, "run.name=disturbed", log=log)
+    wait_for(lambda: max(losses(run), default=0) >= 15, "fifteen steps")
+    agents, ranks = agents_of(launcher.pid), ranks_of(launcher.pid)
+    assert (len(agents), len(ranks)) == (2, 2)
+    os.kill(agents[1], signal.SIGKILL)
+    assert launcher.wait(timeout=150) == 0, log.read_text()
+    assert "attempt 1 of 4 failed; starting again" in log.read_text()
+    assert "resumed from" in log.read_text()
+    assert losses(run) == losses(tmp_path / "quiet") and len(losses(run)) == 60
+    assert not [pid for pid in agents + ranks if b"launch" in command_line(pid) or b"train" in command_line(pid)]
+
+
+def test_asked_to_stop_it_saves_and_the_same_command_continues(small, tmp_path):
+    command = ["launch", "target=local", "--", *small, f"run.root={tmp_path}", "run.name=r", "run.steps=400"]
+    log = tmp_path / "log"
+    launcher = start(*command, log=log)
+    wait_for(lambda: max(losses(tmp_path / "r"), default=0) >= 5, "five steps")
+
+    refused = python(*command[:2], "launch.grace_seconds=1", *command[2:])
+    assert refused.returncode == 2 and "held by another launch" in refused.stderr
+
+    stopped = python("launch", "cancel", str(tmp_path / "r"))
+    assert stopped.returncode == 0, stopped.stderr
+    assert launcher.wait(timeout=60) == 75, log.read_text()
+    saved = max(losses(tmp_path / "r"))
+    assert 5 <= saved < 400 and f"saved step {saved}" in log.read_text()
+    status = python("launch", "status", str(tmp_path / "r"))
+    assert f"checkpoint at step {saved} of 400" in status.stdout and "not running" in status.stdout
+
+    again = python(*command)
+    assert again.returncode == 0, again.stderr
+    assert f"at step {saved}" in again.stderr and max(losses(tmp_path / "r")) == 400
+
+
+def test_bad_input_found_late_is_not_tried_again(small, tmp_path):
+    done = python(
+        "launch", "target=local", "--", *small, f"data.path={tmp_path / 'none.jsonl'}", f"run.root={tmp_path}"
+    )
+    assert done.returncode == 2
+    assert "attempt" not in done.stderr and "none.jsonl" in done.stderr
+
+
+def test_metacharacters_in_the_run_name_are_a_name(small, tmp_path):
+    name = "it's; touch pwned $(touch pwned) & x"
+    hydra = '"' + name.replace('"', '\\"') + '"'
+    done = python("launch", "target=local", "--", *small, f"run.root={tmp_path}", f"run.name={hydra}", "run.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(tmp_path / name)) == [1, 2]
+    assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
+
+
+def test_status_of_a_run_that_is_not_there(tmp_path):
+    done = python("launch", "status", str(tmp_path / "nothing"))
+    assert done.returncode == 2 and done.stderr.startswith("error:")
