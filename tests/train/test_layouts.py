@@ -49,8 +49,9 @@ def pytest_generate_tests(metafunc):
 
 
 # Documents that end inside slices, one longer than the sample, ranks without any label; the last context rank's halo
-# comes from itself. Small tensors stay sharded too: DeepSpeed would keep them whole.
-CHANGES = dict(run__recompute=True)
+# comes from itself. AdamW divides a gradient by its own size, so where a gradient is rounding noise it would move the
+# weight by a full step of random sign; a larger eps keeps the comparison to what the layouts decide.
+CHANGES = dict(run__recompute=True, optim__eps=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +81,8 @@ def test_reproduces_one_rank(layout, corpus, tmp_path, one_rank):
     assert mine_tensors.keys() == tensors.keys()
     for key, want in tensors.items():
         if key.startswith("master/"):
-            # AdamW divides by the gradient's own size, so where that is rounding noise a weight may move a full step.
             difference = (mine_tensors[key] - want).norm() / want.norm()
-            assert difference < 1e-4, (key, float(difference))
+            assert difference < 1e-5, (key, float(difference))
 
 
 def test_losses_fall(one_rank):
