@@ -13,10 +13,12 @@ import warnings
 warnings.filterwarnings("ignore", message=r"'data_pipeline\.\w+' found in sys.modules", category=RuntimeWarning)
 
 from data_pipeline.config import DataConfig  # noqa: E402
+from data_pipeline.data import TrainingData, open_data  # noqa: E402
 from data_pipeline.errors import DataError  # noqa: E402
 from data_pipeline.loader import Loader  # noqa: E402
-from data_pipeline.packing import IGNORE_INDEX, PackedSample, Plan, build_plan  # noqa: E402
+from data_pipeline.packing import Plan, build_plan  # noqa: E402
 from data_pipeline.prepare import PreparedData, prepare  # noqa: E402
+from data_pipeline.samples import IGNORE_INDEX, PackedSample, Samples  # noqa: E402
 from data_pipeline.tokenizer import Tokenizer  # noqa: E402
 
 __all__ = [
@@ -27,7 +29,10 @@ __all__ = [
     "PackedSample",
     "Plan",
     "PreparedData",
+    "Samples",
     "Tokenizer",
+    "TrainingData",
     "build_plan",
+    "open_data",
     "prepare",
 ]

@@ -6,26 +6,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.errors import DataError
-from data_pipeline.order import derive_key, permute
-from data_pipeline.packing import IGNORE_INDEX, PackedSample, Plan
+from data_pipeline.samples import IGNORE_INDEX, PackedSample, Samples, row_at
 
 __all__ = ["IGNORE_INDEX", "Loader", "PackedSample", "row_at"]
 
 _STATE_VERSION = 1
-_SAMPLE_ORDER = 2
-
-
-def row_at(index: int, num_samples: int, seed: int) -> int:
-    """The sample of a plan that stands at `index` of the global order: every epoch is a permutation of its own."""
-    epoch, position = divmod(index, num_samples)
-    return int(permute(np.array([position]), num_samples, derive_key(seed, _SAMPLE_ORDER, epoch))[0])
 
 
 class Loader:
@@ -43,6 +32,7 @@ class Loader:
         dp_size: number of data-parallel ranks.
         prefetch: samples kept ready, at least 1.
         transform: called on each sample in the thread; `next_step` returns what it returns.
+        accept_changes: `load_state` takes a state of other data as well.
 
     Attributes:
         wait_seconds: time that `next_step` has spent waiting for samples, in all.
@@ -53,13 +43,14 @@ class Loader:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Samples,
         *,
         samples_per_step: int,
         dp_rank: int,
         dp_size: int,
         prefetch: int = 4,
         transform: Callable[[PackedSample], Any] | None = None,
+        accept_changes: bool = False,
     ) -> None:
         if dp_size < 1 or not 0 <= dp_rank < dp_size:
             raise DataError(f"dp_rank={dp_rank} must lie in range(dp_size={dp_size})")
@@ -75,6 +66,7 @@ class Loader:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._prefetch = prefetch
         self._transform = transform
+        self._accept_changes = accept_changes
         self._next_sample = 0
         self._reader: _Reader | None = None
         self._closed = False
@@ -99,24 +91,36 @@ class Loader:
     def state(self) -> dict[str, Any]:
         """Where the global order stands: samples that steps have returned, not what was read ahead. The same on all
         ranks, JSON-able."""
-        return {"version": _STATE_VERSION, "fingerprint": self._plan.fingerprint, "next_sample": self._next_sample}
+        # All ranks have met the samples of the last step, so all know what a bookmark at its first one says.
+        met = max(self._next_sample - self._samples_per_step, 0)
+        return {
+            "version": _STATE_VERSION,
+            "fingerprint": self._plan.fingerprint,
+            "next_sample": self._next_sample,
+            "identity": self._plan.identity,
+            **self._plan.bookmark(met),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state()`, also one of a run with another `dp_size` or `samples_per_step`.
 
         Raises:
-            DataError: the state is of another plan (corpus, tokenizer, seq_len, alignment or seed), or is no state.
+            DataError: the state is of other data, naming what has changed (corpus, seq_len, ...), and changes
+                are not accepted; or it is no state.
         """
         version, next_sample = state.get("version"), state.get("next_sample")
         if version != _STATE_VERSION or not isinstance(next_sample, int) or next_sample < 0:
             raise DataError(f"{dict(state)!r} is not a loader state of version {_STATE_VERSION}")
-        if state.get("fingerprint") != self._plan.fingerprint:
+        same = state.get("fingerprint") == self._plan.fingerprint
+        if not same and not self._accept_changes:
             raise DataError(
                 f"the loader state belongs to the data plan {state.get('fingerprint')}, this run has "
-                f"{self._plan.fingerprint}: corpus, tokenizer, seq_len, alignment or seed have changed; set them back, "
-                f"or start a new run"
+                f"{self._plan.fingerprint}: {_changes(state.get('identity') or {}, self._plan.identity)}; set it back, "
+                f"start a new run, or go on at the same sample number of the new data with data.accept_changes=true"
             )
         self._stop()
+        if same:
+            self._plan.restore(state)
         self._next_sample = next_sample
 
     def close(self) -> None:
@@ -131,15 +135,29 @@ class Loader:
 
     def _make_fetch(self, first: int) -> Callable[[int], Any]:
         # Free of `self`, so that a loader nobody holds any more is not kept alive by its own thread.
-        plan, transform = self._plan, self._transform
+        plan, transform, prefetch = self._plan, self._transform, self._prefetch
         dp_rank, dp_size = self._dp_rank, self._dp_size
 
         def fetch(number: int) -> Any:
             index = first + number * dp_size + dp_rank
-            sample = replace(plan.sample(row_at(index, plan.num_samples, plan.seed)), index=index)
+            for ahead in range(1 if number == 0 else prefetch, prefetch + 1):
+                plan.will_need(index + ahead * dp_size)
+            sample = plan.at(index)
             return sample if transform is None else transform(sample)
 
         return fetch
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, which parts of the data's identity differ."""
+    changed = [key for key in now if before.get(key) != now[key]] + [key for key in before if key not in now]
+    if not before or not changed:
+        return "corpus, tokenizer, seq_len, alignment or seed have changed"
+
+    def short(value: Any) -> str:
+        return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+    return ", ".join(f"{key} was {short(before.get(key))} and is {short(now.get(key))}" for key in changed)
 
 
 class _Reader:

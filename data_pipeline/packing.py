@@ -20,20 +20,20 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.order import derive_key, permute
+from data_pipeline.order import derive_key, mix64, permute
 from data_pipeline.prepare import shard_hashes
+from data_pipeline.samples import IGNORE_INDEX, PackedSample, Samples, row_at
 from data_pipeline.shards import ShardSet
 from data_pipeline.storage import build_once, fingerprint_of, read_json, write_array, write_json
 
-IGNORE_INDEX = -100
-"""The label of a token that has nothing to predict."""
 CONTINUATION = 1
 """Segment flag: an earlier sample holds the tokens before this piece."""
 GOES_ON = 2
@@ -43,29 +43,28 @@ SEGMENT = np.dtype([("doc", "<u8"), ("offset", "<u8"), ("start", "<u4"), ("lengt
 """A segment: tokens `offset : offset + length` of document `doc` lie at `start` in the sample."""
 
 _ALGORITHM = 1  # raise it when the same input would give another plan
-_DOCUMENT_ORDER, _PLAN = 1, "plan.json"
+_DOCUMENT_ORDER, _PARTS, _PLAN = 1, 3, "plan.json"
 
 
-@dataclass(frozen=True, eq=False)
-class PackedSample:
-    """One packed sequence of T tokens.
+@dataclass(frozen=True)
+class Selection:
+    """Which documents of a corpus are packed: those of `min_tokens` to `max_tokens`, with their end token, whose
+    number in the corpus hashes into `part`, a range inside [0, 1)."""
 
-    Attributes:
-        tokens: int64 [T]; padding holds 0.
-        labels: int64 [T]; the next token of the same document, IGNORE_INDEX where there is none (the document's last
-            token, padding). The last token of a piece that goes on elsewhere has the true next token as its label.
-        doc_starts: int64 [num_docs], ascending multiples of the alignment; the first is 0.
-        doc_lengths: int64 [num_docs], real tokens, at least 1.
-        continuation: bool [num_docs]; the piece continues a document from an earlier sample of the plan.
-        index: number of the sample: in the plan, or in the global order when it comes from a Loader.
-    """
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    part: tuple[float, float] = (0.0, 1.0)
 
-    tokens: np.ndarray
-    labels: np.ndarray
-    doc_starts: np.ndarray
-    doc_lengths: np.ndarray
-    continuation: np.ndarray
-    index: int
+    def apply(self, lengths: np.ndarray) -> np.ndarray:
+        """`lengths` with 0 for the documents that are not selected."""
+        chosen = lengths >= self.min_tokens
+        if self.max_tokens is not None:
+            chosen &= lengths <= self.max_tokens
+        if self.part != (0.0, 1.0):
+            key = np.uint64(derive_key(_PARTS))
+            place = mix64(np.arange(lengths.size, dtype=np.uint64) ^ key) / 2.0**64
+            chosen &= (place >= self.part[0]) & (place < self.part[1])
+        return np.where(chosen, lengths, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,26 +185,31 @@ def _best_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, 
     return bin_of, start_of
 
 
-class Plan:
+class Plan(Samples):
     """A stored packing of a list of shards; `sample(i)` reads one sample from the memory-mapped shards.
 
+    As `Samples` it gives every sample once per epoch, each epoch in an order of its own.
+
     Attributes:
-        fingerprint: sha256 (hex) of all that decides what is in sample i and how samples are ordered.
-        num_samples: S.
-        seq_len: T.
         alignment: k.
-        seed: chose the documents of each sample; orders the samples in a Loader.
-        statistics: counts of documents and tokens, and `fill`, the share of T that is real tokens.
+        seed: chose the documents of each sample; orders the samples.
+        statistics: counts of documents and tokens, `fill` (the share of T that is real tokens), and `tokens_beyond`
+            (the share of tokens in documents longer than a number of tokens).
     """
 
-    def __init__(self, directory: Path, shards: Sequence[str | Path]) -> None:
+    def __init__(self, directory: Path, shards: ShardSet) -> None:
         content = read_json(directory / _PLAN)
         self.fingerprint: str = content["fingerprint"]
         self.seq_len: int = content["seq_len"]
         self.alignment: int = content["alignment"]
         self.seed: int = content["seed"]
-        self.statistics: dict[str, float] = content["statistics"]
-        self._shards = ShardSet(shards)
+        self.statistics: dict[str, Any] = content["statistics"]
+        self.identity = {
+            "corpus": fingerprint_of([[bin_hash, idx_hash] for _, bin_hash, idx_hash in content["shards"]]),
+            "tokenizer": fingerprint_of(sorted({tokenizer for tokenizer, _, _ in content["shards"]})),
+            **{key: content.get(key) for key in ("seq_len", "alignment", "seed", "selection", "algorithm")},
+        }
+        self._shards = shards
         try:
             self._row_ptr = np.load(directory / "row_ptr.npy", mmap_mode="r")
             self._segments = np.load(directory / "segments.npy", mmap_mode="r")
@@ -213,13 +217,26 @@ class Plan:
             raise DataError(f"{directory}: the plan cannot be read ({error}); delete the directory") from error
         if self._segments.dtype != SEGMENT or int(self._row_ptr[-1]) != self._segments.size:
             raise DataError(f"{directory}: row_ptr.npy and segments.npy do not belong together; delete the directory")
-        self.num_samples: int = self._row_ptr.size - 1
+        self.num_samples = self._row_ptr.size - 1
+
+    def at(self, index: int) -> PackedSample:
+        """Sample `index` of the global order, which goes on for ever, epoch after epoch."""
+        return replace(self.sample(row_at(index, self.num_samples, self.seed)), index=index)
+
+    def will_need(self, index: int) -> None:
+        """Begin to fetch what `at(index)` reads, if it is remote."""
+        for doc, offset, _, length, flags in self.segments(row_at(index, self.num_samples, self.seed)).tolist():
+            self._shards.will_need(doc, offset, length + (flags & GOES_ON > 0))
+
+    def segments(self, index: int) -> np.ndarray:
+        """SEGMENT [num_docs]: what sample `index` of the plan holds."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of a plan with {self.num_samples} samples")
+        return np.array(self._segments[int(self._row_ptr[index]) : int(self._row_ptr[index + 1])])
 
     def sample(self, index: int) -> PackedSample:
         """Sample `index` of the plan, in `range(num_samples)`."""
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"sample {index} of a plan with {self.num_samples} samples")
-        segments = np.array(self._segments[int(self._row_ptr[index]) : int(self._row_ptr[index + 1])])
+        segments = self.segments(index)
         tokens = np.zeros(self.seq_len, dtype=np.int64)
         labels = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
         for doc, offset, start, length, flags in segments.tolist():
@@ -238,38 +255,56 @@ class Plan:
 
 
 def build_plan(
-    prepared_shards: Sequence[str | Path], seq_len: int, alignment: int, seed: int, cache_dir: str | Path
+    prepared_shards: Sequence[str | Path],
+    seq_len: int,
+    alignment: int,
+    seed: int,
+    cache_dir: str | Path,
+    *,
+    selection: Selection | None = None,
+    hashes: Sequence[Sequence[str]] | None = None,
+    shards: ShardSet | None = None,
 ) -> Plan:
     """Pack prepared shards into samples, or find the plan in the cache. Safe to call from several processes at once.
 
     Args:
-        prepared_shards: shard prefixes of `PreparedData.train` or `.validation`; their manifest must lie beside them.
+        prepared_shards: shard prefixes of `PreparedData.train` or `.validation`.
         seq_len: T, tokens per sample, a multiple of `alignment`.
         alignment: k, every document starts at a multiple of it in its sample.
-        seed: shuffles the documents before packing, and the samples of a Loader.
+        seed: shuffles the documents before packing, and the samples.
         cache_dir: the plan is stored in a directory below.
+        selection: which documents are packed; None for all.
+        hashes: `[tokenizer, .bin, .idx]` of each shard; None reads them from the manifest beside the shards.
+        shards: the shards, when they are open already.
 
     Raises:
         DataError: sizes that do not fit, shards that are missing or damaged, or no document of two tokens or more.
     """
+    selection = selection or Selection()
     request = {
         "algorithm": _ALGORITHM,
-        "shards": shard_hashes(prepared_shards),
+        "shards": shard_hashes(prepared_shards) if hashes is None else [list(row) for row in hashes],
         "seq_len": seq_len,
         "alignment": alignment,
         "seed": seed,
     }
+    if selection != Selection():
+        request["selection"] = [selection.min_tokens, selection.max_tokens, list(selection.part)]
     fingerprint = fingerprint_of(request)
+    documents = ShardSet(prepared_shards) if shards is None else shards
 
     def build(directory: Path) -> None:
-        lengths = ShardSet(prepared_shards).lengths
+        lengths = selection.apply(documents.lengths)
         order = np.arange(lengths.size, dtype=np.int64)
         if lengths.size:
             order = permute(order, lengths.size, derive_key(seed, _DOCUMENT_ORDER))
         packed = pack(lengths, seq_len, alignment, order)
         num_samples = packed.row_ptr.size - 1
         if not num_samples:
-            raise DataError(f"no document of at least 2 tokens in {len(prepared_shards)} shard(s): nothing to pack")
+            chosen = "" if selection == Selection() else f" of {selection.min_tokens} to {selection.max_tokens} tokens"
+            raise DataError(
+                f"no document of at least 2 tokens{chosen} in {len(prepared_shards)} shard(s): nothing to pack"
+            )
         write_array(directory / "row_ptr.npy", packed.row_ptr)
         write_array(directory / "segments.npy", packed.segments)
         num_tokens = int(packed.segments["length"].sum())
@@ -278,10 +313,18 @@ def build_plan(
             "documents_split": int((lengths > seq_len + 1).sum()),
             "documents_left_out": int((lengths <= 1).sum()),
             "tokens": num_tokens,
+            "samples": num_samples,
             "fill": num_tokens / (num_samples * seq_len),
+            "tokens_beyond": tokens_beyond(lengths),
         }
         write_json(directory / _PLAN, {"fingerprint": fingerprint, **request, "statistics": statistics})
 
     directory = Path(cache_dir) / f"plan-{fingerprint[:16]}"
     build_once(directory, _PLAN, build)
-    return Plan(directory, prepared_shards)
+    return Plan(directory, documents)
+
+
+def tokens_beyond(lengths: np.ndarray) -> dict[str, float]:
+    """The share of all tokens that lie in documents longer than 8k, 32k, 128k and 1M tokens."""
+    total = max(int(lengths.sum()), 1)
+    return {str(limit): int(lengths[lengths > limit].sum()) / total for limit in (8192, 32768, 131072, 1048576)}

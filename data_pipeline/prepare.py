@@ -115,8 +115,7 @@ def open_prepared(directory: str | Path, tokenizer_fingerprint: str | None = Non
     """
     directory = Path(directory)
     manifest = read_json(directory / MANIFEST)
-    if manifest.get("format") != _FORMAT:
-        raise DataError(f"{directory / MANIFEST}: has format {manifest.get('format')!r}, expected {_FORMAT}; delete it")
+    check_format(manifest, str(directory / MANIFEST))
     tokenizer_path = directory / TOKENIZER
     recorded = manifest["tokenizer"]["fingerprint"]
     if not tokenizer_path.is_file():
@@ -139,6 +138,12 @@ def open_prepared(directory: str | Path, tokenizer_fingerprint: str | None = Non
         train=prefixes[TRAIN],
         validation=prefixes[VALIDATION],
     )
+
+
+def check_format(manifest: dict[str, Any], place: str) -> None:
+    """Refuse a manifest of another version of this package."""
+    if manifest.get("format") != _FORMAT:
+        raise DataError(f"{place}: has format {manifest.get('format')!r}, expected {_FORMAT}; prepare it again")
 
 
 def shard_hashes(prefixes: Sequence[str | Path]) -> list[list[str]]:

@@ -15,15 +15,19 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
+from data_pipeline.cache import BlockCache
 from data_pipeline.errors import DataError
+from data_pipeline.remote import find_remote
 from data_pipeline.storage import aside
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -156,54 +160,108 @@ class ShardWriter:
         return b"".join((header, lengths.tobytes(), starts.tobytes(), documents.tobytes()))
 
 
-class ShardReader:
-    """Memory-maps one shard.
+class _Documents:
+    """Where each document of a shard lies; the tokens come from `_slice` of a subclass.
 
     Attributes:
         lengths: int64 [num_documents], tokens per document.
         dtype: dtype of the stored tokens.
+    """
+
+    def __init__(self, index_file: Path, idx_name: str) -> None:
+        self.dtype, sizes, pointers, documents = _read_index(index_file, idx_name)
+        # Sequences lie back to back, so a document is one run of tokens whatever its number of sequences.
+        ends = np.cumsum(sizes, dtype=np.int64)
+        if not np.array_equal(pointers, (ends - sizes) * self.dtype.itemsize):
+            raise DataError(f"{idx_name}: its byte offsets are not those of its lengths; the file is damaged")
+        bounds = np.concatenate([np.zeros(1, dtype=np.int64), ends])[documents]
+        self._starts = bounds[:-1]
+        self.lengths = np.diff(bounds)
+        self._num_tokens = int(ends[-1]) if ends.size else 0
+
+    def __len__(self) -> int:
+        return self.lengths.size
+
+    def read(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens `offset : offset + length` of a document (to its end when length is None), not to be written to."""
+        return self._slice(*self._range(document, offset, length))
+
+    def stretch(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start : stop` of the whole shard."""
+        return self._slice(start, stop)
+
+    def will_need(self, document: int, offset: int, length: int) -> None:
+        """A hint that these tokens will be read soon."""
+
+    def _range(self, document: int, offset: int, length: int | None) -> tuple[int, int]:
+        total = int(self.lengths[document])
+        length = total - offset if length is None else length
+        if offset < 0 or length < 0 or offset + length > total:
+            raise IndexError(f"document {document} of a shard has {total} tokens, asked for {offset}+{length}")
+        start = int(self._starts[document]) + offset
+        return start, start + length
+
+    def _slice(self, start: int, stop: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def _check_size(self, bin_name: str, idx_name: str, found: int) -> None:
+        expected = self._num_tokens * self.dtype.itemsize
+        if found != expected:
+            raise DataError(
+                f"{bin_name}: has {found} bytes, but {idx_name.rpartition('/')[2]} describes {self._num_tokens} tokens "
+                f"of {self.dtype}, that is {expected} bytes; the two files do not belong together or one is damaged"
+            )
+
+
+class ShardReader(_Documents):
+    """Memory-maps one local shard.
 
     Raises:
         DataError: a file is missing, is not such a file, or the two do not belong together.
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        prefix = Path(prefix)
-        self.prefix = prefix
-        idx_path, bin_path = _idx_path(prefix), _bin_path(prefix)
-        self.dtype, sizes, pointers, documents = _read_index(idx_path)
-        # Sequences lie back to back, so a document is one run of tokens whatever its number of sequences.
-        ends = np.cumsum(sizes, dtype=np.int64)
-        if not np.array_equal(pointers, (ends - sizes) * self.dtype.itemsize):
-            raise DataError(f"{idx_path}: its byte offsets are not those of its lengths; the file is damaged")
-        bounds = np.concatenate([np.zeros(1, dtype=np.int64), ends])[documents]
-        self._starts = bounds[:-1]
-        self.lengths = np.diff(bounds)
-        num_tokens = int(ends[-1]) if ends.size else 0
-        expected = num_tokens * self.dtype.itemsize
-        found = bin_path.stat().st_size if bin_path.is_file() else None
-        if found is None:
+        idx_path, bin_path = _idx_path(Path(prefix)), _bin_path(Path(prefix))
+        super().__init__(idx_path, str(idx_path))
+        if not bin_path.is_file():
             raise DataError(f"{bin_path}: is missing, although {idx_path.name} is there")
-        if found != expected:
-            raise DataError(
-                f"{bin_path}: has {found} bytes, but {idx_path.name} describes {num_tokens} tokens of {self.dtype}, "
-                f"that is {expected} bytes; the two files do not belong together or one is damaged"
-            )
+        self._check_size(str(bin_path), str(idx_path), bin_path.stat().st_size)
         self._tokens: np.ndarray = (
-            np.memmap(bin_path, dtype=self.dtype, mode="r") if num_tokens else np.zeros(0, dtype=self.dtype)
+            np.memmap(bin_path, dtype=self.dtype, mode="r") if self._num_tokens else np.zeros(0, dtype=self.dtype)
         )
 
-    def __len__(self) -> int:
-        return self.lengths.size
+    def _slice(self, start: int, stop: int) -> np.ndarray:
+        return self._tokens[start:stop]
 
-    def read(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens `offset : offset + length` of a document (to its end when length is None): a view of the map."""
-        total = int(self.lengths[document])
-        length = total - offset if length is None else length
-        if offset < 0 or length < 0 or offset + length > total:
-            raise IndexError(f"{self.prefix}: document {document} has {total} tokens, asked for {offset}+{length}")
-        start = int(self._starts[document]) + offset
-        return self._tokens[start : start + length]
+
+class RemoteShardReader(_Documents):
+    """Reads a shard that lies elsewhere: the index as a whole, tokens in ranges through a cache.
+
+    Args:
+        prefix: URL of the shard without `.bin` / `.idx`.
+        cache: holds the index and the blocks of tokens that were read.
+        retries: of each request.
+        sha256_idx: expected hash of the index, if known.
+
+    Raises:
+        DataError: as `ShardReader`, or when the files cannot be reached.
+    """
+
+    def __init__(self, prefix: str, cache: BlockCache, retries: int, sha256_idx: str | None = None) -> None:
+        idx_url = prefix + ".idx"
+        super().__init__(cache.whole_file(find_remote(idx_url, retries), sha256_idx), idx_url)
+        self._cache = cache
+        self.bin_file = find_remote(prefix + ".bin", retries)
+        self._check_size(self.bin_file.url, idx_url, self.bin_file.size)
+
+    def will_need(self, document: int, offset: int, length: int) -> None:
+        """Begin to fetch these tokens."""
+        start, stop = self._range(document, offset, length)
+        self._cache.will_need(self.bin_file, [(start * self.dtype.itemsize, stop * self.dtype.itemsize)])
+
+    def _slice(self, start: int, stop: int) -> np.ndarray:
+        size = self.dtype.itemsize
+        return np.frombuffer(self._cache.read(self.bin_file, start * size, stop * size), dtype=self.dtype)
 
 
 class ShardSet:
@@ -213,39 +271,56 @@ class ShardSet:
         lengths: int64 [num_documents], tokens per document.
     """
 
-    def __init__(self, prefixes: Sequence[str | Path]) -> None:
-        self._readers = [ShardReader(prefix) for prefix in prefixes]
+    def __init__(self, prefixes: Sequence[str | Path], opener: Callable[[Any], _Documents] = ShardReader) -> None:
+        if opener is ShardReader or len(prefixes) < 2:
+            self._readers = [opener(prefix) for prefix in prefixes]
+        else:  # each takes some round trips
+            with ThreadPoolExecutor(16) as pool:
+                self._readers = list(pool.map(opener, prefixes))
         counts = np.array([len(reader) for reader in self._readers], dtype=np.int64)
         self._ends = np.cumsum(counts)
         parts = [reader.lengths for reader in self._readers]
         self.lengths = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        """Tokens `offset : offset + length` of document number `document` of the set: a view of the map."""
+        """Tokens `offset : offset + length` of document number `document` of the set, not to be written to."""
+        reader, number = self._find(document)
+        return reader.read(number, offset, length)
+
+    def will_need(self, document: int, offset: int, length: int) -> None:
+        """A hint that these tokens will be read soon."""
+        reader, number = self._find(document)
+        reader.will_need(number, offset, length)
+
+    def place(self, document: int) -> tuple[int, int]:
+        """The shard that holds a document, by its number, and the number of the document in it."""
         shard = int(np.searchsorted(self._ends, document, side="right"))
-        first = int(self._ends[shard - 1]) if shard else 0
-        return self._readers[shard].read(document - first, offset, length)
+        return shard, document - (int(self._ends[shard - 1]) if shard else 0)
+
+    def _find(self, document: int) -> tuple[_Documents, int]:
+        shard, number = self.place(document)
+        return self._readers[shard], number
 
 
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+def _read_index(path: Path, name: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """The dtype, sequence lengths, byte offsets and document bounds of an `.idx` file, each checked for itself."""
     if not path.is_file():
-        raise DataError(f"{path}: is missing; a shard is a .bin and an .idx file of the same name")
+        raise DataError(f"{name}: is missing; a shard is a .bin and an .idx file of the same name")
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(_HEADER.size)
     if len(head) < _HEADER.size:
-        raise DataError(f"{path}: has {size} bytes, too few for the header of an index; the file is damaged")
+        raise DataError(f"{name}: has {size} bytes, too few for the header of an index; the file is damaged")
     magic, version, code, num_sequences, num_bounds = _HEADER.unpack(head)
     if magic != _MAGIC or version != _VERSION:
-        raise DataError(f"{path}: is not a Megatron index (MMIDIDX version 1), it starts with {head[:17]!r}")
+        raise DataError(f"{name}: is not a Megatron index (MMIDIDX version 1), it starts with {head[:17]!r}")
     if code not in _DTYPE_OF_CODE:
         known = ", ".join(f"{known_code}={dtype}" for known_code, dtype in _DTYPE_OF_CODE.items())
-        raise DataError(f"{path}: has token dtype code {code}, known are {known}")
+        raise DataError(f"{name}: has token dtype code {code}, known are {known}")
     expected = _HEADER.size + 12 * num_sequences + 8 * num_bounds
     if size != expected or num_bounds < 1:
         raise DataError(
-            f"{path}: has {size} bytes, but {num_sequences} sequences and {num_bounds - 1} documents take {expected}; "
+            f"{name}: has {size} bytes, but {num_sequences} sequences and {num_bounds - 1} documents take {expected}; "
             f"the file is damaged"
         )
     raw = np.memmap(path, dtype=np.uint8, mode="r", offset=0)
@@ -255,9 +330,9 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     pointers = np.array(raw[at : at + 8 * num_sequences]).view("<i8")
     documents = np.array(raw[at + 8 * num_sequences :]).view("<i8")
     if sizes.size and int(sizes.min()) < 0:
-        raise DataError(f"{path}: has a negative length; the file is damaged")
+        raise DataError(f"{name}: has a negative length; the file is damaged")
     if documents[0] != 0 or documents[-1] != num_sequences or (np.diff(documents) < 0).any():
-        raise DataError(f"{path}: its documents do not cover its {num_sequences} sequences in order; it is damaged")
+        raise DataError(f"{name}: its documents do not cover its {num_sequences} sequences in order; it is damaged")
     return _DTYPE_OF_CODE[code], sizes, pointers, documents
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import DataError, Loader, build_plan
-from data_pipeline.loader import row_at
+from data_pipeline.samples import row_at
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_resume_at_every_step_keeps_the_global_order(plan, size, resumed_size):
     for stop in range(0, num_steps + 1):
         first, state = read_steps(plan, stop, 4, size)
         state = json.loads(json.dumps(state))
-        assert state == {"version": 1, "fingerprint": plan.fingerprint, "next_sample": 4 * stop}
+        assert state["fingerprint"] == plan.fingerprint and state["next_sample"] == 4 * stop
         second, _ = read_steps(plan, min(2, num_steps - stop), 4, resumed_size, state)
         assert first + second == expected[: len(first) + len(second)]
 

@@ -1,0 +1,174 @@
+"""Blocks of remote files on the local disk, within a bound, shared by all processes of a host.
+
+A block file holds the block and a checksum of it, and gets its name when it is complete, so whatever a killed process,
+a full disk or a failing one leaves behind is not mistaken for a block. Reading a block renews its time stamp; when the
+bound is reached, the blocks that were not read for longest go first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data_pipeline.errors import DataError
+from data_pipeline.remote import RemoteObject
+from data_pipeline.storage import aside, locked, sha256_of_file
+
+BLOCK_BYTES = 1 << 20
+_CHECKSUM_BYTES = 4
+_LOCKS = 64
+_CONNECTIONS = 16
+
+
+class BlockCache:
+    """Reads ranges of remote files through a directory of blocks.
+
+    Args:
+        directory: the blocks; may be shared by processes and runs.
+        max_bytes: bound of all block files together, at least a few blocks.
+
+    Attributes:
+        num_fetched: blocks this process has fetched from remote.
+    """
+
+    def __init__(self, directory: str | Path, max_bytes: int) -> None:
+        self._directory = Path(directory)
+        self._max_bytes = max_bytes
+        if max_bytes < 4 * BLOCK_BYTES:
+            raise DataError(f"data.cache_gb={max_bytes / 1e9:g} is less than four blocks of {BLOCK_BYTES} bytes")
+        try:
+            (self._directory / "locks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._pool = ThreadPoolExecutor(_CONNECTIONS, "fetch")
+        self._coming: set[tuple[str, int]] = set()
+        self._coming_lock = threading.Lock()
+        self.num_fetched = 0
+
+    def read(self, file: RemoteObject, start: int, stop: int) -> bytes:
+        """Bytes `start : stop` of a file; missing blocks are fetched side by side. DataError after the last retry."""
+        numbers = range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) if stop > start else range(0)
+        if len(numbers) == 1:
+            blocks = [self._block(file, numbers[0])]
+        else:
+            blocks = list(self._pool.map(lambda number: self._block(file, number), numbers))
+        whole = b"".join(blocks)
+        offset = start - numbers.start * BLOCK_BYTES if blocks else 0
+        return whole[offset : offset + stop - start]
+
+    def will_need(self, file: RemoteObject, ranges: Iterable[tuple[int, int]]) -> None:
+        """Begin to fetch the blocks of some ranges, without waiting; an error shows when they are read."""
+        for start, stop in ranges:
+            for number in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
+                key = (file.url, number)
+                with self._coming_lock:
+                    if key in self._coming:
+                        continue
+                    self._coming.add(key)
+                self._pool.submit(self._fetch_ahead, file, number, key)
+
+    def whole_file(self, file: RemoteObject, sha256: str | None = None) -> Path:
+        """A local copy of a small file (an index), outside the bound; checked against `sha256` when that is given."""
+        path = self._directory / f"{_key(file)}-whole"
+        try:
+            with locked(self._lock_path(path.name)):
+                if not path.exists() or path.stat().st_size != file.size:
+                    with aside(path) as copy:
+                        for start in range(0, file.size, 4 * BLOCK_BYTES):
+                            copy.write(file.read(start, start + 4 * BLOCK_BYTES))
+                if sha256 is not None and (found := sha256_of_file(path)) != sha256:
+                    path.unlink()
+                    raise DataError(f"{file.url}: has sha256 {found}, but its manifest says {sha256}; upload it again")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return path
+
+    def _fetch_ahead(self, file: RemoteObject, number: int, key: tuple[str, int]) -> None:
+        try:
+            self._block(file, number)
+        except DataError:
+            pass  # the reader asks again and raises it
+        finally:
+            with self._coming_lock:
+                self._coming.discard(key)
+
+    def _block(self, file: RemoteObject, number: int) -> bytes:
+        start = number * BLOCK_BYTES
+        length = min(BLOCK_BYTES, file.size - start)
+        path = self._directory / f"{_key(file)}-{number:08d}.block"
+        if (block := _load(path, length)) is not None:
+            return block
+        try:
+            # One process fetches, the others that want the same block wait for it.
+            with locked(self._lock_path(path.name)):
+                if (block := _load(path, length)) is not None:
+                    return block
+                block = file.read(start, start + length)
+                self.num_fetched += 1
+                self._store(path, block + zlib.crc32(block).to_bytes(_CHECKSUM_BYTES, "little"))
+                return block
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _store(self, path: Path, content: bytes) -> None:
+        """Write a block file, after deleting old ones down to nine tenths of the bound when it would be exceeded."""
+        with locked(self._directory / "locks" / "room"):
+            record = self._directory / "used"
+            try:
+                used = int(record.read_text())
+            except (OSError, ValueError):
+                used = self._max_bytes  # unknown: count
+            if used + len(content) > self._max_bytes:
+                entries = [entry for entry in os.scandir(self._directory) if entry.name.endswith((".block", ".tmp"))]
+                found = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in entries)
+                used = sum(size for _, size, _ in found)
+                for _, size, old in found:
+                    if used + len(content) <= self._max_bytes * 9 // 10:
+                        break
+                    Path(old).unlink(missing_ok=True)
+                    used -= size
+            # The count comes first: a kill between the two leaves it too high, which the next deletion puts right.
+            _replace(record, str(used + len(content)).encode())
+            _replace(path, content)
+
+    def _lock_path(self, name: str) -> Path:
+        return self._directory / "locks" / str(zlib.crc32(name.encode()) % _LOCKS)
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self._directory}: the cache of remote shards cannot be written ({error}); make room on the disk, set a "
+            f"smaller data.cache_gb, or another data.cache_dir"
+        )
+
+
+def _key(file: RemoteObject) -> str:
+    return hashlib.sha256(f"{file.url}\n{file.size}\n{file.stamp}".encode()).hexdigest()[:24]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path, length: int) -> bytes | None:
+    """A block from the disk, None when it is not there or damaged."""
+    try:
+        content = path.read_bytes()
+        if len(content) != length + _CHECKSUM_BYTES:
+            return None
+        block, checksum = content[:length], content[length:]
+        if zlib.crc32(block).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
+            return None
+        os.utime(path)
+    except FileNotFoundError:
+        return None
+    return block
