@@ -210,5 +210,5 @@ def _volume(volume: tuple[str, str]) -> dict[str, Any]:
 
 
 def _escaped(text: str) -> str:
-    """Kubernetes replaces $(NAME) in commands, arguments and values; $$ stands for one $."""
-    return text.replace("$(", "$$(")
+    """Kubernetes replaces $(NAME) in commands, arguments and values, and reads $$ as one $."""
+    return text.replace("$", "$$")

@@ -65,7 +65,7 @@ def kill_descendants() -> None:
 
 
 def end_descendants(timeout: float = 10.0) -> None:
-    """Kill what is left below this process and reap it; not for a process that still wants its children's exit codes."""
+    """Kill what is left below this process and reap it; not for one that still wants exit codes of its children."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         kill_descendants()

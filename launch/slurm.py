@@ -93,7 +93,7 @@ def sbatch_options(launch: Launch, points: Sequence[Point], home: Path) -> list[
         "job-name": job_name(home),
         "open-mode": "append",
         "chdir": str(runs.launch_directory(home)),
-        "output": "logs/" + ("%A_%a" if len(points) > 1 else "%j") + ".log",
+        "output": f"{_logs(home)}/{'%A_%a' if len(points) > 1 else '%j'}.log",
     }
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     if len(points) > 1:
@@ -116,7 +116,7 @@ def script(launch: Launch, points: Sequence[Point]) -> str:
     quote = shlex.quote
     cases = "\n".join(
         f"  {i})\n    run_directory={quote(str(point.run_directory))}\n"
-        f"    log={quote(_log_pattern(point.run_directory))}\n"
+        f"    log={quote(f'{_logs(point.run_directory)}/%j-%N.log')}\n"
         f"    overrides=({' '.join(quote(o) for o in point.overrides)}) ;;"
         for i, point in enumerate(points)
     )
@@ -217,9 +217,9 @@ exit {requeue_code}
 """
 
 
-def _log_pattern(run_directory: Path) -> str:
-    """srun's file pattern, one file per job and node; a % in the path is one of the path's own."""
-    return str(runs.launch_directory(run_directory) / "logs").replace("%", "%%") + "/%j-%N.log"
+def _logs(directory: Path) -> str:
+    """The folder of log files as Slurm's file patterns spell it: %% is a % of the path's own."""
+    return str(runs.launch_directory(directory) / "logs").replace("%", "%%")
 
 
 def _check_path(path: Path) -> None:

@@ -60,7 +60,7 @@ def losses(run: Path) -> dict[int, float]:
     return found
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout: float = 120) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout: float = 240) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout:.0f} s for {what}"

@@ -48,7 +48,7 @@ def command_line(pid: int) -> bytes:
 
 
 def test_two_agents_one_is_killed_the_job_continues(small, tmp_path):
-    """A node's agent dies by SIGKILL and leaves its rank behind; everything is started again and ends as if undisturbed."""
+    """A node's agent dies by SIGKILL and leaves its rank behind; all is started again and ends as if undisturbed."""
     common = [*small, f"run.root={tmp_path}", "run.samples_per_step=2", "run.steps=60", "checkpoint.every_steps=10"]
     quiet = python("launch", "target=local", "nodes=2", "launch.check=false", "--", *common, "run.name=quiet")
     assert quiet.returncode == 0, quiet.stderr

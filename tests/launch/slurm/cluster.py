@@ -104,14 +104,14 @@ class Cluster:
 
     def crash(self, node: str) -> None:
         """The node and everything on it are gone at once."""
-        os.kill(self._pid(node), signal.SIGKILL)
+        os.kill(self.pid(node), signal.SIGKILL)
         self._first.pop(node).wait()
 
     def boot(self, node: str) -> None:
         (self.home / f"wired.{node}").unlink(missing_ok=True)
         self._start(node, "slurmd", "-D", "-N", node)
         cable = f"sw{node.removeprefix('node')}"
-        self._ip(LOGIN, f"link add {cable} type veth peer name eth0 netns {self._pid(node)}")
+        self._ip(LOGIN, f"link add {cable} type veth peer name eth0 netns {self.pid(node)}")
         self._ip(LOGIN, f"link set {cable} master br0 up")
         self._ip(node, f"addr add {SUBNET}.{node.removeprefix('node')}/24 dev eth0")
         self._ip(node, "link set eth0 up")
@@ -190,7 +190,7 @@ class Cluster:
         )
         log.close()
 
-    def _pid(self, name: str) -> int:
+    def pid(self, name: str) -> int:
         """The first process of the host, as this machine numbers it."""
         outer = self._first[name].pid
         for _ in range(250):
@@ -203,7 +203,7 @@ class Cluster:
     def _inside(self, host: str) -> list[str]:
         return [
             "nsenter",
-            f"--target={self._pid(host)}",
+            f"--target={self.pid(host)}",
             "--net",
             "--uts",
             "--mount",
@@ -214,11 +214,11 @@ class Cluster:
 
     def _ip(self, host: str, line: str) -> None:
         for _ in range(100):  # until the namespace is its own
-            inside = os.readlink(f"/proc/{self._pid(host)}/ns/net")
+            inside = os.readlink(f"/proc/{self.pid(host)}/ns/net")
             if inside != os.readlink("/proc/self/ns/net"):
                 break
             time.sleep(0.02)
-        subprocess.run(["nsenter", f"--target={self._pid(host)}", "--net", "ip", *line.split()], check=True)
+        subprocess.run(["nsenter", f"--target={self.pid(host)}", "--net", "ip", *line.split()], check=True)
 
 
 def missing() -> str:
@@ -260,9 +260,7 @@ if __name__ == "__main__":
     with Cluster(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 2) as cluster:
         print(f"started slurmctld and slurmd on {cluster.nodes} nodes; SLURM_CONF={cluster.home / 'slurm.conf'}")
         for name in cluster._first:
-            print(
-                f"  on {name}: nsenter --target={cluster._pid(name)} --net --uts --mount --pid --wdns=$PWD -- COMMAND"
-            )
+            print(f"  on {name}: nsenter --target={cluster.pid(name)} --net --uts --mount --pid --wdns=$PWD -- COMMAND")
         try:
             input("Enter stops the cluster\n")
         except (KeyboardInterrupt, EOFError):

@@ -1,0 +1,218 @@
+"""Training on a real Slurm: preempted, a node lost, out of time, cancelled, as an array. See slurm/cluster.py."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import ROOT, losses, python, wait_for
+from tests.launch.slurm.cluster import Cluster, missing
+
+pytestmark = pytest.mark.slurm
+STEPS = 240
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    why_not = missing()
+    if why_not:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why_not)
+    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Where the runs are: a folder whose name is hard on shells and on Slurm's file patterns."""
+    return tmp_path_factory.mktemp("runs") / "it's %j; touch pwned $(touch pwned) & x"
+
+
+@pytest.fixture(scope="module")
+def two_nodes(small, root) -> list[str]:
+    """Training overrides of the two-node job that the tests disturb."""
+    return [
+        *small,
+        f"run.root={hydra(root)}",
+        "run.samples_per_step=2",
+        f"run.steps={STEPS}",
+        "checkpoint.every_steps=20",
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(two_nodes, root) -> dict[int, float]:
+    """Losses of the same training on two local agents that nobody disturbs."""
+    done = python("launch", "target=local", "nodes=2", "launch.check=false", "--", *two_nodes, "run.name=quiet")
+    assert done.returncode == 0, done.stderr
+    return losses(root / "quiet")
+
+
+def hydra(text: object) -> str:
+    """A value quoted for Hydra's override grammar."""
+    return '"' + str(text).replace('"', '\\"') + '"'
+
+
+def launch(cluster: Cluster, *arguments: str, module: str = "launch"):
+    settings = [
+        "launch.partition=low",
+        "launch.cpus_per_rank=1",
+        "launch.env.NCCL_SOCKET_IFNAME=null",
+        "launch.wait_seconds=20",
+    ]
+    target = ["target=slurm", *settings] if arguments[0] not in ("status", "logs", "cancel") else []
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    return cluster.run(sys.executable, "-m", module, *arguments[:split], *target, *arguments[split:], cwd=ROOT)
+
+
+def job_of(run: Path) -> str:
+    return json.loads((run / "launch/launch.json").read_text())["jobs"][-1]
+
+
+def state(cluster: Cluster, job: str) -> str:
+    shown = cluster.run("scontrol", "show", "job", job).stdout
+    return re.search(r"JobState=(\w+)", shown)[1]
+
+
+def wait_for_end(cluster: Cluster, run: Path, timeout: float = 300) -> str:
+    """The state in which the run's job has ended."""
+    job, final = job_of(run), ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    try:
+        wait_for(lambda: state(cluster, job) in final, f"the end of job {job}", timeout)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{told(run)}") from None
+    return state(cluster, job)
+
+
+def told(run: Path) -> str:
+    """Everything a run wrote about its jobs, for a failing test."""
+    files = [run / "launch/history.log", *sorted((run / "launch/logs").glob("*"))]
+    return "\n".join(f"== {f.name}\n{f.read_text(errors='replace')[-2500:]}" for f in files if f.is_file())
+
+
+def history(run: Path) -> str:
+    return (run / "launch/history.log").read_text()
+
+
+def test_preempted_requeued_and_resumed_bitwise(cluster, two_nodes, undisturbed, root):
+    """A job of higher priority takes the nodes; the run saves, makes way, comes back and ends with the same losses."""
+    run = root / "preempted"
+    launch(cluster, "nodes=2", "--", *two_nodes, "run.name=preempted")
+    wait_for(lambda: max(losses(run), default=0) >= 25, "25 steps")
+    urgent = cluster.run(
+        "sbatch", "--parsable", "-p", "high", "-N", "3", "-c", "2", "--output=/dev/null", "--wrap", "sleep 1"
+    )
+    assert "RUNNING" in launch(cluster, "status", str(run)).stdout
+    assert wait_for_end(cluster, run) == "COMPLETED", told(run)
+    assert state(cluster, urgent.stdout.strip()) == "COMPLETED"
+    said = history(run)
+    assert "asked to stop" in said and "ended with 75" in said and "start 1.0" in said, said
+    saved = int(re.search(r"saved step (\d+)", launch(cluster, "logs", str(run)).stdout)[1])
+    assert 25 <= saved < STEPS and saved % 20, "it stopped where it was told to, not at a periodic checkpoint"
+    assert losses(run) == undisturbed and len(undisturbed) == STEPS
+    assert {p.name.split("-")[-1] for p in (run / "launch/logs").glob("*-node*.log")} >= {"node1.log", "node2.log"}
+    assert "finished of" in launch(cluster, "status", str(run)).stdout
+
+
+def test_a_node_crashes_the_job_comes_back_on_those_left(cluster, two_nodes, undisturbed, root):
+    run = root / "crashed"
+    launch(cluster, "nodes=2", "--", *two_nodes, "run.name=crashed")
+    wait_for(lambda: max(losses(run), default=0) >= 30, "30 steps")
+    lost = re.search(r"start 0\.0 on node\[(\d)", history(run))[1]
+    cluster.crash(f"node{lost}")
+    try:
+        assert wait_for_end(cluster, run) == "COMPLETED", told(run)
+    finally:
+        cluster.boot(f"node{lost}")
+    again = re.search(r"start 1\.0 on (\S+)", history(run))
+    assert again and lost not in again[1], history(run)
+    assert losses(run) == undisturbed
+    cluster.wait_idle(3)
+
+
+def test_out_of_time_the_chain_goes_on(cluster, small, root):
+    """One-minute links, asked to save 30 s before their end (Slurm: up to a minute earlier), until the run is done."""
+    run = root / "long"
+    chain = ["launch.continuation=chain", "launch.chain_jobs=8", "launch.time=1", "launch.signal_seconds=30"]
+    launch(
+        cluster, *chain, "--", *small, f"run.root={hydra(root)}", "run.name=long", f"run.steps={steps_for(35, root)}"
+    )
+    jobs = json.loads((run / "launch/launch.json").read_text())["jobs"]
+    assert len(jobs) == 8
+    wait_for(lambda: re.search(r"ended with 0", history(run) if (run / "launch/history.log").exists() else ""),
+             "the last link", 280)  # fmt: skip
+    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the rest of the chain to be gone", 30)
+    said = history(run)
+    links = len(set(re.findall(r"job (\d+): start", said)))
+    assert links >= 2 and said.count("ended with 75") == links - 1, told(run)
+    assert {state(cluster, job) for job in jobs[links:]} == {"CANCELLED"}
+    resumed = re.findall(r"at step (\d+)", launch(cluster, "logs", str(run)).stdout)
+    assert len([s for s in resumed if int(s) > 0]) >= links - 1
+
+
+def steps_for(seconds: float, root: Path) -> int:
+    """Steps of one rank that take about this long here, judged by a run of this session."""
+    records = [json.loads(line) for line in (root / "quiet/metrics.jsonl").read_text().splitlines()]
+    each = sorted(r["step_seconds"] for r in records if "step_seconds" in r)
+    return int(seconds / each[len(each) // 2])
+
+
+def test_cancel(cluster, two_nodes, root):
+    run = root / "cancelled"
+    launch(cluster, "nodes=2", "--", *two_nodes[:-2], "run.steps=100000", "run.name=cancelled")
+    wait_for(lambda: state(cluster, job_of(run)) == "RUNNING", "the job to run", 60)
+    assert "cancelled job" in launch(cluster, "cancel", str(run)).stdout
+    assert wait_for_end(cluster, run, 90) == "CANCELLED"
+    assert "requeued" not in (history(run) if (run / "launch/history.log").exists() else "")
+    cluster.wait_idle(3)
+
+
+def test_sweep_as_an_array(cluster, small, root):
+    """One array; a point that cannot run ends with 2 and is not tried again, the others finish."""
+    home = root / "a"
+    spoiled = home / "chunk_size=8"
+    spoiled.mkdir(parents=True)
+    (spoiled / "config.yaml").write_text("seq_len: 99\n")  # another run's directory
+    command = ["sweep=a", f"run.root={hydra(root)}", *[o for o in small if "chunk_size" not in o], "run.steps=4"]
+    launch(cluster, *command, "model.chunk_size=4,8", module="launch.sweep")
+    job = job_of(home)
+    refused = cluster.run(sys.executable, "-m", "launch.sweep", *command, "model.chunk_size=4,8", "target=slurm",
+                          "launch.partition=low", cwd=ROOT, check=False)  # fmt: skip
+    assert refused.returncode == 2 and "still in the queue" in refused.stderr
+    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the array", 240)
+    assert sorted(losses(home / "chunk_size=4")) == [1, 2, 3, 4], told(home / "chunk_size=4")
+    assert "ended with 2" in history(spoiled) and "start 0.1" not in history(spoiled)
+    assert (state(cluster, f"{job}_0"), state(cluster, f"{job}_1")) == ("COMPLETED", "FAILED")
+    status = launch(cluster, "status", str(home)).stdout
+    assert "chunk_size=4: finished" in status and "chunk_size=8: checkpoint at step 0" in status
+
+
+def test_nothing_in_a_name_was_executed(root):
+    """After all the tests above, whose run directory asks for it in its name."""
+    assert root.is_dir()
+    assert not (ROOT / "pwned").exists() and not list(root.parent.rglob("pwned"))
+
+
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="needs pdsh, DeepSpeed's default way to its hosts")
+def test_ssh_target_over_pdsh(cluster, small, tmp_path):
+    """DeepSpeed's launcher starts ranks on two nodes; `ssh` is a script that enters the node's namespaces."""
+    (tmp_path / "bin").mkdir()
+    cases = "".join(f'  {n}) set -- {cluster.pid(n)} "$@" ;;\n' for n in ("node1", "node2"))
+    shim = tmp_path / "bin/ssh"
+    shim.write_text(
+        '#!/bin/bash\nwhile [[ $1 == -* ]]; do case $1 in -o|-l|-p) shift 2;; *) shift;; esac; done\n'
+        'host=${1#*@}; shift\ncase $host in\n' + cases + '  *) exit 255 ;;\nesac\npid=$1; shift\n'
+        'exec nsenter --target="$pid" --net --uts --mount --pid -- bash -c "$*"\n')  # fmt: skip
+    shim.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    target = ["target=ssh", "launch.hosts=[node1,node2]", "launch.restarts=0"]
+    training = [*small, f"run.root={tmp_path}", "run.name=r", "run.samples_per_step=2", "run.steps=4"]
+    command = [sys.executable, "-m", "launch", *target, "--", *training]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(losses(tmp_path / "r")) == [1, 2, 3, 4]
+    assert "node1 slots=1\nnode2 slots=1" in (tmp_path / "r/launch/hostfile").read_text()
