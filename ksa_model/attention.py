@@ -6,6 +6,7 @@ h hidden size. Rows enter and leave in the sharded state of `TensorParallel`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,22 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
 
 
+@dataclass
+class Heads:
+    """One layer's projections: q [T, H, d]; k, v [T, G, d]; the summaries' likewise with S rows, or None."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    q_summary: torch.Tensor | None = None
+    k_summary: torch.Tensor | None = None
+    v_summary: torch.Tensor | None = None
+
+
+# (attention, heads, layout) -> outputs of text rows, and of summary rows where the layer updates them
+Mix = Callable[["Attention", Heads, SequenceLayout], "tuple[torch.Tensor, torch.Tensor | None]"]
+
+
 class Attention(nn.Module):
     """Attention of one layer over both streams.
 
@@ -85,38 +102,57 @@ class Attention(nn.Module):
             self.query_norm = RMSNorm(config.head_dim, config.norm_eps, tp, meets_all=tp.size == 1)
             self.key_norm = RMSNorm(config.head_dim, config.norm_eps, tp, meets_all=tp.size == 1)
 
-    def forward(self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables, mix: Mix | None = None
+    ) -> torch.Tensor:
         """x: normed rows, [text | summaries] while the layer carries summaries, text alone otherwise.
 
-        Returns the sub-layer's output for the rows it updates: both streams, or text alone.
+        Returns the sub-layer's output for the rows it updates: both streams, or text alone. `mix` replaces the
+        attention itself; decoding brings its cache that way.
         """
-        layer, tp, backend = self.layer, self.tp, self.config.attention_backend
-        text = tp.gather(x)
-        if layer.carries_summaries:
-            text, summary = tp.split_streams(text, layout.num_text)
-        q = self._heads(self.query(text), "query_norm", rotary.text)
-        k = self._heads(self.key(text), "key_norm", rotary.text)
-        v = self._heads(self.value(text))
-        if layer.projects_summaries:
-            k_summary = self._heads((self.summary_key or self.key)(summary), "key_norm", rotary.summary)
-            v_summary = self._heads((self.summary_value or self.value)(summary))
-        if layer.mixer == "K":
-            out = kernels.ksa_attention(
-                q, k, v, k_summary, v_summary, layout, layer.window_chunks, backend, self.context
-            )
-        else:
-            windows = (layer.window_chunks, self.config.window_tokens)
-            out = kernels.text_attention(q, k, v, layout, layer.mixer, *windows, backend, self.context)
-        if not layer.updates_summaries:
+        heads = self.project(x, layout.num_text, rotary)
+        out, out_summary = (mix or self.mix)(self, heads, layout)
+        if out_summary is None:
             return self.output(out.flatten(1))
+        return self.output(self.tp.join_streams(out.flatten(1), out_summary.flatten(1)))
+
+    def project(self, x: torch.Tensor, num_text: int, rotary: RotaryTables) -> Heads:
+        """Queries, keys and values of both streams, normed and rotated; what the layer does not need is left out."""
+        text, summary = self.tp.gather(x), None
+        if self.layer.carries_summaries:
+            text, summary = self.tp.split_streams(text, num_text)
+        heads = Heads(
+            q=self._heads(self.query(text), "query_norm", rotary.text),
+            k=self._heads(self.key(text), "key_norm", rotary.text),
+            v=self._heads(self.value(text)),
+        )
+        if self.layer.projects_summaries:
+            heads.k_summary = self._heads((self.summary_key or self.key)(summary), "key_norm", rotary.summary)
+            heads.v_summary = self._heads((self.summary_value or self.value)(summary))
+        if self.layer.updates_summaries:
+            heads.q_summary = self._heads((self.summary_query or self.query)(summary), "query_norm", rotary.summary)
+        return heads
+
+    @staticmethod
+    def mix(attention: Attention, heads: Heads, layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of every row of a sample at once: text rows' outputs, and the summaries' where they are updated."""
+        layer, config = attention.layer, attention.config
+        backend, context = config.attention_backend, attention.context
+        q, k, v, k_summary, v_summary = heads.q, heads.k, heads.v, heads.k_summary, heads.v_summary
+        if layer.mixer == "K":
+            window = layer.window_chunks
+            out = kernels.ksa_attention(q, k, v, k_summary, v_summary, layout, window, backend, context)
+        else:
+            windows = (layer.window_chunks, config.window_tokens)
+            out = kernels.text_attention(q, k, v, layout, layer.mixer, *windows, backend, context)
+        if heads.q_summary is None:
+            return out, None
         # A chunk lies on one rank with its summaries, so this part never exchanges anything.
-        q_summary = self._heads((self.summary_query or self.query)(summary), "query_norm", rotary.summary)
-        out_summary = kernels.summary_attention(q_summary, k, v, k_summary, v_summary, layout, backend)
-        return self.output(tp.join_streams(out.flatten(1), out_summary.flatten(1)))
+        return out, kernels.summary_attention(heads.q_summary, k, v, k_summary, v_summary, layout, backend)
 
     def _heads(self, x: torch.Tensor, norm: str | None = None, table=None) -> torch.Tensor:
         """[rows, heads*d] -> [rows, heads, d], normed and rotated where asked."""
-        x = x.view(x.shape[0], -1, self.config.head_dim)
+        x = x.unflatten(-1, (-1, self.config.head_dim))
         if norm is not None and self.config.qk_norm:
             x = getattr(self, norm)(x)
         return x if table is None else rotate(x, table)

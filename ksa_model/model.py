@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ksa_model.attention import Attention, RMSNorm, RotaryTables
+from ksa_model.attention import Attention, Mix, RMSNorm, RotaryTables
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_tensor_parallel
 from ksa_model.layout import SequenceLayout
@@ -41,7 +41,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         check_tensor_parallel(config, tp.size)
-        self.config, self.tp, self.recompute = config, tp, recompute
+        self.config, self.tp, self.context, self.recompute = config, tp, context, recompute
         self.embedding = tp.embedding(config.padded_vocab_size, config.hidden_size, config.init_std)
         if config.has_summaries:
             self.summary_embedding = nn.Parameter(
@@ -62,13 +62,17 @@ class Decoder(nn.Module):
         hidden = self.tp.gather(self.norm(self.hidden(tokens, layout)))
         return _ChunkedCrossEntropy.apply(hidden, self._head_weight, labels, self._valid_columns)
 
-    def logits(self, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        """Scores of the next token for every text row, [T, vocab_size]; for evaluation and sampling at small T."""
-        hidden = self.tp.gather(self.norm(self.hidden(tokens, layout)))
+    def logits(
+        self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Scores of the next token, [T, vocab_size]; for some text `rows` only where given, which saves the rest."""
+        hidden = self.tp.gather(self.norm(self.hidden(tokens, layout, mix)))
+        if rows is not None:
+            hidden = hidden[rows]
         local = nn.functional.linear(hidden, self._head_weight)
         return gather_from_tensor_model_parallel_region(local, group=self.tp.group)[:, : self.config.vocab_size]
 
-    def hidden(self, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None) -> torch.Tensor:
         """Text rows after the last block, before the final norm: [T, h], or this rank's share of them."""
         self._check_layout(layout)
         x = self.embedding(tokens[None]).flatten(0, 1)
@@ -78,9 +82,9 @@ class Decoder(nn.Module):
         rotary = RotaryTables.build(layout, self.config.head_dim, self.config.rope_base, x.device)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, rotary, use_reentrant=False)
+                x = checkpoint(block, x, layout, rotary, mix, use_reentrant=False)
             else:
-                x = block(x, layout, rotary)
+                x = block(x, layout, rotary, mix)
         return x
 
     @property
@@ -119,9 +123,11 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
         self.mlp = MLP(config, tp)
 
-    def forward(self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables, mix: Mix | None = None
+    ) -> torch.Tensor:
         """x [rows, h]: both streams while some layer from here on reads summaries, text alone above that."""
-        mixed = self.attention(self.attention_norm(x), layout, rotary)
+        mixed = self.attention(self.attention_norm(x), layout, rotary, mix)
         # A layer that leaves summaries as they are updates the text rows alone; the last `K` layer drops them.
         text_rows = self.tp.local_rows(layout.num_text)
         kept = x[text_rows:] if self._passes_summaries_by else None

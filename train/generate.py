@@ -1,20 +1,21 @@
-"""`python -m train.generate RUN prompt=...`: continue a text with a trained model.
+"""`python -m train.generate RUN prompt=...`: continue texts with a trained model, from its compressed cache.
 
-Runs the training forward over the whole text for every new token, without a cache: meant for looking at a small run.
+Several prompts stand one after the other: `prompt=... prompt=...`. Without a prompt it asks for them, one a line.
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 import yaml
 
 from data_pipeline import Tokenizer
-from ksa_model import layout
+from ksa_model import cache
+from ksa_model.cache import Sampling
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
 from train import checkpoint, parallel
@@ -24,20 +25,16 @@ from train.signals import BAD_INPUT
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """`temperature=0` takes the most likely token; `top_k` samples among that many."""
+    """Defaults that give readable samples of a small model; the names are those of `ksa_model.cache.Sampling`."""
 
-    prompt: str = "def "
     max_tokens: int = 64
     temperature: float = 0.8
     top_k: int = 50
+    top_p: float = 1.0
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.top_k < 1 or self.temperature < 0:
-            raise ConfigError(
-                f"max_tokens={self.max_tokens} and top_k={self.top_k} must be at least 1, "
-                f"temperature={self.temperature} not negative"
-            )
+    def sampling(self, stop_token: int) -> Sampling:
+        return Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed, (stop_token,))
 
 
 def load_run(directory: Path, world: parallel.World) -> tuple[Decoder, Tokenizer]:
@@ -54,54 +51,94 @@ def load_run(directory: Path, world: parallel.World) -> tuple[Decoder, Tokenizer
     return model, Tokenizer(tokenizer_path)
 
 
-@torch.no_grad()
-def generate(model: Decoder, tokens: list[int], config: GenerateConfig, stop_token: int) -> list[int]:
-    """`tokens` continued by up to `config.max_tokens`, ended early by `stop_token` (which is not returned)."""
-    device = model.embedding.weight.device
-    random = torch.Generator(device=device).manual_seed(config.seed)
-    tokens, k = list(tokens), model.config.chunk_size
-    for _ in range(config.max_tokens):
-        rows = -(-len(tokens) // k) * k
-        pack = layout.build(np.array([0]), np.array([len(tokens)]), rows, k, model.config.summary_tokens)
-        padded = torch.tensor(tokens + [0] * (rows - len(tokens)), device=device)
-        logits = model.logits(padded, pack)[len(tokens) - 1].float()
-        if config.temperature == 0:
-            chosen = int(logits.argmax())
-        else:
-            best = logits.topk(min(config.top_k, len(logits)))
-            weights = torch.softmax(best.values / config.temperature, dim=-1)
-            chosen = int(best.indices[torch.multinomial(weights, 1, generator=random)])
-        if chosen == stop_token:
-            break
-        tokens.append(chosen)
-    return tokens
+class TextStream:
+    """Turns one request's tokens into text as they come; half a character waits for its other half."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    def add(self, token: int | None) -> str:
+        """The text that has become complete with `token` (None: nothing more comes)."""
+        if token is not None:
+            self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if token is not None:
+            text = text.rstrip("\ufffd")
+        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        return new
 
 
-def _parse(arguments: list[str]) -> tuple[Path, GenerateConfig]:
+def answer(model: Decoder, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig) -> None:
+    """Print the continuations (a single one as it comes), then speed and cache size on stderr."""
+    encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+    if not all(encoded):
+        raise ConfigError("prompt is empty: give at least one character")
+    stream = TextStream(tokenizer)
+
+    def show(new: list[int | None]) -> None:
+        print(stream.add(new[0]), end="", flush=True)
+
+    began = time.perf_counter()
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+    said, kept = cache.generate(model, encoded, config.sampling(tokenizer.eos_id), show if len(prompts) == 1 else None)
+    seconds = time.perf_counter() - began
+    if len(prompts) == 1:
+        print(stream.add(None))
+    else:
+        for prompt, tokens in zip(prompts, said):
+            print(f"{prompt}{tokenizer.decode(tokens)}\n")
+    count = sum(map(len, said))
+    longest = max(kept.lengths)
+    full = len(prompts) * model.config.num_layers * longest * 2 * model.config.num_kv_heads * model.config.head_dim * 4
+    print(
+        f"{count} tokens, {count / seconds:.1f} tokens/s with prefill; cache {kept.allocated_bytes / 1e6:.2f} MB, "
+        f"full attention in every layer would hold {full / 1e6:.2f} MB",
+        file=sys.stderr,
+    )
+
+
+def _parse(arguments: list[str]) -> tuple[Path, list[str], GenerateConfig]:
     if not arguments or "=" in arguments[0]:
-        raise ConfigError(
-            "usage: python -m train.generate RUN_DIRECTORY [prompt=TEXT] [max_tokens=64] [temperature=0.8] "
-            "[top_k=50] [seed=0]"
-        )
-    values: dict = {}
+        keys = " ".join(f"[{name}=...]" for name in GenerateConfig.__dataclass_fields__)
+        raise ConfigError(f"usage: python -m train.generate RUN_DIRECTORY [prompt=TEXT ...] {keys}")
+    prompts, values = [], {}
     for argument in arguments[1:]:
         key, _, value = argument.partition("=")
-        if key not in GenerateConfig.__dataclass_fields__:
-            raise unknown_key(key, list(GenerateConfig.__dataclass_fields__))
-        values[key] = value if key == "prompt" else yaml.safe_load(value)
-    return Path(arguments[0]), from_mapping(GenerateConfig, values)
+        if key == "prompt":
+            prompts.append(value)
+        elif key in GenerateConfig.__dataclass_fields__:
+            values[key] = yaml.safe_load(value)
+        else:
+            raise unknown_key(key, ["prompt", *GenerateConfig.__dataclass_fields__])
+    return Path(arguments[0]), prompts, from_mapping(GenerateConfig, values)
+
+
+def _typed_prompts() -> Iterator[str]:
+    """Lines typed at a prompt, or piped in, until the end of input."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line:
+            yield line.replace("\\n", "\n")
 
 
 def main() -> int:
     try:
-        directory, config = _parse(sys.argv[1:])
+        directory, prompts, config = _parse(sys.argv[1:])
+        config.sampling(0)  # refuse impossible settings before a model is loaded
         world = parallel.initialize(parallel.ParallelConfig(), parallel.pick_device("auto"))
         try:
             model, tokenizer = load_run(directory, world)
-            prompt = tokenizer.encode(config.prompt).tolist()
-            if not prompt:
-                raise ConfigError("prompt is empty: give at least one character")
-            print(tokenizer.decode(generate(model, prompt, config, tokenizer.eos_id)))
+            if prompts:
+                answer(model, tokenizer, prompts, config)
+            else:
+                for prompt in _typed_prompts():
+                    answer(model, tokenizer, [prompt], config)
         finally:
             parallel.shutdown()
     except USER_ERRORS as error:

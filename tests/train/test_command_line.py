@@ -140,8 +140,8 @@ def test_a_run_directory_of_another_configuration(monkeypatch, capsys, tmp_path,
 
 def test_help_and_cfg_are_useful():
     for flag, wanted in (
-        ("--help", ["Pretrain a decoder", "model: ", "torchrun", "seq_len: 4096"]),
-        ("--cfg=job", ["chunk_size: 8", "every_steps: 40"]),
+        ("--help", ["Pretrain a decoder", "model: ", "torchrun", "seq_len: 2048"]),
+        ("--cfg=job", ["chunk_size: 8", "every_steps: 60"]),
     ):
         shown = subprocess.run(
             [sys.executable, "-m", "train", *flag.split("=")], cwd=ROOT, text=True, capture_output=True
@@ -240,12 +240,33 @@ def test_multirun_gives_every_point_its_own_directory(corpus, tmp_path):
     assert all(len(losses(read_records(c.parent / "metrics.jsonl"))) == 2 for c in configs)
 
 
-def test_generate(undisturbed):
-    shown = subprocess.run(
-        [sys.executable, "-m", "train.generate", str(undisturbed[1]), "prompt=def f(", "max_tokens=8"],
+def generate(*arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "train.generate", *map(str, arguments)],
         cwd=ROOT,
         text=True,
         capture_output=True,
+        **kwargs,
     )
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.startswith("def f(")
+
+
+def test_generate(undisturbed):
+    one = generate(undisturbed[1], "prompt=def f(", "max_tokens=12", "seed=3")
+    assert one.returncode == 0, one.stderr
+    assert one.stdout.startswith("def f(") and "tokens/s" in one.stderr
+    # The stream shows what decoding all at once gives, and a batch of two the same text for the same prompt.
+    greedy = generate(undisturbed[1], "prompt=def f(", "max_tokens=12", "temperature=0")
+    both = generate(undisturbed[1], "prompt=def f(", "prompt=class Point", "max_tokens=12", "temperature=0")
+    assert both.stdout.startswith(greedy.stdout.rstrip("\n"))
+    typed = generate(undisturbed[1], "max_tokens=12", "temperature=0", input="def f(\n")
+    assert typed.stdout == greedy.stdout
+
+
+def test_generate_refuses_bad_input(undisturbed, tmp_path):
+    for arguments, message in [
+        ([undisturbed[1], "promt=x"], "promt is not a configuration key; did you mean prompt?"),
+        ([tmp_path, "prompt=x"], "is not the directory of a run"),
+        ([undisturbed[1], "prompt=x", "top_p=0"], "top_p=0.0 above 0"),
+    ]:
+        shown = generate(*arguments)
+        assert shown.returncode == BAD_INPUT and message in shown.stderr
