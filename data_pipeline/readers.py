@@ -10,6 +10,7 @@ import codecs
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from data_pipeline.errors import DataError
 from data_pipeline.jsonl import parse_line, stream_line
-from data_pipeline.remote import RemoteObject, is_remote, open_remote
+from data_pipeline.remote import find_remote, is_remote, open_remote
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 LONG_LINE_BYTES = 16 << 20
@@ -239,8 +240,18 @@ def open_input(file: InputFile, retries: int) -> Iterator[tuple[BinaryIO, Binary
 
 def _open_raw(file: InputFile, retries: int) -> BinaryIO:
     if is_remote(file.path):
-        return open_remote(RemoteObject(file.path, file.num_bytes, file.stamp, retries))
+        found = find_remote(file.path, retries)
+        _check_unchanged(file, found.size, found.stamp)
+        return open_remote(found)
+    status = os.stat(file.path)
+    # The listing stamps a link with the time of the link itself.
+    _check_unchanged(file, status.st_size, file.stamp if os.path.islink(file.path) else str(status.st_mtime))
     return open(file.path, "rb", buffering=_BLOCK_BYTES)
+
+
+def _check_unchanged(file: InputFile, size: int, stamp: str) -> None:
+    if (size, stamp) != (file.num_bytes, file.stamp):
+        raise DataError(f"{file.path}: has changed since the corpus was listed; start again")
 
 
 def _skip_to(stream: BinaryIO, offset: int, compressed: bool) -> None:

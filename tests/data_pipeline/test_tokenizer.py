@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data_pipeline import DataError, Tokenizer
+from data_pipeline import DataConfig, DataError, Tokenizer, prepare
+from data_pipeline.shards import ShardSet
 from data_pipeline.tokenizer import CHUNK_CHARACTERS, SPACE_SYMBOL, _sample_lines, train_tokenizer
 
 from .conftest import write_corpus
@@ -139,3 +140,53 @@ def test_a_model_without_an_end_token_is_refused(tmp_path):
     )
     with pytest.raises(DataError, match="no end-of-sentence token"):
         Tokenizer(tmp_path / "m.model")
+
+
+@pytest.fixture(scope="module")
+def json_path(tmp_path_factory):
+    """A byte-level BPE tokenizer.json."""
+    tokenizers = pytest.importorskip("tokenizers")
+    root = tmp_path_factory.mktemp("json")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(write_corpus(root / "c.jsonl", 200), trainer)
+    model.save(str(root / "tokenizer.json"))
+    return root / "tokenizer.json"
+
+
+@pytest.mark.parametrize("text", NASTY.values(), ids=NASTY.keys())
+def test_a_hugging_face_tokenizer_can_be_used_instead(json_path, text):
+    tokenizer = Tokenizer(json_path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.encode(text).dtype == np.int32
+
+
+def test_a_hugging_face_tokenizer_in_prepare(json_path, tmp_path):
+    tokenizer = Tokenizer(json_path)
+    assert tokenizer.kind == "Hugging Face" and tokenizer.vocab_size == 400
+    assert tokenizer.token(tokenizer.eos_id) == "<|endoftext|>"
+    ids = tokenizer.encode("a<|endoftext|>b")  # a document cannot end itself
+    assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == "a<|endoftext|>b"
+    write_corpus(tmp_path / "c.jsonl", 50)
+    config = DataConfig(
+        source="jsonl", path=str(tmp_path / "c.jsonl"), tokenizer=str(json_path), cache_dir=str(tmp_path)
+    )
+    data = prepare(config)
+    assert data.vocab_size == 400 and data.manifest["tokenizer"]["kind"] == "Hugging Face"
+    shards = ShardSet(data.train)
+    assert all(shards.read(i, int(n) - 1, 1)[0] == tokenizer.eos_id for i, n in enumerate(shards.lengths))
+
+
+def test_json_files_that_are_no_tokenizer(tmp_path, json_path):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(DataError, match=r"a.json: cannot be used as a Hugging Face tokenizer.json"):
+        Tokenizer(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text(json_path.read_text().replace("<|endoftext|>", "<|other|>"))
+    with pytest.raises(DataError, match=r"b.json: the tokenizer has none of the tokens that end a document"):
+        Tokenizer(tmp_path / "b.json")

@@ -1,0 +1,128 @@
+"""What is in the data: `python -m data_pipeline.inspect source=jsonl path=... seq_len=8192 sample=3 picture=pack.png`.
+
+Prints the corpus (documents, tokens, lengths), the packing at `seq_len` (fill, documents cut) and the documents of one
+sample of the global order with their first and last characters. With `picture=FILE.png` it draws how the samples from
+`sample` on are filled. Takes the keys of the configuration besides:
+
+    seq_len=4096 alignment=8 part=train sample=0 rows=32 picture=
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from data_pipeline import cli
+from data_pipeline.data import TrainingData, open_data
+from data_pipeline.errors import DataError
+from data_pipeline.mixture import Mixture, MixtureSamples
+from data_pipeline.packing import Plan
+from data_pipeline.samples import IGNORE_INDEX, PackedSample, Samples
+from data_pipeline.sources import SPLITS
+from data_pipeline.tokenizer import Tokenizer
+
+_EXTRA = {"seq_len": 4096, "alignment": 8, "sample": 0, "rows": 32, "picture": "", "part": "train"}
+_END_TOKENS = 24
+_END_CHARACTERS = 48
+
+
+def describe_packing(data: TrainingData, samples: Samples) -> list[str]:
+    """Lines about how documents fill samples."""
+    if isinstance(samples, Plan):
+        facts = samples.statistics
+        return [
+            f"packed into {samples.num_samples:,} samples of {samples.seq_len:,} tokens at multiples of "
+            f"{samples.alignment}: {facts['fill']:.3%} real tokens",
+            f"  {facts['documents']:,} documents, {facts['documents_split']:,} longer than a sample and split, none "
+            f"that fits is cut; {facts['documents_left_out']:,} without a token to predict left out",
+        ]
+    if isinstance(samples, MixtureSamples) and isinstance(data, Mixture):
+        return data.report_stages(samples)
+    return [f"samples of {samples.seq_len:,} tokens, without end"]
+
+
+def describe_sample(sample: PackedSample, tokenizer: Tokenizer) -> list[str]:
+    """Lines about one sample: its documents, their place and their ends, padding."""
+    seq_len, num_real = sample.tokens.size, int(sample.doc_lengths.sum())
+    num_labels = int((sample.labels != IGNORE_INDEX).sum())
+    lines = [
+        f"sample {sample.index}: {sample.doc_starts.size} documents, {num_real:,} real tokens of {seq_len:,} "
+        f"({num_real / seq_len:.2%}), {seq_len - num_real:,} padding, {num_labels:,} with loss"
+    ]
+    places = zip(sample.doc_starts.tolist(), sample.doc_lengths.tolist(), sample.continuation.tolist())
+    for number, (start, length, continues) in enumerate(places):
+        tokens = sample.tokens[start : start + length]
+        mark = "  continues an earlier sample" if continues else ""
+        lines.append(f"  {number:>4}  at {start:>9,}  {length:>9,} tokens{mark}")
+        head = tokenizer.decode(tokens[:_END_TOKENS])[:_END_CHARACTERS]
+        tail = tokenizer.decode(tokens[-_END_TOKENS:])[-_END_CHARACTERS:]
+        lines.append(f"        {head!r} ... {tail!r}")
+    return lines
+
+
+def draw(samples: Sequence[PackedSample], path: str) -> None:
+    """A picture of packs: a row per sample, a bar per document; hatched where one continues, white for padding."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    seq_len = samples[0].tokens.size
+    figure, axes = pyplot.subplots(figsize=(11, 1.5 + 0.28 * len(samples)), layout="constrained")
+    colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for row, sample in enumerate(samples):
+        places = zip(sample.doc_starts.tolist(), sample.doc_lengths.tolist(), sample.continuation.tolist())
+        for number, (start, length, continues) in enumerate(places):
+            color = colors[(7 * row + number) % len(colors)]
+            axes.barh(
+                row, length, left=start, height=0.8, color=color, edgecolor="black", linewidth=0.3,
+                hatch="///" if continues else None,
+            )  # fmt: skip
+    fill = sum(int(sample.doc_lengths.sum()) for sample in samples) / (seq_len * len(samples))
+    axes.set(xlim=(0, seq_len), ylim=(len(samples) - 0.4, -0.6), xlabel="token", ylabel="sample")
+    axes.set_title(f"{len(samples)} samples of {seq_len:,} tokens, {fill:.2%} filled")
+    axes.set_yticks(range(len(samples)), [str(sample.index) for sample in samples], fontsize=7)
+    legend = [Patch(facecolor="lightgray", edgecolor="black", label="a document")]
+    legend.append(Patch(facecolor="lightgray", edgecolor="black", hatch="///", label="continues an earlier sample"))
+    legend.append(Patch(facecolor="white", edgecolor="black", label="padding"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise DataError(f"picture={path}: cannot be written ({error})") from error
+    finally:
+        pyplot.close(figure)
+
+
+def _command(arguments: Sequence[str]) -> None:
+    config, extra = cli.parse(arguments, _EXTRA)
+    if extra["part"] not in SPLITS:
+        raise DataError(f"part={extra['part']!r} must be one of {', '.join(SPLITS)}")
+    if extra["rows"] < 1 or extra["sample"] < 0:
+        raise DataError(f"rows={extra['rows']} must be at least 1 and sample={extra['sample']} at least 0")
+    data = open_data(config, progress=True)
+    samples = data.samples(extra["part"], extra["seq_len"], extra["alignment"])
+    if samples is None:
+        raise DataError(f"part={extra['part']}: no documents are held out")
+    _print(data.report())
+    _print(describe_packing(data, samples))
+    _print(describe_sample(samples.at(extra["sample"]), Tokenizer(data.tokenizer_path)))
+    if extra["picture"]:
+        rows = range(extra["sample"], min(extra["sample"] + extra["rows"], max(samples.num_samples, 1)))
+        draw([samples.at(index) for index in rows] or [samples.at(extra["sample"])], extra["picture"])
+        print(f"wrote {extra['picture']}")
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return cli.run(__doc__ or "", _command, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Training straight from raw text, local or remote, that is tokenized when it is needed.
+
+The corpus is cut into slabs: stretches of about `slab_mb` of text, at document boundaries, file after file in an order
+of their own each epoch. A slab is tokenized into a shard and packed like any other, its samples are shuffled, and the
+slabs follow one another. So sample i is a function of (corpus, tokenizer, seed, seq_len, slab size, i), and where a
+slab begins is known once the one before it is read: a loader's state carries the beginning of its current slab, and
+resuming reads that slab again and nothing before it.
+
+All processes of a host share the slabs through the cache directory: one tokenizes, with all its cores, the others wait.
+A slab is made while the one before it is used, and deleted when the next but one is. Every host tokenizes the whole
+stream: a core makes 1M tokens a second, which is more than most hosts train on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.config import DataConfig
+from data_pipeline.data import TrainingData, open_corpus
+from data_pipeline.encode import encode_all
+from data_pipeline.errors import DataError
+from data_pipeline.order import derive_key, permute
+from data_pipeline.packing import Plan, build_plan
+from data_pipeline.readers import Position
+from data_pipeline.samples import PackedSample, Samples
+from data_pipeline.shards import ShardSet, ShardWriter, token_dtype
+from data_pipeline.sources import TRAIN, VALIDATION, Corpus, Piece
+from data_pipeline.storage import build_once, fingerprint_of, locked, read_json, write_json
+from data_pipeline.tokenizer import CHUNK_CHARACTERS, PIECE_CHARACTERS, Tokenizer
+
+_FILE_ORDER, _SLAB_ORDER = 4, 5
+_MARKER, _SHARD = "slab.json", "slab"
+_ALGORITHM = 1
+
+
+@dataclass(frozen=True)
+class _Cursor:
+    """Where a slab begins."""
+
+    epoch: int
+    position: Position
+
+    def plain(self) -> list[Any]:
+        return [self.epoch, list(astuple(self.position))]
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """A slab, its place in the order of samples, and its packing (None when none of its documents can be used)."""
+
+    number: int
+    first_sample: int
+    begin: _Cursor
+    end: _Cursor
+    plan: Plan | None
+
+    @property
+    def num_samples(self) -> int:
+        return 0 if self.plan is None else self.plan.num_samples
+
+
+class Stream(TrainingData):
+    """The data of `data.stream=true`. Held-out documents come from `validation_path`, which is prepared as usual;
+    without one there are none.
+
+    Raises:
+        DataError: the corpus cannot be listed, or the tokenizer not be used.
+    """
+
+    def __init__(self, config: DataConfig, *, progress: bool = False) -> None:
+        assert config.tokenizer is not None  # DataConfig refuses a stream without one
+        self._config, self._progress = config, progress
+        self.corpus = Corpus(replace(config, validation_fraction=0.0))
+        self.corpus.files = tuple(file for file in self.corpus.files if file.split != VALIDATION)
+        self.tokenizer_path = Path(config.tokenizer)
+        self.tokenizer = Tokenizer(self.tokenizer_path)
+        self.vocab_size = self.tokenizer.vocab_size
+        self.identity = {
+            "corpus": fingerprint_of(self.corpus.identity()),
+            "tokenizer": self.tokenizer.fingerprint,
+            "seed": config.seed,
+            "slab_mb": float(config.slab_mb),
+            "max_document_tokens": config.max_document_tokens,
+            "algorithm": [_ALGORITHM, CHUNK_CHARACTERS, PIECE_CHARACTERS],
+        }
+        self.fingerprint = fingerprint_of(self.identity)
+        self.directory = Path(config.cache_dir) / f"stream-{self.fingerprint[:16]}"
+
+    def samples(self, split: str, seq_len: int, alignment: int) -> Samples | None:
+        """See TrainingData."""
+        if split == TRAIN:
+            return StreamSamples(self, self._config, seq_len, alignment)
+        if self._config.validation_path is None:
+            return None
+        held_out = replace(
+            self._config, stream=False, path=self._config.validation_path, validation_path=None, validation_fraction=0.0
+        )
+        return open_corpus(held_out, progress=self._progress).samples(TRAIN, seq_len, alignment)
+
+    def report(self) -> list[str]:
+        """See TrainingData."""
+        files = self.corpus.files
+        size = sum(file.num_bytes for file in files) / 1e6
+        return [f"stream of {len(files):,} files, {size:,.1f} MB, in slabs of {self._config.slab_mb:g} MB of text"]
+
+    def write_slab(self, directory: Path, begin: _Cursor) -> None:
+        """Tokenize the slab that begins at a cursor."""
+        config, tokenizer = self._config, self.tokenizer
+        dtype = token_dtype(tokenizer.vocab_size)
+        key = derive_key(config.seed, _FILE_ORDER, begin.epoch)
+        num_files = len(self.corpus.files)
+        taken = _Taken(int(config.slab_mb * 1e6), _Cursor(begin.epoch + 1, Position()))
+
+        def file_at(number: int) -> int:
+            return int(permute(np.array([number]), num_files, key)[0])
+
+        skipped: Counter[str] = Counter()
+        dropping = False
+        with ShardWriter(directory / _SHARD, dtype) as writer:
+            pieces = taken.take(self.corpus.pieces(begin.position, file_at), begin.epoch)
+            for piece, tokens, _ in encode_all(pieces, tokenizer, dtype):
+                dropping = dropping and not piece.first
+                if piece.reason is not None:
+                    skipped[piece.reason] += 1
+                    continue
+                if dropping:
+                    continue
+                writer.append(tokens)
+                most = config.max_document_tokens
+                if most is not None and writer.open_tokens > most:
+                    writer.drop_document()
+                    skipped["too_long"] += 1
+                    dropping = True
+                elif piece.last:
+                    writer.end_document()
+        assert writer.info is not None
+        content = {
+            "end": taken.end.plain(),
+            "skipped": dict(skipped),
+            "documents": writer.info.num_documents,
+            "hashes": [tokenizer.fingerprint, writer.info.sha256_bin, writer.info.sha256_idx],
+        }
+        write_json(directory / _MARKER, content)
+
+
+class _Taken:
+    """Takes documents from a corpus until they make a slab, and tells where the next one begins."""
+
+    def __init__(self, num_characters: int, after_epoch: _Cursor) -> None:
+        self._num_characters, self.end = num_characters, after_epoch
+
+    def take(self, pieces: Iterator[Piece], epoch: int) -> Iterator[Piece]:
+        taken = 0
+        for piece in pieces:
+            taken += len(piece.text)
+            yield piece
+            if piece.last and taken >= self._num_characters:
+                self.end = _Cursor(epoch, piece.end)
+                return
+
+
+class StreamSamples(Samples):
+    """The samples of a stream, without end. `at` is quick near the last index and reads slabs on its way elsewhere."""
+
+    num_samples = 1 << 62
+
+    def __init__(self, stream: Stream, config: DataConfig, seq_len: int, alignment: int) -> None:
+        self._stream, self._config = stream, config
+        self.seq_len, self._alignment = seq_len, alignment
+        self.identity = {**stream.identity, "seq_len": seq_len, "alignment": alignment}
+        self.fingerprint = fingerprint_of(self.identity)
+        self._lock = threading.RLock()
+        # Beginnings of slabs, ascending and without a gap: the number of the first is `_base`.
+        self._base = 0
+        self._begins: list[tuple[int, _Cursor]] = [(0, _Cursor(0, Position()))]
+        self._slab: _Slab | None = None
+        self._ahead: tuple[int, Future[_Slab]] | None = None
+        self._pool = ThreadPoolExecutor(1, "slab")
+
+    def at(self, index: int) -> PackedSample:
+        """See Samples."""
+        slab = self._slab
+        if slab is None or not slab.first_sample <= index < slab.first_sample + slab.num_samples:
+            slab = self._find(index)
+        assert slab.plan is not None
+        key = derive_key(self._config.seed, _SLAB_ORDER, slab.number)
+        row = int(permute(np.array([index - slab.first_sample]), slab.num_samples, key)[0])
+        return replace(slab.plan.sample(row), index=index)
+
+    def bookmark(self, index: int) -> dict[str, Any]:
+        """See Samples: the beginning of the slab that holds `index`."""
+        with self._lock:
+            at = max(bisect_right([first for first, _ in self._begins], index) - 1, 0)
+            first, cursor = self._begins[at]
+            return {"stream": {"slab": self._base + at, "first_sample": first, "begin": cursor.plain()}}
+
+    def restore(self, bookmark: Mapping[str, Any]) -> None:
+        """See Samples."""
+        try:
+            entry = bookmark["stream"]
+            epoch, position = entry["begin"]
+            begin = (int(entry["first_sample"]), _Cursor(int(epoch), Position(*position)))
+            base = int(entry["slab"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"the loader state holds no usable place in the stream: {dict(bookmark)!r}") from error
+        with self._lock:
+            self._base, self._begins = base, [begin]
+            self._slab, self._ahead = None, None
+
+    def _find(self, index: int) -> _Slab:
+        with self._lock:
+            firsts = [first for first, _ in self._begins]
+            if index < firsts[0]:
+                raise DataError(f"sample {index} lies before sample {firsts[0]}, where this stream was taken up")
+            number = self._base + bisect_right(firsts, index) - 1
+        empty_since = number
+        while True:
+            slab = self._open(number)
+            if slab.first_sample <= index < slab.first_sample + slab.num_samples:
+                break
+            if slab.num_samples:
+                empty_since = number + 1
+            elif slab.end.epoch - self._begins[empty_since - self._base][1].epoch > 1:
+                raise DataError(f"data.path={self._config.path}: no document of at least 2 tokens in a whole epoch")
+            number += 1
+        self._slab = slab
+        self._ahead = (number + 1, self._pool.submit(self._make, number + 1))
+        self._forget(number - 2)
+        return slab
+
+    def _open(self, number: int) -> _Slab:
+        if self._ahead is not None and self._ahead[0] == number:
+            return self._ahead[1].result()
+        return self._make(number)
+
+    def _make(self, number: int) -> _Slab:
+        """Slab `number`, from the cache or built; notes where the next one begins."""
+        with self._lock:
+            first_sample, begin = self._begins[number - self._base]
+        directory = self._directory(begin)
+        build_once(directory, _MARKER, lambda target: self._stream.write_slab(target, begin))
+        content = read_json(directory / _MARKER)
+        shards = ShardSet([directory / _SHARD])
+        plan = None
+        if (shards.lengths > 1).any():
+            plan = build_plan(
+                [directory / _SHARD],
+                self.seq_len,
+                self._alignment,
+                self._config.seed,
+                directory,
+                hashes=[content["hashes"]],
+                shards=shards,
+            )
+        epoch, position = content["end"]
+        slab = _Slab(number, first_sample, begin, _Cursor(epoch, Position(*position)), plan)
+        with self._lock:
+            if number - self._base == len(self._begins) - 1:
+                self._begins.append((first_sample + slab.num_samples, slab.end))
+        return slab
+
+    def _forget(self, number: int) -> None:
+        """Delete a slab that is no longer used; another process that lags behind keeps what it has open."""
+        if number < self._base:
+            return
+        directory = self._directory(self._begins[number - self._base][1])
+        try:
+            with locked(directory.with_name(directory.name + ".lock")):
+                if directory.exists():
+                    old = directory.with_name(directory.name + ".old")
+                    shutil.rmtree(old, ignore_errors=True)
+                    directory.rename(old)
+                    shutil.rmtree(old, ignore_errors=True)
+        except OSError:
+            pass  # another process was quicker; what is left costs room and nothing else
+
+    def _directory(self, begin: _Cursor) -> Path:
+        return self._stream.directory / f"slab-{fingerprint_of(begin.plain())[:16]}"

@@ -1,0 +1,78 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import REPOSITORY, write_corpus
+
+
+def run(module, *arguments, stdin=""):
+    command = [sys.executable, "-m", f"data_pipeline.{module}", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, input=stdin)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, model_path):
+    root = tmp_path_factory.mktemp("inspect")
+    write_corpus(root / "c.jsonl", 300, seed=8)
+    return [
+        "source=jsonl", f"path={root / 'c.jsonl'}", f"tokenizer={model_path}", f"cache_dir={root / 'cache'}"
+    ]  # fmt: skip
+
+
+def test_text_and_picture_of_a_corpus(corpus, tmp_path):
+    code, out, err = run("inspect", *corpus, "seq_len=512", "sample=2", f"picture={tmp_path / 'p.png'}", "rows=6")
+    assert code == 0, err
+    assert re.search(r"train: 29\d documents, [\d,]+ tokens, \d\.\d\d bytes per token", out)
+    assert "tokens per document: median" in out and "tokens in documents longer than 8192: 0.0%, 32768" in out
+    assert re.search(r"packed into \d+ samples of 512 tokens at multiples of 8: 9\d\.\d+% real tokens", out)
+    (fill,) = re.findall(r"sample 2: (\d+) documents", out)
+    assert len(re.findall(r"^ +\d+  at", out, re.M)) == int(fill)
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_mixtures_and_synthetic_data_are_shown_too(corpus, tmp_path, model_path):
+    path = corpus[1].removeprefix("path=")
+    corpora = [{"name": n, "source": "jsonl", "path": path, "weight": w} for n, w in (("a", 1), ("b", 2))]
+    stages = [{"seq_len": 256, "samples": 300}]
+    common = [f"tokenizer={model_path}", f"cache_dir={tmp_path}"]
+    code, out, err = run(
+        "inspect", "source=mixture", f"corpora={json.dumps(corpora)}", f"stages={json.dumps(stages)}", "seq_len=256",
+        *common,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "corpus b, weight 0.6667" in out and "stage 0: seq_len 256" in out and "epochs, repeated" in out
+    code, out, err = run("inspect", "source=synthetic", "seq_len=1024", "sample=1", *common)
+    assert code == 0 and "synthetic probes" in out and "sample 1: 1 documents" in out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["seqlen=512"], "unknown key 'seqlen', the nearest is 'seq_len'"),
+        (["source=mixture", "corpora=[{]"], "corpora='[{]' must be a list in JSON"),
+        (["part=test"], "part='test' must be one of train, validation"),
+        (["verify=maybe"], "verify='maybe' must be true or false"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    code, out, err = run("inspect", *arguments)
+    assert code == 2 and out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_the_tokenizer_command(corpus, tmp_path):
+    model = tmp_path / "own.model"
+    code, out, err = run("tokenizer", "train", *corpus[:2], "vocab_size=350", f"out={model}")
+    assert code == 0 and "SentencePiece, 350 tokens" in out and "a document ends with 1 '</s>'" in out, err
+    code, again, _ = run("tokenizer", "info", f"tokenizer={model}")
+    assert code == 0 and again == out
+    text = "attention\twindow 12\n"
+    code, out, _ = run("tokenizer", "encode", f"tokenizer={model}", stdin=text)
+    pieces = [line.split("\t", 1) for line in out.splitlines()]
+    assert code == 0 and all(number.isdigit() for number, _ in pieces)
+    assert run("tokenizer", "encode", f"tokenizer={model}", f"text={text}")[1] == out
+    assert "".join(eval(piece) for _, piece in pieces).replace("\u2581", " ") == text
+    assert run("tokenizer", "show")[0] == 2 and run("tokenizer", "train", *corpus[:2])[0] == 2
