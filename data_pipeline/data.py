@@ -36,11 +36,13 @@ class TrainingData:
         tokenizer_path: local file of the tokenizer.
         vocab_size: number of token ids.
         fingerprint: sha256 (hex) of tokenizer and content.
+        config: where it came from.
     """
 
     tokenizer_path: Path
     vocab_size: int
     fingerprint: str
+    config: DataConfig
 
     def samples(self, split: str, seq_len: int, alignment: int) -> Samples | None:
         """The samples of `train` or `validation`; None when nothing is held out.
@@ -48,10 +50,16 @@ class TrainingData:
         Raises:
             DataError: `seq_len` and `alignment` do not fit each other or the data.
         """
-        raise NotImplementedError
+        samples = self._samples(split, seq_len, alignment)
+        if samples is not None:
+            samples.accept_changes = self.config.accept_changes
+        return samples
 
     def report(self) -> list[str]:
         """Lines that say what is in it."""
+        raise NotImplementedError
+
+    def _samples(self, split: str, seq_len: int, alignment: int) -> Samples | None:
         raise NotImplementedError
 
 
@@ -136,8 +144,7 @@ class TokenCorpus(TrainingData):
             shards=self.shards(split),
         )
 
-    def samples(self, split: str, seq_len: int, alignment: int) -> Samples | None:
-        """See TrainingData."""
+    def _samples(self, split: str, seq_len: int, alignment: int) -> Samples | None:
         if split == VALIDATION and not (self.prefixes[split] and (self.lengths(split) > 1).any()):
             return None
         return self.plan(split, seq_len, alignment)

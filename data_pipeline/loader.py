@@ -32,7 +32,6 @@ class Loader:
         dp_size: number of data-parallel ranks.
         prefetch: samples kept ready, at least 1.
         transform: called on each sample in the thread; `next_step` returns what it returns.
-        accept_changes: `load_state` takes a state of other data as well.
 
     Attributes:
         wait_seconds: time that `next_step` has spent waiting for samples, in all.
@@ -50,7 +49,6 @@ class Loader:
         dp_size: int,
         prefetch: int = 4,
         transform: Callable[[PackedSample], Any] | None = None,
-        accept_changes: bool = False,
     ) -> None:
         if dp_size < 1 or not 0 <= dp_rank < dp_size:
             raise DataError(f"dp_rank={dp_rank} must lie in range(dp_size={dp_size})")
@@ -66,7 +64,6 @@ class Loader:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._prefetch = prefetch
         self._transform = transform
-        self._accept_changes = accept_changes
         self._next_sample = 0
         self._reader: _Reader | None = None
         self._closed = False
@@ -112,7 +109,7 @@ class Loader:
         if version != _STATE_VERSION or not isinstance(next_sample, int) or next_sample < 0:
             raise DataError(f"{dict(state)!r} is not a loader state of version {_STATE_VERSION}")
         same = state.get("fingerprint") == self._plan.fingerprint
-        if not same and not self._accept_changes:
+        if not same and not self._plan.accept_changes:
             raise DataError(
                 f"the loader state belongs to the data plan {state.get('fingerprint')}, this run has "
                 f"{self._plan.fingerprint}: {_changes(state.get('identity') or {}, self._plan.identity)}; set it back, "

@@ -135,7 +135,7 @@ class Mixture(TrainingData):
     """
 
     def __init__(self, config: DataConfig, *, progress: bool = False) -> None:
-        self._config = config
+        self.config = config
         tokenizer = config.tokenizer or _train_tokenizer(config)
         self.corpora: dict[str, TokenCorpus] = {}
         for corpus in config.corpora:
@@ -151,9 +151,9 @@ class Mixture(TrainingData):
         self.fingerprint = fingerprint_of([[name, opened.fingerprint] for name, opened in self.corpora.items()])
         self.weights = self._weights()
 
-    def samples(self, split: str, seq_len: int, alignment: int) -> Samples | None:
-        """See TrainingData. Validation samples come from all corpora that hold documents out, by their weights."""
-        config = self._config
+    def _samples(self, split: str, seq_len: int, alignment: int) -> Samples | None:
+        # Validation samples come from all corpora that hold documents out, by their weights.
+        config = self.config
         if split == VALIDATION:
             stages = self._validation_stages(seq_len, alignment)
         else:
@@ -201,10 +201,10 @@ class Mixture(TrainingData):
         return lines
 
     def _weights(self) -> dict[str, float]:
-        given = {corpus.name: corpus.weight for corpus in self._config.corpora}
+        given = {corpus.name: corpus.weight for corpus in self.config.corpora}
         if any(weight is None for weight in given.values()):
             tokens = {name: int(opened.lengths(TRAIN).sum()) for name, opened in self.corpora.items()}
-            raw = {name: max(n, 1) ** (1 / self._config.temperature) for name, n in tokens.items()}
+            raw = {name: max(n, 1) ** (1 / self.config.temperature) for name, n in tokens.items()}
         else:
             raw = {name: float(weight or 0) for name, weight in given.items()}
         return {name: weight / sum(raw.values()) for name, weight in raw.items()}
@@ -212,7 +212,7 @@ class Mixture(TrainingData):
     def _stages(self, seq_len: int, alignment: int) -> list[Stage]:
         stages: list[Stage] = []
         first = 0
-        for config in self._config.stages:
+        for config in self.config.stages:
             stages.append(self._stage(config, alignment, first))
             first += config.samples
         if not stages:
@@ -220,7 +220,7 @@ class Mixture(TrainingData):
                 Source(name, self.weights[name], Selection(), opened.plan(TRAIN, seq_len, alignment))
                 for name, opened in self.corpora.items()
             ]
-            stages = [Stage(sources, seq_len, 0, None, self._config.seed)]
+            stages = [Stage(sources, seq_len, 0, None, self.config.seed)]
         return stages
 
     def _stage(self, config: StageConfig, alignment: int, first: int) -> Stage:
@@ -231,7 +231,7 @@ class Mixture(TrainingData):
             selection = Selection(max(least, config.min_tokens), min(limits, default=None))
             plan = self.corpora[name].plan(TRAIN, config.seq_len, alignment, selection)
             sources.append(Source(name, self.weights[name] if weight is None else weight, selection, plan))
-        return Stage(sources, config.seq_len, first, config.samples, self._config.seed)
+        return Stage(sources, config.seq_len, first, config.samples, self.config.seed)
 
     def _validation_stages(self, seq_len: int, alignment: int) -> list[Stage]:
         sources = []
@@ -243,7 +243,7 @@ class Mixture(TrainingData):
         if not sources:
             return []
         num_samples = sum(source.plan.num_samples for source in sources)
-        return [Stage(sources, seq_len, 0, num_samples, self._config.seed)]
+        return [Stage(sources, seq_len, 0, num_samples, self.config.seed)]
 
 
 def block_counts(weights: list[float]) -> np.ndarray:

@@ -45,12 +45,14 @@ class Samples:
         identity: the parts of it by name, JSON-able; they tell what has changed when the fingerprint has.
         seq_len: T.
         num_samples: samples of one epoch (after which documents repeat), or of a validation set.
+        accept_changes: a Loader takes the state of a run on other data as well.
     """
 
     fingerprint: str
     identity: dict[str, Any]
     seq_len: int
     num_samples: int
+    accept_changes: bool = False
 
     def at(self, index: int) -> PackedSample:
         """Sample `index` of the global order."""

@@ -79,7 +79,7 @@ class Stream(TrainingData):
 
     def __init__(self, config: DataConfig, *, progress: bool = False) -> None:
         assert config.tokenizer is not None  # DataConfig refuses a stream without one
-        self._config, self._progress = config, progress
+        self.config, self._progress = config, progress
         self.corpus = Corpus(replace(config, validation_fraction=0.0))
         self.corpus.files = tuple(file for file in self.corpus.files if file.split != VALIDATION)
         self.tokenizer_path = Path(config.tokenizer)
@@ -96,14 +96,13 @@ class Stream(TrainingData):
         self.fingerprint = fingerprint_of(self.identity)
         self.directory = Path(config.cache_dir) / f"stream-{self.fingerprint[:16]}"
 
-    def samples(self, split: str, seq_len: int, alignment: int) -> Samples | None:
-        """See TrainingData."""
+    def _samples(self, split: str, seq_len: int, alignment: int) -> Samples | None:
         if split == TRAIN:
-            return StreamSamples(self, self._config, seq_len, alignment)
-        if self._config.validation_path is None:
+            return StreamSamples(self, self.config, seq_len, alignment)
+        if self.config.validation_path is None:
             return None
         held_out = replace(
-            self._config, stream=False, path=self._config.validation_path, validation_path=None, validation_fraction=0.0
+            self.config, stream=False, path=self.config.validation_path, validation_path=None, validation_fraction=0.0
         )
         return open_corpus(held_out, progress=self._progress).samples(TRAIN, seq_len, alignment)
 
@@ -111,11 +110,11 @@ class Stream(TrainingData):
         """See TrainingData."""
         files = self.corpus.files
         size = sum(file.num_bytes for file in files) / 1e6
-        return [f"stream of {len(files):,} files, {size:,.1f} MB, in slabs of {self._config.slab_mb:g} MB of text"]
+        return [f"stream of {len(files):,} files, {size:,.1f} MB, in slabs of {self.config.slab_mb:g} MB of text"]
 
     def write_slab(self, directory: Path, begin: _Cursor) -> None:
         """Tokenize the slab that begins at a cursor."""
-        config, tokenizer = self._config, self.tokenizer
+        config, tokenizer = self.config, self.tokenizer
         dtype = token_dtype(tokenizer.vocab_size)
         key = derive_key(config.seed, _FILE_ORDER, begin.epoch)
         num_files = len(self.corpus.files)

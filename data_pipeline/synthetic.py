@@ -45,21 +45,21 @@ class Synthetic(TrainingData):
     """The data of `data.source=synthetic`. Without `data.tokenizer` one is trained on such texts."""
 
     def __init__(self, config: DataConfig) -> None:
-        self._config = config
+        self.config = config
         self.tokenizer_path = Path(config.tokenizer or _train(config))
         self.tokenizer = Tokenizer(self.tokenizer_path)
         self.vocab_size = self.tokenizer.vocab_size
         self.fingerprint = fingerprint_of([_ALGORITHM, self.tokenizer.fingerprint, config.seed, list(config.tasks)])
 
-    def samples(self, split: str, seq_len: int, alignment: int) -> Samples:
-        """See TrainingData. Both splits are without end and have no sample in common."""
+    def _samples(self, split: str, seq_len: int, alignment: int) -> Samples:
+        # Both splits are without end and have no sample in common.
         if alignment < 1 or seq_len < alignment or seq_len % alignment:
             raise DataError(f"seq_len={seq_len} must be a multiple of alignment={alignment}")
-        return SyntheticSamples(self.tokenizer, self._config, split, seq_len)
+        return SyntheticSamples(self.tokenizer, self.config, split, seq_len)
 
     def report(self) -> list[str]:
         """See TrainingData."""
-        return [f"synthetic probes, generated: {', '.join(self._config.tasks)} in turn"]
+        return [f"synthetic probes, generated: {', '.join(self.config.tasks)} in turn"]
 
 
 class SyntheticSamples(Samples):

@@ -108,9 +108,8 @@ def test_what_changed_is_refused_by_name_or_accepted_on_demand(config, model_pat
     path.write_text(path.read_text() + '{"text": "one more"}\n')
     with pytest.raises(DataError, match=r"corpus was \w+ and is \w+; set it back"):
         take(open_data(config).samples("train", 256, 8), 1, state)
-    loader = Loader(
-        open_data(config).samples("train", 256, 8), samples_per_step=4, dp_rank=0, dp_size=1, accept_changes=True
-    )
+    willing = open_data(replace(config, accept_changes=True)).samples("train", 256, 8)
+    loader = Loader(willing, samples_per_step=4, dp_rank=0, dp_size=1)
     loader.load_state(state)
     assert [sample.index for sample in loader.next_step()] == [12, 13, 14, 15]
     loader.close()
