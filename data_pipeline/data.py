@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -43,6 +43,12 @@ class TrainingData:
     vocab_size: int
     fingerprint: str
     config: DataConfig
+
+    @overload
+    def samples(self, split: Literal["train"], seq_len: int, alignment: int) -> Samples: ...
+
+    @overload
+    def samples(self, split: str, seq_len: int, alignment: int) -> Samples | None: ...
 
     def samples(self, split: str, seq_len: int, alignment: int) -> Samples | None:
         """The samples of `train` or `validation`; None when nothing is held out.

@@ -314,6 +314,8 @@ class _Output:
         for split, writer in self._writers.items():
             if writer.info is not None and writer.info.num_documents:
                 self.splits[split].shards.append(asdict(writer.info))
+            else:  # all its documents were too long
+                writer.remove()
         self._writers, self._open = {}, ExitStack()
         self._group += 1
         progress = {

@@ -123,6 +123,11 @@ class ShardWriter:
             self._digest = self._digest_before
             self._open_tokens = 0
 
+    def remove(self) -> None:
+        """Delete the files of a finished shard."""
+        for path in (_idx_path(self._prefix), _bin_path(self._prefix)):
+            path.unlink(missing_ok=True)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all closed documents in the `.bin` file."""

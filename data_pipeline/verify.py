@@ -8,7 +8,9 @@ without changing stamps).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,9 @@ def check(directory: Path, shards: Sequence[dict[str, Any]], cache_dir: str | Pa
         with locked(record.with_suffix(".lock")):
             wanted = dict(_files(shards))
             todo = unknown()
-            for name in todo:
-                found = sha256_of_file(directory / name)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                hashes = list(pool.map(lambda name: sha256_of_file(directory / name), todo))
+            for name, found in zip(todo, hashes):
                 if found != wanted[name]:
                     raise DataError(
                         f"{directory / name}: its content has changed: the manifest has sha256 {wanted[name]}, the "

@@ -311,6 +311,23 @@ def test_a_cache_that_cannot_be_written(config, tmp_path):
         prepare(replace(config, cache_dir=str(tmp_path / "file" / "cache")))
 
 
+def test_a_full_disk_is_one_line_and_nothing_half_written_counts(config, tmp_path):
+    straight = prepare(replace(config, shard_mb=0.002, cache_dir=str(tmp_path / "straight")))
+    script = (
+        "import resource, sys; from data_pipeline.prepare import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.exit(main(sys.argv[1:]))"
+    )  # a write beyond 3000 bytes fails, as on a full disk
+    model = tmp_path / "m.model"
+    model.write_bytes(Path(config.tokenizer).read_bytes())
+    arguments = [f"path={config.path}", "source=jsonl", f"tokenizer={model}", f"out={tmp_path / 'full'}"]
+    command = [sys.executable, "-c", script, *arguments, "shard_mb=0.002"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1
+    assert "cannot be built ([Errno 27] File too large); check the disk, or set another cache_dir" in done.stderr
+    assert not list((tmp_path / "full").rglob("manifest.json")) and not list((tmp_path / "full").rglob("*.tmp"))
+    assert_same_files(prepare(replace(config, shard_mb=0.002, cache_dir=str(tmp_path / "full"))), straight)
+
+
 def test_the_command_line(config):
     child = run(f"path={config.path}", "source=jsonl", f"tokenizer={config.tokenizer}", f"out={config.cache_dir}")
     out, err = child.communicate(timeout=120)

@@ -118,6 +118,32 @@ def test_raw_text_is_prepared_from_there_as_from_here(flaky, model_path, tmp_pat
     assert flaky.num_failures > 0
 
 
+def test_a_stream_of_raw_text_is_the_same_from_there(flaky, model_path, tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        write_corpus(tmp_path / "in" / f"{number}.jsonl", 60, seed=number)
+    url = upload(flaky, tmp_path / "in", "stream-in")
+    config = DataConfig(
+        source="jsonl",
+        stream=True,
+        path=str(tmp_path / "in"),
+        tokenizer=str(model_path),
+        cache_dir=str(tmp_path / "near"),
+        slab_mb=0.03,
+        retries=20,
+    )
+    near = open_data(config).samples("train", 256, 8)
+    far = open_data(replace(config, path=url, cache_dir=str(tmp_path / "far"))).samples("train", 256, 8)
+    assert all(same(near.at(index), far.at(index)) for index in range(120))
+    assert flaky.num_failures > 0 and near.bookmark(100)["stream"]["slab"] > 2
+    flaky.fail_every = 1
+    late = open_data(replace(config, path=str(tmp_path / "in"), cache_dir=str(tmp_path / "late")))
+    late.corpus.files = tuple(replace(file, path=f"{url}/{file.name}") for file in late.corpus.files)
+    late.corpus._config = replace(config, retries=1)
+    with pytest.raises(DataError, match=r"stream-in/\d.jsonl cannot be read after 2 attempts"):
+        late.samples("train", 256, 8).at(0)
+
+
 def test_a_server_that_always_fails_is_an_error_that_names_the_place(flaky, shards, tmp_path):
     config = DataConfig(source="shards", path=shards, cache_dir=str(tmp_path), retries=2)
     samples = open_data(replace(config, retries=20)).samples("train", 128, 8)

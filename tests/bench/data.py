@@ -1,0 +1,250 @@
+"""The bars of the data pipeline: `python -m tests.bench.data [packing|prepare|memory|sample|wait ...]` (default: all).
+
+Each part prints its numbers and replaces its entry in docs/results/data.json. Medians; run it on an idle machine, for
+wall times mean little on a busy one (the load average is recorded).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline import DataConfig, build_plan, open_data, prepare
+from data_pipeline.encode import num_cores
+from data_pipeline.order import derive_key, permute
+from data_pipeline.packing import pack
+from data_pipeline.shards import ShardWriter
+from data_pipeline.sources import Corpus
+from data_pipeline.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "docs/results/data.json"
+
+
+def lognormal_lengths(count: int, mean: float, sigma: float = 1.2) -> np.ndarray:
+    """Document lengths with a long tail."""
+    rng = np.random.default_rng(0)
+    return np.clip(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, count), 2, 1 << 22).astype(np.int64)
+
+
+def packing() -> dict:
+    """Fill of 131,072-token samples, documents cut although they would have fitted, time of ten million documents."""
+    result: dict = {"bar": ">= 99.5 % real tokens at 131,072; 0 fitting documents cut; 1e7 documents in < 60 s"}
+    for alignment in (8, 128):
+        lengths = lognormal_lengths(1_000_000, 10_000)
+        packed = pack(lengths, 131_072, alignment)
+        segments = packed.segments
+        num_pieces = np.bincount(segments["doc"].astype(np.int64), minlength=lengths.size)
+        result[f"alignment_{alignment}"] = {
+            "documents": lengths.size,
+            "mean_tokens": round(float(lengths.mean()), 1),
+            "real_tokens_share": round(int(segments["length"].sum()) / ((packed.row_ptr.size - 1) * 131_072), 6),
+            "fitting_documents_cut": int((num_pieces[lengths <= 131_072] > 1).sum()),
+        }
+    lengths = lognormal_lengths(10_000_000, 10_000)
+    for seq_len in (131_072, 1_048_576):
+        began, cpu = time.perf_counter(), time.process_time()
+        pack(lengths, seq_len, 8, permute(np.arange(lengths.size), lengths.size, derive_key(0, 1)))
+        seconds = {"wall_seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+        result[f"ten_million_documents_{seq_len}"] = {name: round(value, 2) for name, value in seconds.items()}
+    return result
+
+
+def _encode_share(arguments: tuple[str, list[str]]) -> int:
+    import sentencepiece
+
+    path, texts = arguments
+    model = sentencepiece.SentencePieceProcessor(model_file=path)
+    return sum(model.encode_as_numpy(text).size for text in texts)
+
+
+def prepare_rate() -> dict:
+    """MB/s of a whole prepare against SentencePiece alone in as many processes, on the same texts; they take turns."""
+    workers = num_cores()
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        texts = [piece.text for piece in Corpus(DataConfig()).pieces() if piece.text]
+        size = sum(len(text.encode()) for text in texts)
+        (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        train_tokenizer(texts, root / "m.model", 32_768)
+        # Shares of equal size, so that no process waits for another.
+        shares: list[list[str]] = [[] for _ in range(workers)]
+        sizes = [0] * workers
+        for text in sorted(texts, key=len, reverse=True):
+            least = sizes.index(min(sizes))
+            shares[least].append(text)
+            sizes[least] += len(text)
+        ours, theirs = [], []
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            pool.map(_encode_share, [(str(root / "m.model"), [])] * workers)
+            for turn in range(5):
+                began = time.perf_counter()
+                pool.map(_encode_share, [(str(root / "m.model"), share) for share in shares], chunksize=1)
+                theirs.append(size / 1e6 / (time.perf_counter() - began))
+                config = DataConfig(
+                    source="jsonl",
+                    path=str(root / "corpus.jsonl"),
+                    tokenizer=str(root / "m.model"),
+                    cache_dir=str(root / f"cache-{turn}"),
+                )
+                began = time.perf_counter()
+                prepare(config)
+                ours.append(size / 1e6 / (time.perf_counter() - began))
+    mine, their = statistics.median(ours), statistics.median(theirs)
+    return {
+        "bar": "prepare >= 85 % of SentencePiece's own multi-process rate",
+        "corpus_mb": round(size / 1e6, 1),
+        "workers": workers,
+        "prepare_mb_per_second": round(mine, 2),
+        "sentencepiece_mb_per_second": round(their, 2),
+        "ratio": round(mine / their, 3),
+        "turns": [[round(a, 2), round(b, 2)] for a, b in zip(ours, theirs)],
+    }
+
+
+_MEMORY = """
+import json, resource, sys, time
+from data_pipeline import DataConfig, prepare
+began = time.perf_counter()
+data = prepare(DataConfig(**json.loads(sys.argv[1])))
+print(json.dumps({"documents": data.manifest["splits"]["train"]["documents"],
+                  "tokens": data.manifest["splits"]["train"]["tokens"],
+                  "text_bytes": data.manifest["splits"]["train"]["text_bytes"],
+                  "seconds": round(time.perf_counter() - began, 1),
+                  "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)}))
+"""
+
+
+def memory() -> dict:
+    """Peak memory of preparing a single document of 2 GB, as a text file and as a line of JSONL."""
+    result: dict = {"bar": "peak memory < 1500 MB with a single document of 2 GB"}
+    texts = [piece.text for piece in Corpus(DataConfig()).pieces() if piece.text]
+    block = "".join(texts)[:20_000_000]
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as directory:
+        root = Path(directory)
+        train_tokenizer(texts[:400], root / "m.model", 8_000, "unigram")  # the faster kind to encode
+        for source in ("text", "jsonl"):
+            path = root / f"big.{source}"
+            with open(path, "w", encoding="utf-8") as file:
+                file.write("" if source == "text" else '{"text": "')
+                part = block if source == "text" else json.dumps(block)[1:-1]
+                for _ in range(-(-2_000_000_000 // len(block.encode()))):
+                    file.write(part)
+                file.write("" if source == "text" else '"}\n')
+            config = DataConfig(
+                source=source,
+                path=str(path),
+                tokenizer=str(root / "m.model"),
+                cache_dir=str(root / source),
+                validation_fraction=0.0,
+            )
+            command = [sys.executable, "-c", _MEMORY, json.dumps(asdict(config))]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            result[source] = {"file_bytes": path.stat().st_size, **json.loads(done.stdout)}
+            path.unlink()
+    return result
+
+
+def sample() -> dict:
+    """Milliseconds to read one sample of a million tokens from local shards, warm."""
+    with tempfile.TemporaryDirectory() as directory:
+        root, rng = Path(directory), np.random.default_rng(0)
+        lengths = lognormal_lengths(3_000, 21_600)
+        with ShardWriter(root / "train-00000", np.dtype(np.uint16)) as writer:
+            for length in lengths.tolist():
+                writer.add(rng.integers(0, 32_000, length))
+        result: dict = {"bar": "< 50 ms for 1,048,576 tokens", "tokens_in_shards": int(lengths.sum())}
+        for seq_len in (131_072, 1_048_576):
+            plan = build_plan([root / "train-00000"], seq_len, 8, 0, root, hashes=[["-", "-", "-"]])
+            times = []
+            for index in range(3 * plan.num_samples):
+                began = time.perf_counter()
+                plan.at(index)
+                times.append(1000 * (time.perf_counter() - began))
+            warm = times[plan.num_samples :]
+            result[str(seq_len)] = {
+                "median_ms": round(statistics.median(warm), 2),
+                "slowest_ms": round(max(warm), 2),
+                "samples": len(warm),
+            }
+    return result
+
+
+def wait() -> dict:
+    """The share of a training step that the default run on the CPU waits for its data."""
+    import dataclasses
+
+    import torch
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from data_pipeline import Loader
+    from train import parallel, trainer
+    from train.batches import batch_maker
+    from train.config import TrainConfig, from_mapping
+    from train.metrics import StepSums
+
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        values = OmegaConf.to_container(compose("config", []), resolve=True)
+    config = from_mapping(TrainConfig, values)  # type: ignore[arg-type]
+    data = open_data(config.data)
+    config = dataclasses.replace(config, model=trainer.with_vocabulary(config.model, data.vocab_size))
+    world = parallel.initialize(config.parallel, torch.device("cpu"))
+    engine = trainer.build_engine(config, world)
+    loader = Loader(
+        data.samples("train", config.seq_len, config.alignment),
+        samples_per_step=config.run.samples_per_step,
+        dp_rank=0,
+        dp_size=1,
+        prefetch=config.data.prefetch_samples,
+        transform=batch_maker(config.model),
+    )
+    sums, steps = StepSums(world), []
+    for _ in range(20):
+        before, began = loader.wait_seconds, time.perf_counter()
+        trainer.train_step(engine, loader, world, sums, 1e-3)
+        steps.append((time.perf_counter() - began, loader.wait_seconds - before))
+    loader.close()
+    steps = steps[5:]
+    return {
+        "bar": "< 1 % of step time",
+        "step_seconds_median": round(statistics.median(step for step, _ in steps), 4),
+        "wait_seconds_median": round(statistics.median(waited for _, waited in steps), 7),
+        "wait_share": round(sum(waited for _, waited in steps) / sum(step for step, _ in steps), 6),
+        "steps": len(steps),
+    }
+
+
+PARTS = {"packing": packing, "prepare": prepare_rate, "memory": memory, "sample": sample, "wait": wait}
+
+
+def main() -> None:
+    for name in sys.argv[1:] or PARTS:
+        began = os.getloadavg()[0]
+        entry = PARTS[name]()
+        entry = {
+            "command": f"python -m tests.bench.data {name}",
+            **entry,
+            "machine": f"{num_cores()} cores, {platform.machine()}, Python {platform.python_version()}",
+            "load_average": [round(began, 1), round(os.getloadavg()[0], 1)],
+        }
+        print(json.dumps({name: entry}, indent=1), flush=True)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results[name] = entry
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps({part: results[part] for part in PARTS if part in results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
