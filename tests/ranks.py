@@ -6,9 +6,11 @@ second instead of one import of torch, megatron-core and DeepSpeed per rank.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -27,9 +29,7 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeo
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     pipes, processes = [], []
     for rank in range(num_ranks):
         receiver, sender = context.Pipe(duplex=False)
@@ -60,6 +60,15 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeo
     if failures:
         raise AssertionError("\n".join(failures))
     return results
+
+
+def free_port() -> int:
+    """A port below those that the system hands out, so that no connection made meanwhile takes it."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank_main(pipe, rank: int, num_ranks: int, port: int, function, args) -> None:

@@ -1,102 +1,360 @@
-"""Checkpoints: fp32 weights and optimizer moments as whole named tensors, in torch.distributed.checkpoint's format.
+"""Checkpoints: everything a run needs to go on as if it had never stopped, whatever layout it goes on with.
 
-    checkpoints/step-00000020/
-        .metadata  __0_0.distcp ...   every tensor `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` in its full shape
-        state.json                    step, tokens, loader state, optimizer steps, configuration, versions
-        manifest.json                 sha256 and size of every file above; written last
+    step-00000020/
+        .metadata  __0_0.distcp ...   tensors in torch.distributed.checkpoint's format: `master/NAME`, `exp_avg/NAME`,
+                                      `exp_avg_sq/NAME` (fp32, full shape), `optimizer/steps`, `rng/RANK/GENERATOR`
+        state.json                    step, tokens, loader state, health, configuration, layout, versions
+        manifest.json                 size and sha256 of every file above; written last
 
-Nothing in it depends on how many ranks wrote it: tensor-parallel shares are stored as slices of the full tensor, ZeRO
-partitions are gathered first. A checkpoint is written in a directory of another name, synced, and renamed, so that a
-directory called `step-*` is always complete; the newest one is found by listing, there is no pointer to go stale.
+Nothing in it depends on how many ranks wrote it. Saving copies this rank's part of the state to host memory, which is
+all that training waits for; a thread then writes and commits it. The thread talks to the other ranks over a gloo group
+of its own. `python -m train.checkpoint` lists, verifies, reshapes and averages checkpoints.
 """
 
 from __future__ import annotations
 
-import hashlib
+import importlib.metadata
 import json
 import os
-import shutil
-from dataclasses import dataclass
+import platform
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from train.config import ConfigError
-from train.engine import Engine, full_shape
+from train import checkpoint_files as files
+from train import checkpoint_tensors as tensors
+from train.checkpoint_files import MANIFEST, STATE, CheckpointError, Place, Saved
+from train.checkpoint_tensors import Pieces
 from train.parallel import World
 
-FORMAT = 1
-PREFIX, STATE, MANIFEST = "step-", "state.json", "manifest.json"
+if TYPE_CHECKING:  # the command line does without DeepSpeed and its seconds of imports
+    from train.config import CheckpointConfig
+    from train.engine import Engine
+    from train.sharded_state import OwnedState
+
+FORMAT = 2
+READABLE = (1, 2)  # 1 had no generators, no count of optimizer steps and no health
+_FAILED_THREAD_WAIT = 60.0  # seconds for a save in flight when the run is ending in an error
 
 
-class CheckpointError(ConfigError):
-    """A checkpoint that is missing, damaged or of another model; the message names the file and what to do."""
+class SaveError(RuntimeError):
+    """The last checkpoint of a run could not be written; the message says why."""
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far a run is: everything in a checkpoint that is not a tensor."""
 
-    step: int  # optimizer steps done
+    step: int  # optimizer steps done, skipped ones included
     tokens: int  # real tokens seen by all ranks
     loader: dict[str, Any]
+    health: dict[str, Any] = field(default_factory=dict)
 
 
-def save(
-    directory: Path, engine: Engine, world: World, progress: Progress, facts: dict[str, Any], keep_last: int
-) -> Path:
-    """Write `directory/step-N`, then drop all but the `keep_last` newest. Collective; returns the path.
+class Checkpoints:
+    """The checkpoints of one run: writes them, at most one at a time, and finds the one to go on from.
 
-    `facts` go into state.json as they are (configuration, versions).
+    Collective: every rank makes the same calls in the same order. Host memory while it saves: what this rank keeps of
+    12 bytes per parameter, once, kept between saves.
     """
-    final = directory / f"{PREFIX}{progress.step:08d}"
-    aside = directory / f"{final.name}.incomplete"
-    if world.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _write_json(
-            aside / STATE,
-            {"format": FORMAT, "step": progress.step, "tokens": progress.tokens, "loader": progress.loader, **facts},
-        )
-    dist.barrier()
-    dcp.save(_tensors_to_save(engine, world), checkpoint_id=aside)
-    _write_manifest(aside, world)
-    if world.is_main:
-        shutil.rmtree(final, ignore_errors=True)  # a resumed run reaches its old steps again
-        os.rename(aside, final)
-        _sync(directory)
-        for old in complete(directory)[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+
+    def __init__(self, directory: Place, engine: Engine, world: World, config: CheckpointConfig, say: Callable):
+        """`say` takes a line for people; it may be called from a thread."""
+        self.directory = directory
+        self._engine, self._world, self._config, self._say = engine, world, config, say
+        # Waits are for storage here, which may take long; a rank that died ends them at once.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        self._host = tensors.HostMemory(pinned=world.device.type == "cuda")
+        self.waiting: Callable[[], None] = lambda: None  # called every few seconds while training waits for a save
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+        if world.is_main:
+            for name in files.tidy(directory):
+                say(f"removed {directory / name}: a save that was interrupted")
+        dist.barrier(self._group)
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def save(self, progress: Progress, facts: dict[str, Any]) -> float:
+        """Begin to save; returns the seconds that training stood still, waiting for the save before included.
+
+        `facts` go into state.json as they are. With `checkpoint.asynchronous=false` it is written before this returns.
+        A failure is reported, and the run goes on: the next save is the next attempt.
+        """
+        began = time.perf_counter()
+        self.wait()
+        state = self._describe(progress, facts)
+        if self._config.asynchronous:
+            staged = self._stage(copy=True)
+            self._thread = threading.Thread(
+                target=self._write, args=(progress.step, staged, state), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._write(progress.step, self._stage(copy=False), state)
+        return time.perf_counter() - began
+
+    def save_last(self, progress: Progress, facts: dict[str, Any]) -> float:
+        """Save and wait until it is written, trying twice. Raises `SaveError` on every rank."""
+        began = time.perf_counter()
+        for _ in range(2):
+            self.save(progress, facts)
+            if self.wait() is None:
+                return time.perf_counter() - began
+        raise SaveError(f"step {progress.step} could not be saved below {self.directory}: {self._error}")
+
+    def wait(self) -> str | None:
+        """Wait for the save in flight, if any; returns why the last one failed, or None."""
+        while self._thread is not None:
+            self._thread.join(5)
+            self.waiting()
+            if not self._thread.is_alive():
+                self._thread = None
+        return self._error
+
+    def close(self) -> None:
+        """Give a save in flight the time to finish."""
+        if self._thread is not None:
+            self._thread.join(_FAILED_THREAD_WAIT)
+
+    def _describe(self, progress: Progress, facts: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            **asdict(progress),
+            "contains": ["master", "exp_avg", "exp_avg_sq"],
+            "layout": {"ranks": self._world.size, "tensor": self._world.tensor_group.size()},
+            "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": _versions(),
+            **facts,
+        }
+
+    def _stage(self, copy: bool) -> dict[str, Pieces]:
+        """This rank's part of the state, on the host. With `copy` the training may go on at once."""
+        staged: dict[str, Pieces] = {}
+        group = self._world.data_context_group
+        self._host.rewind()
+        for i, owned in enumerate(self._engine.owned_state()):
+            if owned.replicated and i % group.size() != group.rank():
+                continue
+            for kind, flat in owned.state.items():
+                there = self._host.take(flat) if copy or flat.device.type != "cpu" else flat
+                staged[f"{kind}/{owned.name}"] = _pieces(owned, there, self._world)
+        self._host.arrived()
+        staged["optimizer/steps"] = _whole(self._engine.optimizer_steps().to("cpu", torch.float32, copy=True))
+        for name, state in tensors.generators(self._world.device).items():
+            staged[f"rng/{self._world.rank}/{name}"] = _whole(state)
+        return staged
+
+    def _write(self, step: int, staged: dict[str, Pieces], state: dict[str, Any]) -> None:
+        """Write and commit on all ranks or on none; leaves the reason in `_error`. Collective over the own group."""
+        began, aside = time.perf_counter(), None
+        try:
+            aside = Place(self._on_main(lambda: str(files.begin(self.directory, step))))
+            written = tensors.write(aside, staged, self._group)
+            gathered: list[Any] = [None] * self._world.size
+            dist.all_gather_object(gathered, written, group=self._group)
+            everything = {name: print_ for part in gathered for name, print_ in part.items()}
+            self._on_main(lambda: self._commit(aside, everything, state, began))
+            self._error = None
+        except BaseException as error:
+            self._error = _reason(error)
+            if self._world.is_main:
+                self._say(
+                    f"CHECKPOINT FAILED: step {step} could not be saved below {self.directory}: {self._error}; "
+                    "training goes on, the next save point tries again"
+                )
+                if aside is not None:
+                    _try(aside.remove)  # it may be what fills the disk
+
+    def _commit(self, aside: Place, written: dict[str, Any], state: dict[str, Any], began: float) -> str:
+        written[STATE] = (aside / STATE).write(json.dumps(state, indent=1).encode())
+        seconds = {"write_seconds": round(time.perf_counter() - began, 3)}
+        final = files.commit(aside, self.directory, written, seconds)
+        try:
+            files.prune(self.directory, self._config.keep_last, self._config.keep_every)
+        except OSError as error:  # this checkpoint stands all the same
+            self._say(f"an old checkpoint below {self.directory} could not be removed: {_reason(error)}")
+        return str(final)
+
+    def _on_main(self, action: Callable[[], str]) -> str:
+        """What `action` returns on the main rank, on all ranks; its failure is raised on all."""
+        answer: list[Any] = [None, None]
+        if self._world.is_main:
+            try:
+                answer[0] = action()
+            except BaseException as error:
+                answer[1] = _reason(error)
+        dist.broadcast_object_list(answer, src=0, group=self._group)
+        if answer[1] is not None:
+            raise CheckpointError(answer[1])
+        return answer[0]
+
+    # -- finding and loading -------------------------------------------------------------------------------------------
+
+    def choose(self, resume: str, before: int | None = None) -> Place | None:
+        """The verified checkpoint that `resume` (auto, never or a path) means; None: start afresh.
+
+        A path counts where the run has no checkpoint that was written under the same `resume`: so the same command
+        goes on from where it was interrupted. Damaged checkpoints of the run are set aside and the one before them is
+        taken, or refused with `checkpoint.on_damage=fail`. `before`: only checkpoints of at most that step.
+        """
+        if resume == "never":
+            return None
+        own = [s for s in self._listed() if before is None or s.step <= before]
+        if resume != "auto" and not self._began_with(own, resume):
+            found = find(resume, self.directory)
+            assert found is not None
+            self._verify(found)
+            return found
+        damaged: list[tuple[Place, CheckpointError]] = []
+        while own:
+            place = own.pop().place
+            try:
+                self._verify(place)
+            except CheckpointError as error:
+                if self._config.on_damage == "fail":
+                    raise CheckpointError(
+                        f"{error}; checkpoint.on_damage=fallback sets it aside and takes the one before"
+                    ) from error
+                damaged.append((place, error))
+                continue
+            read_state(place)  # a format this version does not know is no damage
+            for bad, reason in damaged:
+                name = self._on_main(lambda bad=bad: files.set_aside(bad, "damaged"))  # type: ignore[misc]
+                self._say(f"DAMAGED CHECKPOINT: {reason}; set aside as {name}, going on from {place}")
+            return place
+        if damaged:  # starting afresh must be somebody's decision
+            raise CheckpointError(
+                f"no checkpoint below {self.directory} can be used: {'; '.join(str(e) for _, e in damaged)}; "
+                "resume=never starts afresh, resume=PATH takes another run's"
+            )
+        return None
+
+    def load(self, checkpoint: Place, seed: int = 0) -> tuple[Progress, dict[str, Any]]:
+        """Load weights, moments, generators and progress, whatever layout wrote them; also returns state.json.
+
+        A rank that the checkpoint has no generators for, because the layout changed, seeds its own from `seed`.
+        """
+        state = read_state(checkpoint)
+        if "exp_avg" not in state.get("contains", ["exp_avg"]):
+            raise CheckpointError(
+                f"{checkpoint} holds weights alone ({state.get('made_by', 'no optimizer state')}): it can be sampled "
+                "and exported, training needs one that a run wrote"
+            )
+        error, finish = None, None
+        try:
+            finish = self._read_tensors(checkpoint, state, seed)
+        except CheckpointError as problem:
+            error = problem
+        self._agree(error)
+        assert finish is not None
+        finish()
+        known = {key: state[key] for key in ("step", "tokens", "loader")}
+        return Progress(**known, health=state.get("health", {})), state
+
+    def _read_tensors(self, checkpoint: Place, state: dict[str, Any], seed: int) -> Callable[[], None]:
+        """Read this rank's part; returns what remains to be done once all ranks have theirs."""
+        held = tensors.shapes(checkpoint)
+        _check_shapes(checkpoint, held, dict(self._engine.named_parameters()), self._world)
+        wanted = {
+            f"{kind}/{owned.name}": _pieces(owned, flat, self._world)
+            for owned in self._engine.owned_state()
+            for kind, flat in owned.state.items()
+        }
+        steps = torch.full((1,), float(state["step"]))
+        if "optimizer/steps" in held:
+            wanted["optimizer/steps"] = _whole(steps)
+        generators = tensors.generators(self._world.device)
+        names = {name: f"rng/{self._world.rank}/{name}" for name in generators}
+        stored = {name: key for name, key in names.items() if held.get(key) == tuple(generators[name].shape)}
+        wanted |= {key: _whole(generators[name]) for name, key in stored.items()}
+        tensors.read(checkpoint, wanted)
+
+        def finish() -> None:
+            self._engine.finish_loading(steps)
+            if stored.keys() == generators.keys():
+                tensors.set_generators(generators, self._world.device)
+            else:
+                torch.manual_seed(hash((seed, state["step"], self._world.rank)) & 0x7FFFFFFF)
+
+        return finish
+
+    def abandon_after(self, step: int) -> None:
+        """Set aside the run's checkpoints beyond `step`, from which it now goes on another way."""
+        self.wait()
+        for saved in self._listed():
+            if saved.step > step:
+                name = self._on_main(lambda place=saved.place: files.set_aside(place, "abandoned"))  # type: ignore[misc]
+                self._say(f"set aside {name}: the run goes on from step {step}")
+
+    def _listed(self) -> list[Saved]:
+        names = self._on_main(lambda: json.dumps([(s.step, s.place.name) for s in files.finished(self.directory)]))
+        return [Saved(step, self.directory / name) for step, name in json.loads(names)]
+
+    def _verify(self, checkpoint: Place) -> None:
+        """Every rank reads its share of the files; all learn what is wrong."""
+        error = None
+        try:
+            files.verify(checkpoint, self._world.rank, self._world.size)
+        except CheckpointError as problem:
+            error = problem
+        self._agree(error)
+
+    def _agree(self, error: CheckpointError | None) -> None:
+        errors: list[Any] = [None] * self._world.size
+        dist.all_gather_object(errors, None if error is None else str(error), group=self._group)
+        for found in errors:
+            if found is not None:
+                raise CheckpointError(found)
+
+    def _began_with(self, own: list[Saved], resume: str) -> bool:
+        """Whether the newest checkpoint that can be read was written by a run that was told the same `resume`."""
+
+        def written_under() -> str:
+            for saved in reversed(own):
+                try:
+                    return json.loads((saved.place / STATE).read())["config"]["resume"]
+                except (OSError, ValueError, KeyError, TypeError):
+                    continue  # damaged: choosing it will say so
+            return ""
+
+        return self._on_main(written_under) == resume
 
 
-def complete(directory: Path) -> list[Path]:
-    """Finished checkpoints below `directory`, oldest first."""
-    if not directory.is_dir():
-        return []
-    return sorted(p for p in directory.iterdir() if p.name.startswith(PREFIX) and p.name[len(PREFIX) :].isdigit())
+# -- reading without a run --------------------------------------------------------------------------------------------
 
 
-def find(resume: str, own_directory: Path) -> Path | None:
-    """The checkpoint that `resume` (auto, never, or a path) means for a run that keeps its own in `own_directory`.
+def own_directory(run_directory: Path, remote: str | None, run_name: str) -> Place:
+    """Where a run keeps its checkpoints: below itself, or below `checkpoint.dir`."""
+    return Place(run_directory / "checkpoints") if remote is None else Place(remote) / run_name
+
+
+def complete(directory: str | os.PathLike | Place) -> list[Place]:
+    """Finished checkpoints below `directory`, oldest first; not verified."""
+    place = directory if isinstance(directory, Place) else Place(directory)
+    return [saved.place for saved in files.finished(place)]
+
+
+def find(resume: str, own: str | os.PathLike | Place) -> Place | None:
+    """The checkpoint that `resume` (auto, never, or a path) means for a run that keeps its own in `own`; not verified.
 
     A path may be a checkpoint, or a run directory, which stands for its newest checkpoint. None: start afresh.
     """
     if resume == "never":
         return None
     if resume == "auto":
-        found = complete(own_directory)
+        found = complete(own)
         return found[-1] if found else None
-    path = Path(resume)
+    path = Place(resume)
     for directory in (path, path / "checkpoints"):
-        if (directory / MANIFEST).is_file():
+        if MANIFEST in directory.entries():
             return directory
         if complete(directory):
             return complete(directory)[-1]
@@ -106,170 +364,107 @@ def find(resume: str, own_directory: Path) -> Path | None:
     )
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Place) -> dict[str, Any]:
     """state.json of a checkpoint, its format checked."""
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        state = json.loads((checkpoint / STATE).read())
+        made = state.get("format")
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint / STATE} cannot be read: {error}") from error
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{checkpoint} has checkpoint format {state.get('format')}, this version reads {FORMAT}")
+    if made not in READABLE:
+        versions = ", ".join(f"{name} {version}" for name, version in state.get("versions", {}).items())
+        raise CheckpointError(
+            f"{checkpoint} has checkpoint format {made}{f' (written with {versions})' if versions else ''}, this "
+            f"version reads {', '.join(map(str, READABLE))}: use the version of this project that wrote it"
+        )
     return state
 
 
-def verify(checkpoint: Path) -> None:
-    """Raise `CheckpointError` unless every file is there with the size and sha256 its manifest names."""
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint / MANIFEST} cannot be read: {error}") from error
-    for name, want in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the checkpoint is damaged; remove it to use the one before")
-        got = _fingerprint(path)
-        if got != want:
-            raise CheckpointError(
-                f"{path} is damaged: {got['bytes']} bytes with sha256 {got['sha256'][:12]}, its manifest "
-                f"says {want['bytes']} and {want['sha256'][:12]}; remove the checkpoint to use the one before"
-            )
-
-
-def load(checkpoint: Path, engine: Engine, world: World) -> Progress:
-    """Verify and load weights, moments and progress, whatever layout wrote them. Collective."""
-    errors: list[str | None] = [None]
-    if world.is_main:
-        try:
-            verify(checkpoint)
-        except CheckpointError as error:
-            errors = [str(error)]
-    dist.broadcast_object_list(errors, src=0)
-    if errors[0]:
-        raise CheckpointError(errors[0])
-    state = read_state(checkpoint)
-    _check_shapes(checkpoint, {f"master/{name}": _full_shape(p, world) for name, p in engine.named_parameters()})
-    mesh = _tensor_mesh(world)
-    for name, parameter in engine.named_parameters():  # one parameter at a time bounds host memory
-        shares = {
-            f"{kind}/{name}": _as_share(torch.zeros(full_shape(parameter)), parameter, mesh)
-            for kind in ("master", "exp_avg", "exp_avg_sq")
-        }
-        dcp.load(shares, checkpoint_id=checkpoint)
-        engine.load_full_state(
-            parameter, {key.split("/")[0]: share.to_local().to(world.device) for key, share in shares.items()}
-        )
-    engine.finish_loading(state["step"])
-    return Progress(step=state["step"], tokens=state["tokens"], loader=state["loader"])
-
-
-def load_weights(checkpoint: Path, model: torch.nn.Module, world: World) -> None:
-    """Load the fp32 weights alone into a bare model, for evaluation and sampling. Collective over the world."""
-    verify(checkpoint)
-    mesh = _tensor_mesh(world)
+def load_weights(checkpoint: Place, model: torch.nn.Module, world: World) -> None:
+    """Load the fp32 weights alone into a bare model, for evaluation and sampling. Verifies first; raises
+    `CheckpointError`."""
+    files.verify(checkpoint)
+    read_state(checkpoint)
     named = dict(model.named_parameters())
-    _check_shapes(checkpoint, {f"master/{name}": _full_shape(p, world) for name, p in named.items()})
-    shares = {f"master/{name}": _as_share(torch.zeros(p.shape), p, mesh) for name, p in named.items()}
-    dcp.load(shares, checkpoint_id=checkpoint)
+    _check_shapes(checkpoint, tensors.shapes(checkpoint), named, world)
+    flats = {name: torch.empty(p.numel()) for name, p in named.items()}
+    tensors.read(checkpoint, {f"master/{n}": _share(p, tuple(p.shape), flats[n], 0, world) for n, p in named.items()})
     with torch.no_grad():
         for name, parameter in named.items():
-            parameter.copy_(shares[f"master/{name}"].to_local())
+            parameter.copy_(flats[name].view(parameter.shape))
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------
+# -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _tensors_to_save(engine: Engine, world: World) -> dict[str, DTensor]:
-    """Every tensor once: parameter i is handed to the writer by data x context rank i mod their number."""
-    mesh, group = _tensor_mesh(world), world.data_context_group
-    shares = {}
-    for i, (name, parameter) in enumerate(engine.named_parameters()):
-        state = engine.full_state(parameter)
-        if i % group.size() == group.rank():
-            for kind, tensor in state.items():
-                shares[f"{kind}/{name}"] = _as_share(tensor.to("cpu", copy=True), parameter, mesh)
-    return shares
+def _pieces(owned: OwnedState, flat: torch.Tensor, world: World) -> Pieces:
+    return _share(owned.parameter, owned.shape, flat, owned.start, world)
 
 
-def _tensor_mesh(world: World) -> DeviceMesh:
-    return DeviceMesh.from_group(world.tensor_group, "cpu")
+def _share(
+    parameter: torch.nn.Parameter, shape: tuple[int, ...], flat: torch.Tensor, start: int, world: World
+) -> Pieces:
+    """Pieces of a parameter's full tensor for elements start ... of this tensor rank's share of it."""
+    full, offset, dim = list(shape), [0] * len(shape), _partition_dim(parameter)
+    if dim is not None:
+        full[dim] *= world.tensor_group.size()
+        offset[dim] = shape[dim] * world.tensor_rank
+    return Pieces(full, flat, shape=shape, start=start, offset=offset)
+
+
+def _whole(tensor: torch.Tensor) -> Pieces:
+    return Pieces((tensor.numel(),), tensor.view(-1))
 
 
 def _partition_dim(parameter: torch.nn.Parameter) -> int | None:
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
 
 
-def _as_share(tensor: torch.Tensor, parameter: torch.nn.Parameter, mesh: DeviceMesh) -> DTensor:
-    """This tensor rank's slice of the full tensor, or the full tensor where it is replicated."""
-    dim = _partition_dim(parameter)
-    return DTensor.from_local(tensor, mesh, [Replicate() if dim is None else Shard(dim)], run_check=False)
-
-
-def _full_shape(parameter: torch.nn.Parameter, world: World) -> tuple[int, ...]:
-    shape, dim = list(full_shape(parameter)), _partition_dim(parameter)
-    if dim is not None:
-        shape[dim] *= world.tensor_group.size()
-    return tuple(shape)
-
-
-def _check_shapes(checkpoint: Path, wanted: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    checkpoint: Place, held: dict[str, tuple[int, ...]], named: dict[str, torch.nn.Parameter], world: World
+) -> None:
     """Name the first tensor in which the checkpoint and this model differ, instead of a loader's stack trace."""
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    held = {
-        name: tuple(entry.size)
-        for name, entry in metadata.items()
-        if name.startswith("master/") and isinstance(entry, TensorStorageMetadata)
-    }
-    for name in sorted(wanted.keys() | held.keys()):
-        if wanted.get(name) != held.get(name):
-            bare = name.removeprefix("master/")
+    wanted = {}
+    for name, parameter in named.items():
+        shape, dim = list(getattr(parameter, "ds_shape", parameter.shape)), _partition_dim(parameter)
+        if dim is not None:
+            shape[dim] *= world.tensor_group.size()
+        wanted[name] = tuple(shape)
+    there = {name.removeprefix("master/"): shape for name, shape in held.items() if name.startswith("master/")}
+    for name in sorted(wanted.keys() | there.keys()):
+        if wanted.get(name) != there.get(name):
             raise CheckpointError(
-                f"{checkpoint} is of another model: {bare} is {held.get(name, 'absent')} there and "
+                f"{checkpoint} is of another model: {name} is {there.get(name, 'absent')} there and "
                 f"{wanted.get(name, 'absent')} here; use the model settings it was trained with"
             )
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+def _versions() -> dict[str, str]:
+    known = {"python": platform.python_version()}
+    for name in ("ksa-train", "torch", "deepspeed", "megatron-core", "numpy"):
+        try:
+            known[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass  # a checkout that was never installed
+    return known
 
 
-def _write_manifest(directory: Path, world: World) -> None:
-    """Every rank fingerprints the files it wrote itself; the main rank adds the common ones and writes the list."""
-    own = sorted(directory.glob(f"__{dist.get_rank()}_*"))
-    if world.is_main:
-        own += [directory / ".metadata", directory / STATE]
-    fingerprints = {}
-    for path in own:
-        _sync(path)
-        fingerprints[path.name] = _fingerprint(path)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, fingerprints)
-    if world.is_main:
-        _write_json(directory / MANIFEST, {"files": {k: v for part in gathered for k, v in sorted(part.items())}})
-        _sync(directory)
+def _reason(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)  # DCP gathers those of all ranks
+    if failures:
+        rank, (cause, _) = next(iter(failures.items()))
+        return f"rank {rank}: {_reason(cause)}"
+    return f"{type(error).__name__}: {error}"
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _try(action: Callable[[], None]) -> None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        action()
+    except OSError:
+        pass
+
+
+if __name__ == "__main__":
+    from train.checkpoint_tools import main
+
+    raise SystemExit(main())

@@ -46,13 +46,23 @@ class RunConfig:
     log_every: int = 10
     eval_every: int = 100
     eval_samples: int = 8
+    max_bad_steps: int = 10  # stop after this many steps in a row whose loss or gradient is not finite
+    skip_samples: tuple[tuple[int, int], ...] = ()  # [[first, last], ...] of the global order, passed over
+    spike_factor: float | None = None  # a loss this many times the recent median: go back, past its samples
 
     def __post_init__(self) -> None:
-        for name in ("steps", "samples_per_step", "log_every", "eval_every"):
+        for name in ("steps", "samples_per_step", "log_every", "eval_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name}={getattr(self, name)} must be at least 1")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ConfigError(f"run.max_minutes={self.max_minutes} must be positive, or null for no limit")
+        for first, last in self.skip_samples:
+            if not 0 <= first <= last:
+                raise ConfigError(
+                    f"run.skip_samples=[[{first}, {last}]] must be [[first, last], ...] of sample indices"
+                )
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ConfigError(f"run.spike_factor={self.spike_factor} must be above 1, or null for no rollback")
         if self.eval_samples < 0:
             raise ConfigError(f"run.eval_samples={self.eval_samples} must not be negative; 0 turns validation off")
         if self.precision not in ("fp32", "bf16"):
@@ -63,13 +73,25 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 100
+    """When a run saves, what it keeps, and what it does about a checkpoint that is damaged."""
+
+    every_steps: int | None = 100
+    every_minutes: float | None = None  # besides: at the end of the step after this time since the last save
     keep_last: int = 2
+    keep_every: int | None = None  # never removed: those whose step is a multiple of this
+    dir: str | None = None  # `{dir}/{run.name}` holds them, a directory or an fsspec URL; null: the run directory
+    asynchronous: bool = True  # write in the background, from a copy in host memory
+    on_damage: str = "fallback"  # fallback: set it aside and take the one before; fail: stop
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be at least 1")
+        for name in ("every_steps", "keep_last", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"checkpoint.{name}={value} must be at least 1")
+        if self.every_minutes is not None and self.every_minutes <= 0:
+            raise ConfigError(f"checkpoint.every_minutes={self.every_minutes} must be positive, or null")
+        if self.on_damage not in ("fallback", "fail"):
+            raise ConfigError(f"checkpoint.on_damage={self.on_damage!r} is not one of fallback, fail")
 
 
 @dataclass(frozen=True)

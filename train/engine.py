@@ -10,28 +10,21 @@ from collections.abc import Iterator
 
 import torch
 
+from train import sharded_state
+from train.health import bad_norm
 from train.optim import OptimConfig, parameter_groups
 from train.parallel import ParallelConfig, World
+from train.sharded_state import OwnedState
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 from deepspeed.runtime.utils import clip_grad_norm_
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 
 if not torch.cuda.is_available():
     # On the CPU DeepSpeed compiles a shared-memory collective when groups start (over a minute, and it needs a C++
     # compiler). Nothing here uses it: collectives go through gloo.
     deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine:
@@ -52,7 +45,7 @@ class Engine:
         micro_batches: int,
     ):
         self.module = model if parallel.zero == 3 else model.to(world.device)  # stage 3 moves one shard at a time
-        self._mpu = world.mpu()
+        self._mpu, self._device = world.mpu(), world.device
         self._own_clip = optim.grad_clip if parallel.zero == 0 and precision == "fp32" else None
         groups = parameter_groups(self.module, optim.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
@@ -64,6 +57,9 @@ class Engine:
                 dist_init_required=False,
                 config=_deepspeed_config(optim, parallel, precision, micro_batches),
             )
+        self._skip: torch.Tensor | None = None
+        self._norm: torch.Tensor | float | None = None
+        sharded_state.inner(self._optimizer).register_step_pre_hook(self._veto)
 
     def __call__(self, *arguments) -> torch.Tensor:
         """The model's forward. Stage 3 brings in weights only for calls that come through here."""
@@ -75,112 +71,48 @@ class Engine:
         if not self._deepspeed.is_gradient_accumulation_boundary():
             self._deepspeed.step()  # counts the micro-batch, updates nothing
 
-    def step(self, lr: float) -> torch.Tensor | float:
-        """Clip, update, clear gradients. Returns the global gradient norm before clipping, on the device."""
+    def step(self, lr: float, skip: torch.Tensor | None = None) -> torch.Tensor | float:
+        """Clip, update, clear gradients. Returns the global gradient norm before clipping, on the device.
+
+        Where the norm is not finite, or `skip` (0-d fp32, alike on all ranks) is 1, nothing is updated.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        self._skip = skip
         if self._own_clip is not None:  # DeepSpeed clips here too, but keeps the norm to itself
             limit = self._own_clip or float("inf")
-            norm = clip_grad_norm_(self.module.parameters(), max_norm=limit, mpu=self._mpu)
+            self._norm = clip_grad_norm_(self.module.parameters(), max_norm=limit, mpu=self._mpu)
             self._deepspeed.step()
-            return norm
+            return self._norm
         self._deepspeed.step()
         return self._deepspeed.get_global_grad_norm()
 
-    # -- state, whole tensors at a time, whatever the ZeRO stage -------------------------------------------------------
+    # -- state: what `train/checkpoint.py` saves and loads -------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.module.named_parameters()
 
-    def full_state(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        """fp32 `master`, `exp_avg`, `exp_avg_sq` of a parameter (this tensor rank's share of it).
+    def owned_state(self) -> list[OwnedState]:
+        """fp32 weights and moments that live on this rank, as views; see `train/sharded_state.py`."""
+        return sharded_state.owned_state(self.module, self._optimizer)
 
-        Collective over data x context ranks.
-        """
-        self._make_moments()
-        if self._unsharded:
-            moments = self._optimizer.state[parameter]
-            return {"master": parameter.detach(), **{moment: moments[moment] for moment in MOMENTS}}
-        state = {"master": safe_get_full_fp32_param(parameter)}
-        state |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-        return {key: value.detach().view(full_shape(parameter)) for key, value in state.items()}
+    def optimizer_steps(self) -> torch.Tensor:
+        """Updates that AdamW has applied, which a skipped step is not; 0-d."""
+        return sharded_state.optimizer_steps(self._optimizer)
 
-    def load_full_state(self, parameter: torch.nn.Parameter, state: dict[str, torch.Tensor]) -> None:
-        """Inverse of `full_state`; call `finish_loading` after the last parameter."""
-        self._make_moments()
-        if self._unsharded:
-            with torch.no_grad():
-                parameter.copy_(state["master"])
-            for moment in MOMENTS:
-                self._optimizer.state[parameter][moment].copy_(state[moment])
-        elif hasattr(parameter, "ds_id"):
-            safe_set_local_fp32_param(parameter, self._own_partition(parameter, state["master"]))
-            for moment in MOMENTS:
-                safe_set_local_optimizer_state(parameter, self._own_partition(parameter, state[moment]), moment)
-        else:
-            safe_set_full_fp32_param(parameter, state["master"])
-            with torch.no_grad():
-                parameter.copy_(state["master"])
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[moment], moment)
+    def finish_loading(self, optimizer_steps: torch.Tensor) -> None:
+        """After writing to the views of `owned_state`: let the weights that compute follow. Collective."""
+        sharded_state.finish_loading(self._optimizer, optimizer_steps)
 
-    def finish_loading(self, optimizer_steps: int) -> None:
-        """Set AdamW's own step counter, which its bias correction uses, and refresh stage 3's working weights."""
-        for state in self._inner_optimizer.state.values():
-            if "step" in state:
-                state["step"] = torch.full_like(state["step"], float(optimizer_steps))
-        if self._is_stage_3:
-            for sub_group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
-                self._optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-            persistent = self._optimizer.persistent_parameters  # small weights that every rank keeps whole
-            if persistent:
-                persistent[0].partition(persistent)
-                persistent[0].all_gather(persistent)
-
-    @property
-    def _unsharded(self) -> bool:
-        """Stage 0 in fp32: DeepSpeed steps with the plain optimizer."""
-        return isinstance(self._optimizer, torch.optim.AdamW)
-
-    @property
-    def _is_stage_3(self) -> bool:
-        return hasattr(self._optimizer, "fp32_partitioned_groups_flat")
-
-    @property
-    def _inner_optimizer(self) -> torch.optim.Optimizer:
-        return self._optimizer if self._unsharded else self._optimizer.optimizer
-
-    def _own_partition(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's slice of a flat tensor that stage 3 pads to equal slices."""
-        size = parameter.partition_numel()  # type: ignore[attr-defined]
-        group = self._mpu.get_data_parallel_group()
-        padded = torch.nn.functional.pad(whole.flatten(), (0, size * group.size() - whole.numel()))
-        return padded[size * group.rank() : size * (group.rank() + 1)]
-
-    def _make_moments(self) -> None:
-        """Make AdamW's moments exist and be reachable from each parameter.
-
-        torch creates them in the first step; DeepSpeed's stages 1 and 2 link them after the first *group's* step only,
-        so with two groups the second's would be missing.
-        """
-        for flat in self._optimizer_tensors():
-            state = self._inner_optimizer.state[flat]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-                state.update({moment: torch.zeros_like(flat) for moment in MOMENTS})
-        if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
-            self._optimizer._hp_optimizer_states_linked = False
-            self._optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _optimizer_tensors(self) -> list[torch.Tensor]:
-        if self._is_stage_3:  # its inner optimizer holds one sub-group at a time, during the step only
-            return list(self._optimizer.fp32_partitioned_groups_flat)
-        return [tensor for group in self._inner_optimizer.param_groups for tensor in group["params"]]
-
-
-def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Shape of a parameter (this tensor rank's share), also while stage 3 holds it in slices."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+    def _veto(self, *_: object) -> None:
+        """Before AdamW's own step: its fused kernel leaves everything as it is where `found_inf` is 1."""
+        norm = self._norm if self._own_clip is not None else getattr(self._optimizer, "_global_grad_norm", None)
+        bad = bad_norm(norm, self._device)
+        if self._skip is not None:
+            bad = torch.maximum(bad, self._skip)
+        optimizer = sharded_state.inner(self._optimizer)
+        device = next(p for group in optimizer.param_groups for p in group["params"]).device
+        optimizer.found_inf = bad.to(device)  # type: ignore[attr-defined]
 
 
 def _deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, precision: str, micro_batches: int) -> dict:

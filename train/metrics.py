@@ -34,6 +34,15 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """What the ranks know alike after a step."""
+
+    stop: bool  # some rank was asked to end the run
+    save: bool  # some rank finds that a checkpoint is due
+    bad_steps: int  # steps in a row that were skipped, up to the step before
+
+
 class StepSums:
     """Sums over steps, kept on the device: loss of this rank; labels, real tokens and model FLOPs of the world."""
 
@@ -43,47 +52,52 @@ class StepSums:
         self._peak = peak_flops(world.device)
         self._tokens = torch.tensor(float(tokens), dtype=torch.float64, device=world.device)
         on_gpu = world.device.type == "cuda"
-        self._stop = torch.zeros((), dtype=torch.float64, pin_memory=on_gpu)
-        self._stop_known = torch.cuda.Event() if on_gpu else None
+        self._bad_row = torch.zeros((), dtype=torch.float64, device=world.device)  # skipped steps in a row
+        self._agreed = torch.zeros(3, dtype=torch.float64, pin_memory=on_gpu)
+        self._agreed_known = torch.cuda.Event() if on_gpu else None
         self._start()
 
     def _start(self) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=self._world.device)
-        self._counts = torch.zeros(3, dtype=torch.float64, device=self._world.device)
+        self._counts = torch.zeros(4, dtype=torch.float64, device=self._world.device)
         self._steps = 0
         self._began = time.perf_counter()
 
-    def count(self, batches: list[Batch], stop: bool = False) -> torch.Tensor:
+    def count(self, batches: list[Batch], stop: bool = False, save: bool = False) -> torch.Tensor:
         """Begin a step: [labels, real tokens, model FLOPs] of all ranks' batches, on the device. Collective.
 
-        `stop`: this rank was asked to end the run; `stop_agreed` then says so on every rank after the same step.
+        `stop`, `save`: this rank was asked to end the run, or finds that a checkpoint is due; `agreed` then says so on
+        every rank after the same step.
         """
         counts = torch.tensor(
-            [[b.num_labels, b.layout.num_tokens, b.model_flops, 0] for b in batches], dtype=torch.float64
+            [[b.num_labels, b.layout.num_tokens, b.model_flops, 0, 0] for b in batches], dtype=torch.float64
         )
         counts = counts.sum(0)
-        counts[3] = stop
+        counts[3], counts[4] = stop, save
         counts = counts.to(self._world.device)
         # Over the whole world, so that a signal to any rank stops all: tensor ranks count the same batches.
         dist.all_reduce(counts)
         counts[:3] /= self._world.tensor_group.size()
-        self._stop.copy_(counts[3], non_blocking=True)
-        if self._stop_known is not None:
-            self._stop_known.record()
-        return counts
+        self._agreed.copy_(torch.cat([counts[3:], self._bad_row[None]]), non_blocking=True)
+        if self._agreed_known is not None:
+            self._agreed_known.record()
+        return counts[:3]
 
-    def stop_agreed(self) -> bool:
-        """Whether any rank asked to stop before this step began. The device has long passed that point, so the wait
-        only keeps the host from running more than a step ahead."""
-        if self._stop_known is not None:
-            self._stop_known.synchronize()
-        return bool(self._stop)
+    def agreed(self) -> Agreed:
+        """What all ranks knew when this step began. The device has long passed that point, so the wait only keeps the
+        host from running more than a step ahead."""
+        if self._agreed_known is not None:
+            self._agreed_known.synchronize()
+        stop, save, bad_steps = self._agreed.tolist()
+        return Agreed(stop > 0, save > 0, int(bad_steps))
 
-    def add(self, loss_sum: torch.Tensor, counts: torch.Tensor) -> None:
-        """End a step: this rank's summed loss and what `count` gave."""
-        self._loss += loss_sum
-        self._counts += counts[:3]
+    def add(self, loss_sum: torch.Tensor, counts: torch.Tensor, skipped: torch.Tensor) -> None:
+        """End a step: this rank's summed loss, what `count` gave, and 1 if the step was skipped, else 0 (0-d)."""
+        done = 1 - skipped
+        self._loss += torch.where(skipped > 0, torch.zeros_like(loss_sum), loss_sum)
+        self._counts += torch.stack([counts[0] * done, counts[1], counts[2], skipped.double()])
         self._tokens += counts[1]
+        self._bad_row = (self._bad_row + skipped) * skipped
         self._steps += 1
 
     @property
@@ -92,13 +106,19 @@ class StepSums:
         return int(self._tokens.item())
 
     def read(self) -> dict[str, Any]:
-        """Means and rates since the last call, equal on every rank; then start again. Collective."""
+        """Means and rates since the last call, equal on every rank; then start again. Collective.
+
+        Skipped steps have no part in `loss`, which is missing where there was no other, and are counted where any was.
+        """
         dist.all_reduce(self._loss, group=self._world.data_context_group)
-        loss, (labels, tokens, flops) = self._loss.item(), self._counts.tolist()
+        loss, (labels, tokens, flops, skipped) = self._loss.item(), self._counts.tolist()
         seconds = time.perf_counter() - self._began
-        record = {
-            "tokens": self.tokens,
-            "loss": loss / max(1.0, labels),
+        record: dict[str, Any] = {"tokens": self.tokens}
+        if skipped < self._steps:
+            record["loss"] = loss / max(1.0, labels)
+        if skipped:
+            record["skipped_steps"] = int(skipped)
+        record |= {
             "tokens_per_second": round(tokens / seconds, 1),
             "step_seconds": round(seconds / self._steps, 5),
         }
@@ -156,6 +176,16 @@ class RunLog:
     def advance(self) -> None:
         if self._out is not None:
             self._out.bar.update(1)
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from `step` again: drop the records after it."""
+        if self._out is None:
+            return
+        path = self._directory / "metrics.jsonl"
+        self._out.file.close()
+        _drop_records_after(path, step)
+        self._out.bar.update(step - self._out.bar.n)
+        self._out = _Outputs(open(path, "a", encoding="utf-8", buffering=1), self._out.bar, self._out.tracker)
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""

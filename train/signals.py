@@ -20,15 +20,24 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether this process was asked to stop, by a signal or by its own time limit. A context manager around the loop.
+    """Whether this process was asked to stop, by a signal or by its own time limit. A context manager around a run.
 
-    `max_minutes` counts from here; None means no limit.
+    Until `begin_steps` there is nothing to save: a signal ends the process at once, with `REQUEUE`. `max_minutes`
+    counts from there; None means no limit.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.reason: str | None = None
-        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._max_minutes = max_minutes
+        self._deadline: float | None = None
+        self._stepping = False
         self._previous: dict[signal.Signals, object] = {}
+
+    def begin_steps(self) -> None:
+        """From here on a signal asks the loop to stop instead of stopping the process."""
+        self._stepping = True
+        if self._max_minutes is not None:
+            self._deadline = time.monotonic() + 60 * self._max_minutes
 
     @property
     def is_due(self) -> bool:
@@ -47,6 +56,8 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, _: FrameType | None) -> None:
+        if not self._stepping:
+            raise SystemExit(REQUEUE)
         if self.reason is not None:
             os._exit(128 + number)
         self.reason = signal.Signals(number).name

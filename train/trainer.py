@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-import platform
 import shutil
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,11 +25,12 @@ from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
 from train import checkpoint, parallel
 from train.batches import Batch, batch_maker
-from train.checkpoint import Progress
+from train.checkpoint import CheckpointError, Checkpoints, Place, Progress
 from train.config import ConfigError, TrainConfig, to_mapping, validate
 from train.engine import Engine
 from train.evaluate import HeldOut
-from train.metrics import RunLog, StepSums, Tracker
+from train.health import MAX_ROLLBACKS, BadSteps, SpikeDetector, bad_norm, bad_steps_message, next_sample, not_finite
+from train.metrics import Agreed, RunLog, StepSums, Tracker
 from train.parallel import World
 from train.signals import StopRequest
 from train.watchdog import Watchdog
@@ -48,6 +52,9 @@ CHANGEABLE = (
     "run.stop_at_step",
     "run.max_minutes",
     "run.steps",
+    "run.max_bad_steps",
+    "run.skip_samples",
+    "run.spike_factor",
     "run.recompute",
     "data.cache_dir",
     "data.prefetch_samples",
@@ -75,17 +82,26 @@ def train(config: TrainConfig) -> RunResult:
     device = parallel.pick_device(config.run.device)
     directory = Path(config.run.root) / config.run.name
     check_run_directory(directory, config)
-    checkpoint.find(config.resume, directory / "checkpoints")  # a wrong path must not wait for the data
-    prepared = data_pipeline.prepare(config.data, progress=rank == 0 and config.logging.progress)
-    config = dataclasses.replace(config, model=with_vocabulary(config.model, prepared.vocab_size))
-    world = parallel.initialize(config.parallel, device)
-    try:
-        return _train(config, world, prepared, directory, began)
-    finally:
-        parallel.shutdown()
+    # A wrong path must not wait for the data.
+    checkpoint.find(config.resume, checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name))
+    with StopRequest(config.run.max_minutes) as request:
+        prepared = data_pipeline.prepare(config.data, progress=rank == 0 and config.logging.progress)
+        config = dataclasses.replace(config, model=with_vocabulary(config.model, prepared.vocab_size))
+        world = parallel.initialize(config.parallel, device)
+        try:
+            return _train(config, world, prepared, directory, request, began)
+        finally:
+            parallel.shutdown()
 
 
-def _train(config: TrainConfig, world: World, prepared: PreparedData, directory: Path, began: float) -> RunResult:
+def _train(
+    config: TrainConfig,
+    world: World,
+    prepared: PreparedData,
+    directory: Path,
+    request: StopRequest,
+    began: float,
+) -> RunResult:
     """`train` once the world stands."""
     if world.is_main:
         _write_run_directory(directory, config, prepared)
@@ -97,28 +113,37 @@ def _train(config: TrainConfig, world: World, prepared: PreparedData, directory:
         run.log.say(f"{directory} is at step {step} already: nothing to train")
     try:
         patience = 60 * config.parallel.timeout_minutes
-        with (
-            Watchdog(world.store, world.rank, world.size, patience) as watch,
-            StopRequest(config.run.max_minutes) as request,
-        ):
+        with Watchdog(world.store, world.rank, world.size, patience) as watch:
+            request.begin_steps()
             while step < last_step and not stopping:
+                run.skip_samples()
                 step += 1
                 watch.progress(step, "waiting for data")
                 batches = [batch.to(world.device) for batch in run.loader.next_step()]
                 watch.progress(step, "training")
                 lr = config.optim.lr_at(step - 1, config.run.steps)
-                grad_norm = train_step(run.engine, batches, world, run.sums, lr, stop=request.is_due)
-                stopping = run.sums.stop_agreed()
+                wishes = dict(stop=request.is_due, save=run.save_is_due)
+                grad_norm = train_step(run.engine, batches, world, run.sums, lr, **wishes)
+                agreed = run.sums.agreed()
+                run.check_bad_steps(step, agreed)
+                stopping = agreed.stop
                 ending = stopping or step == last_step
                 run.log.advance()
                 if ending or step % config.run.log_every == 0:
-                    run.report(step, grad_norm, lr)
-                if step == last_step or step % config.run.eval_every == 0:
+                    back = run.report(step, grad_norm, lr)
+                    if back is not None and not stopping:
+                        step = back
+                        continue
+                evaluating = step == last_step or step % config.run.eval_every == 0
+                if evaluating and not stopping:
                     watch.progress(step, "validating")
                     run.evaluate(step)
-                if ending or step % config.checkpoint.every_steps == 0:
+                if ending or agreed.save or _divides(config.checkpoint.every_steps, step):
                     watch.progress(step, "saving a checkpoint")
-                    run.save(step)
+                    run.save(step, last=ending, waiting=partial(watch.progress, step, "saving a checkpoint"))
+                if evaluating and stopping:  # whoever asked to stop may not wait: the checkpoint comes first
+                    watch.progress(step, "validating")
+                    run.evaluate(step)
         if stopping:
             why = request.reason or "by another rank"
             run.log.say(f"asked to stop ({why}): saved step {step}; start again to continue")
@@ -134,17 +159,30 @@ def _train(config: TrainConfig, world: World, prepared: PreparedData, directory:
     )
 
 
+def _divides(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
 def train_step(
-    engine: Engine, batches: list[Batch], world: World, sums: StepSums, lr: float, stop: bool = False
+    engine: Engine,
+    batches: list[Batch],
+    world: World,
+    sums: StepSums,
+    lr: float,
+    *,
+    stop: bool = False,
+    save: bool = False,
 ) -> torch.Tensor | float:
     """One optimizer step over this rank's micro-batches; returns the global gradient norm before clipping.
 
-    `stop`: this rank was asked to end the run, which all ranks then learn in `StepSums.stop_agreed`.
+    `stop`, `save`: this rank was asked to end the run, or finds that a checkpoint is due; all ranks then learn it from
+    `StepSums.agreed`.
 
     The loss is the sum over all ranks' valid tokens divided once by their number, so ranks and micro-batches with few
-    labels, or none, weigh exactly what they hold.
+    labels, or none, weigh exactly what they hold. A step whose loss or gradient is not finite changes nothing, on all
+    ranks alike.
     """
-    counts = sums.count(batches, stop)
+    counts = sums.count(batches, stop, save)
     # The engine averages gradients over data x context ranks; the factor turns that mean into a sum over tokens' mean.
     scale = (world.data_context_group.size() / counts[0].clamp(min=1)).float()
     loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
@@ -152,8 +190,10 @@ def train_step(
         loss = engine(batch.tokens, batch.labels, batch.layout)
         engine.backward(loss * scale)
         loss_sum += loss.detach()
-    grad_norm = engine.step(lr)
-    sums.add(loss_sum, counts)
+    bad_loss = not_finite(loss_sum)
+    dist.all_reduce(bad_loss, op=dist.ReduceOp.MAX)
+    grad_norm = engine.step(lr, skip=bad_loss)
+    sums.add(loss_sum, counts, skipped=torch.maximum(bad_loss, bad_norm(grad_norm, world.device)))
     return grad_norm
 
 
@@ -166,27 +206,113 @@ class _Run:
         self.held_out = _held_out(config, prepared, world)
         self.engine = build_engine(config, world)
         self.validation_loss: float | None = None
+        self.tokenizer_sha256 = hashlib.sha256(Path(prepared.tokenizer_path).read_bytes()).hexdigest()
+        self.spikes = SpikeDetector(config.run.spike_factor)
+        self._saved_at, self._saved_step = time.monotonic(), -1
+        self._healthy_step, self._rolled_back_to, self._rollbacks = 0, -1, 0
+        self._step_samples: deque[int] = deque(maxlen=config.run.max_bad_steps + 2)  # first sample of recent steps
 
     def resume(self) -> int:
         """Load the checkpoint the configuration asks for, open the log, and return the step to go on from."""
         progress = Progress(step=0, tokens=0, loader=self.loader.state())
-        found = checkpoint.find(self.config.resume, self.directory / "checkpoints")
+        self._sayings: list[str] = []
+        config = self.config
+        self.checkpoints = Checkpoints(
+            checkpoint.own_directory(self.directory, config.checkpoint.dir, config.run.name),
+            self.engine,
+            self.world,
+            config.checkpoint,
+            say=self._say,
+        )
+        found = self.checkpoints.choose(config.resume)
         if found is not None:
-            progress = checkpoint.load(found, self.engine, self.world)
-            self.loader.load_state(progress.loader)
+            progress = self._load(found)
+        self.checkpoints.abandon_after(progress.step)
         self.sums = StepSums(self.world, progress.tokens)
-        self.log = _open_log(self.config, self.world, self.directory, progress.step)
+        self.log = _open_log(config, self.world, self.directory, progress.step)
+        for text in self._sayings:
+            self.log.say(text)
         if found is not None:
             self.log.say(f"resumed from {found} at step {progress.step}")
         return progress.step
 
-    def report(self, step: int, grad_norm: torch.Tensor | float, lr: float) -> None:
-        record = self.sums.read()
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"the loss is {record['loss']} at step {step}: stopping before this state is saved"
+    def _load(self, found: Place) -> Progress:
+        progress, state = self.checkpoints.load(found, self.config.run.seed)
+        tokenizer = state.get("tokenizer_sha256")
+        if tokenizer not in (None, self.tokenizer_sha256):
+            raise CheckpointError(
+                f"{found} was trained with the tokenizer of sha256 {tokenizer[:12]}, this run has "
+                f"{self.tokenizer_sha256[:12]}: give the tokenizer.model of that run as data.tokenizer"
             )
-        self.log.record({"step": step, **record, "grad_norm": float(grad_norm), "lr": lr})
+        self.loader.load_state(progress.loader)
+        self.spikes = SpikeDetector(self.config.run.spike_factor, progress.health.get("recent_losses", ()))
+        return progress
+
+    def _say(self, text: str) -> None:
+        """To the log, which opens once it is known where the run goes on."""
+        if hasattr(self, "log"):
+            self.log.say(text)
+        else:
+            self._sayings.append(text)
+
+    def skip_samples(self) -> None:
+        """Pass over samples that the configuration excludes."""
+        run, state = self.config.run, self.loader.state()
+        position = next_sample(state["next_sample"], run.samples_per_step, run.skip_samples)
+        if position != state["next_sample"]:
+            self.log.say(f"skipping samples {state['next_sample']} to {position - 1}, as run.skip_samples says")
+            self.loader.load_state(state | {"next_sample": position})
+
+    def check_bad_steps(self, step: int, agreed: Agreed) -> None:
+        """Stop after too many skipped steps in a row. They end with the step before `step`."""
+        self._step_samples.append(self.loader.state()["next_sample"] - self.config.run.samples_per_step)
+        if agreed.bad_steps >= self.config.run.max_bad_steps:
+            first = list(self._step_samples)[-1 - agreed.bad_steps]
+            last = self._step_samples[-2] + self.config.run.samples_per_step - 1
+            raise BadSteps(bad_steps_message(step - agreed.bad_steps, step - 1, first, last, str(self.directory)))
+
+    def report(self, step: int, grad_norm: torch.Tensor | float, lr: float) -> int | None:
+        """Record the numbers since the last report; the step to go on from instead, if the loss jumped."""
+        record = self.sums.read()
+        record |= {"grad_norm": norm} if math.isfinite(norm := float(grad_norm)) else {}
+        if "skipped_steps" in record:
+            self.log.say(
+                f"step {step}: skipped {record['skipped_steps']} step(s) since the last report, loss or gradient was "
+                "not finite"
+            )
+        self.log.record({"step": step, **record, "lr": lr})
+        if "loss" not in record or not self.spikes.sees(record["loss"]):
+            self._healthy_step = step
+            return None
+        return self._roll_back(step, record["loss"])
+
+    def _roll_back(self, step: int, loss: float) -> int | None:
+        """Load the last checkpoint from before the loss jumped, and go on from there behind the samples seen since."""
+        self.checkpoints.wait()
+        found = self.checkpoints.choose("auto", before=self._healthy_step)
+        if found is None:
+            self.log.say(
+                f"step {step}: the loss jumped to {loss:.4g}, but there is no checkpoint from before; going on"
+            )
+            return None
+        position = self.loader.state()
+        progress = self._load(found)
+        self._rollbacks = self._rollbacks + 1 if self._rolled_back_to == progress.step else 1
+        self._rolled_back_to = progress.step
+        if self._rollbacks > MAX_ROLLBACKS:
+            raise BadSteps(
+                f"the loss jumped {self._rollbacks} times after step {progress.step}, each time with other samples, "
+                f"the last to {loss:.4g} at step {step}; lower optim.lr, or raise run.spike_factor="
+                f"{self.config.run.spike_factor}"
+            )
+        samples = f"{progress.loader['next_sample']} to {position['next_sample'] - 1}"
+        self.loader.load_state(position)
+        self.checkpoints.abandon_after(progress.step)
+        self.sums = StepSums(self.world, progress.tokens)
+        self.log.rewind(progress.step)
+        self.log.say(f"step {step}: the loss jumped to {loss:.4g}: back to {found}, going on without samples {samples}")
+        self._healthy_step, self._saved_step = progress.step, -1
+        return progress.step
 
     def evaluate(self, step: int) -> None:
         with self.sums.clock_stopped():
@@ -194,29 +320,33 @@ class _Run:
             if self.validation_loss is not None:
                 self.log.record({"step": step, "tokens": self.sums.tokens, "validation_loss": self.validation_loss})
 
-    def save(self, step: int) -> None:
+    @property
+    def save_is_due(self) -> bool:
+        """Whether this rank's clock says so; the ranks agree on it in the next step."""
+        minutes = self.config.checkpoint.every_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def save(self, step: int, last: bool, waiting: Callable[[], None]) -> None:
+        """Begin to save; the `last` one is waited for. `waiting` is called now and then meanwhile."""
+        self.checkpoints.waiting = waiting
+        if step == self._saved_step and (not last or self.checkpoints.wait() is None):
+            return
         with self.sums.clock_stopped():
-            began = time.perf_counter()
             facts = {
                 "config": to_mapping(self.config),
                 "data_fingerprint": self.prepared.fingerprint,
-                "versions": {"torch": torch.__version__, "python": platform.python_version()},
+                "tokenizer_sha256": self.tokenizer_sha256,
             }
-            progress = Progress(step, self.sums.tokens, self.loader.state())
-            checkpoint.save(
-                self.directory / "checkpoints",
-                self.engine,
-                self.world,
-                progress,
-                facts,
-                self.config.checkpoint.keep_last,
-            )
-            self.log.record(
-                {"step": step, "tokens": progress.tokens, "checkpoint_seconds": round(time.perf_counter() - began, 3)}
-            )
+            health = {"recent_losses": self.spikes.recent}
+            progress = Progress(step, self.sums.tokens, self.loader.state(), health)
+            save = self.checkpoints.save_last if last else self.checkpoints.save
+            seconds = round(save(progress, facts), 4)
+            self.log.record({"step": step, "tokens": progress.tokens, "checkpoint_seconds": seconds})
+        self._saved_at, self._saved_step = time.monotonic(), step
 
     def close(self) -> None:
         self.loader.close()
+        self.checkpoints.close()
         self.log.close()
 
 

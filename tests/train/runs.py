@@ -74,7 +74,7 @@ def losses(records: list[dict[str, Any]]) -> list[float]:
 
 
 def newest_tensors(run_directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint, whole, read without any process group."""
+    """The weights and moments of the newest checkpoint, whole, read by DCP itself and without any process group."""
     import torch.distributed.checkpoint as dcp
 
     from train import checkpoint
@@ -82,5 +82,6 @@ def newest_tensors(run_directory: Path) -> dict[str, torch.Tensor]:
     newest = checkpoint.complete(run_directory / "checkpoints")[-1]
     metadata = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("rng/", "optimizer/"))}
     dcp.load(tensors, checkpoint_id=newest, no_dist=True)
     return tensors
