@@ -232,8 +232,7 @@ class _Run:
         self.log = _open_log(config, self.world, self.directory, progress.step)
         for text in self._sayings:
             self.log.say(text)
-        if found is not None:
-            self.log.say(f"resumed from {found} at step {progress.step}")
+        self.log.say(f"resumed from {found} at step {progress.step}" if found else f"starting {self.directory} afresh")
         return progress.step
 
     def _load(self, found: Place) -> Progress:

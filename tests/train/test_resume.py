@@ -33,6 +33,7 @@ def straight(corpus, tmp_path_factory):
     return run(1, corpus, root), newest_tensors(root / "default")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks, changes",
     [
@@ -75,6 +76,7 @@ CHAIN = [
 ]
 
 
+@pytest.mark.slow
 def test_every_change_of_layout_continues(corpus, tmp_path, straight):
     """Two steps on each layout of the chain; the losses of all are those of one rank throughout."""
     records, _ = straight

@@ -1,0 +1,115 @@
+"""A world of real rank processes that a test can watch, signal and kill."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.ranks import PRELOAD, free_port
+from tests.train.runs import make_config
+from train.metrics import read_records
+
+
+class World:
+    """`num_ranks` processes that train; what each prints is appended to `root/rank-N.txt`."""
+
+    def __init__(self, num_ranks: int, corpus: Path, root: Path, changes: dict[str, Any]):
+        root.mkdir(parents=True, exist_ok=True)
+        self.root, self.directory = root, root / changes.get("run__name", "default")
+        self._said_before = self._read_log()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        port = free_port()
+        self.processes = [
+            context.Process(
+                target=_rank_main, args=(rank, num_ranks, port, str(corpus), str(root), changes), daemon=True
+            )
+            for rank in range(num_ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    @property
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    @property
+    def step(self) -> int:
+        """The last step that stands in the records."""
+        return max((r["step"] for r in read_records(self.directory / "metrics.jsonl")), default=0)
+
+    def said(self) -> str:
+        """What rank 0 printed since this world started."""
+        return self._read_log()[len(self._said_before) :]
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it says from where it starts, which is the moment before its first step."""
+        return re.search(r"^(resumed from|starting) ", self.said(), re.MULTILINE) is not None
+
+    @property
+    def resumed_at(self) -> int:
+        found = re.search(r"resumed from \S+ at step (\d+)", self.said())
+        return int(found[1]) if found else 0
+
+    def wait_until(self, happened: Callable[[], bool], seconds: float = 120, every: float = 0.002) -> bool:
+        """Whether it happened before the world ended or the time was over."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if happened():
+                return True
+            if not self.alive:
+                return happened()
+            time.sleep(every)
+        return False
+
+    def signal(self, number: int, ranks: list[int] | None = None) -> None:
+        for rank, process in enumerate(self.processes):
+            if (ranks is None or rank in ranks) and process.is_alive():
+                os.kill(process.pid, number)
+
+    def end(self, patience: float = 15) -> list[int | None]:
+        """Wait for the ranks; like a launcher, kill those that outlive another by `patience` seconds. Exit codes."""
+        deadline = None
+        while self.alive:
+            if deadline is None and not all(process.is_alive() for process in self.processes):
+                deadline = time.monotonic() + patience
+            if deadline is not None and time.monotonic() > deadline:
+                self.signal(signal.SIGKILL)
+            time.sleep(0.01)
+        return [process.exitcode for process in self.processes]
+
+    def _read_log(self) -> str:
+        path = self.root / "rank-0.txt"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _rank_main(rank: int, size: int, port: int, corpus: str, root: str, changes: dict[str, Any]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    out = os.open(f"{root}/rank-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    from train.signals import REQUEUE
+    from train.trainer import train
+
+    result = train(make_config(Path(corpus), Path(root), **changes))
+    sys.stderr.flush()
+    if result.interrupted:
+        sys.exit(REQUEUE)
