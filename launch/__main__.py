@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ TARGET is one of {", ".join(TARGETS)}; its settings are in configs/launch/TARGET
 `python -m train` as it is. launch.dry_run=true prints what would run and stops there. docs/launch.md tells the rest.
 """
 VERBS = ("status", "logs", "cancel")
+LOG_LINES = 200  # of each file
 
 
 def main(arguments: list[str]) -> int:
@@ -67,7 +69,7 @@ def _foreground(launch: Launch, checked: Checked, arguments: list[str]) -> int:
     if launch.settings.dry_run:
         return 0
     with runs.locked(checked.run_directory, wait_seconds=launch.settings.grace_seconds) as lock:
-        runs.write_record(checked.run_directory, runs.Record(launch.target, arguments, [], now()))
+        runs.write_record(checked.run_directory, runs.Record(launch.target, arguments, [], runs.now()))
         if target is ssh:
             return ssh.run(launch, checked.run_directory)
         return local.run(launch, lock)
@@ -116,25 +118,28 @@ def _logs(run: Path) -> int:
     if not files:
         raise LaunchError(f"{run} has no log files in launch/logs (a local run writes to its terminal)")
     for path in files:
-        print(f"==> {path} <==")
-        print(path.read_text(encoding="utf-8", errors="replace"), end="")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        print(f"==> {path}" + (f", last {LOG_LINES} of {len(lines)} lines" if len(lines) > LOG_LINES else "") + " <==")
+        print(*lines[-LOG_LINES:], sep="\n")
     return 0
 
 
 def _stop_local(run: Path) -> int:
-    import os
-    import signal
-
-    pid = runs.holder(run)
-    if pid is None or not runs.is_held(run):
+    pid = runs.holder(run) if runs.is_held(run) else None
+    if pid is None:
         raise LaunchError(f"{run} is not running on this machine")
+    if not is_launcher(pid):  # it was killed; its agents hold the run until their ranks have saved
+        raise LaunchError(f"{run} is stopping already: its launcher, process {pid}, is gone")
     os.kill(pid, signal.SIGTERM)
     print(f"asked process {pid} to save and stop")
     return 0
 
 
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+def is_launcher(pid: int) -> bool:
+    try:
+        return b"launch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
@@ -74,6 +75,10 @@ def write_record(run: Path, record: Record) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
     os.replace(aside, path)
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def read_record(run: Path) -> Record | None:

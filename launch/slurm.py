@@ -48,6 +48,12 @@ def submit(launch: Launch, points: list[Point], home: Path, command: list[str]) 
         return 0
     if shutil.which("sbatch") is None:
         raise LaunchError("target=slurm needs sbatch on PATH: launch from a login node")
+    record = runs.read_record(home)
+    if record is not None and record.target == "slurm" and running_jobs(record):
+        raise LaunchError(
+            f"job {' '.join(record.jobs)} of {home} is still in the queue; wait, or "
+            f"python -m launch cancel {shlex.quote(str(home))}"
+        )
     if launch.settings.setup_script and not (launch.directory / launch.settings.setup_script).is_file():
         raise LaunchError(f"launch.setup_script={launch.settings.setup_script} is not a file")
     for directory in (home, *(point.run_directory for point in points)):
@@ -62,10 +68,8 @@ def submit(launch: Launch, points: list[Point], home: Path, command: list[str]) 
         if done.returncode:
             raise LaunchError(f"sbatch refused the job: {_one_line(done.stderr)}")
         jobs.append(done.stdout.strip().partition(";")[0])
-    from launch.__main__ import now
-
     for directory in {home, *(point.run_directory for point in points)}:
-        runs.write_record(directory, runs.Record("slurm", command, jobs, now()))
+        runs.write_record(directory, runs.Record("slurm", command, jobs, runs.now()))
     print(f"submitted job {' '.join(jobs)}; python -m launch status|logs|cancel {shlex.quote(str(home))}")
     return 0
 

@@ -325,12 +325,6 @@ def _command(launch: Launch, launch_arguments: list[str], point: Point) -> list[
 
 
 def _submit_array(launch: Launch, launch_arguments: list[str], home: Path, missing: list[Point]) -> int:
-    record = runs.read_record(home)
-    if record is not None and record.target == "slurm" and slurm.running_jobs(record):
-        raise LaunchError(
-            f"job {' '.join(record.jobs)} of this sweep is still in the queue; wait, or "
-            f"python -m launch cancel {shlex.quote(str(home))}"
-        )
     if not missing:
         print("nothing to submit")
         return 0

@@ -60,13 +60,13 @@ def hydra(text: object) -> str:
 def launch(cluster: Cluster, *arguments: str, module: str = "launch"):
     settings = [
         "launch.partition=low",
+        "launch.time=30",
         "launch.cpus_per_rank=1",
         "launch.env.NCCL_SOCKET_IFNAME=null",
         "launch.wait_seconds=20",
     ]
     target = ["target=slurm", *settings] if arguments[0] not in ("status", "logs", "cancel") else []
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    return cluster.run(sys.executable, "-m", module, *arguments[:split], *target, *arguments[split:], cwd=ROOT)
+    return cluster.run(sys.executable, "-m", module, *target, *arguments, cwd=ROOT)
 
 
 def job_of(run: Path) -> str:
