@@ -16,19 +16,25 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS) torch
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable '.[dev]'
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable .
+	touch $@
+
+$(VENV)/dev-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable '.[dev]'
 	touch $@
 
 train: install
 	$(BIN)/python -m train
 
-test: install
-	$(BIN)/python -m pytest -q
+# Two workers: many tests wait for processes they started. A file stays on one worker, with what it has set up.
+test: $(VENV)/dev-installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-check: install
+check: $(VENV)/dev-installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow and not slurm and not browser"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not slurm and not browser"
 
 clean:
 	rm -rf $(VENV) .cache runs

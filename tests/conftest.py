@@ -12,7 +12,7 @@ def world():
 
     from train import parallel
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tensors here are tiny: more threads would only wait for each other
     yield parallel.initialize(parallel.ParallelConfig(), torch.device("cpu"))
     parallel.shutdown()
 
