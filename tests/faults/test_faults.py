@@ -1,6 +1,6 @@
 """Runs that are killed, filled up and tampered with reach the same end, bit for bit, as a run that was left alone.
 
-Ten faults by default; `FAULTS=30 python -m pytest tests/faults -s` injects thirty. Moments are drawn from a seed, which
+Ten faults by default; `FAULTS=50 python -m pytest tests/faults -s` injects fifty, thirty of them kills. Moments are drawn from a seed, which
 is printed; `FAULT_SEED=n` draws others.
 """
 
@@ -159,7 +159,8 @@ def test_killed_and_tampered_with_at_random_moments(corpus, tmp_path, undisturbe
         assert_same_end(tmp_path / changes["run__name"], undisturbed)
     print(f"\nseed {SEED}, {runs} runs of {STEPS} steps on {RANKS} ranks, a checkpoint every {EVERY} steps")
     print("\n".join(f"  {line}" for line in log))
-    print(f"faults injected {injected}, recovered {recovered}, steps lost {steps_lost}")
+    kills = sum(line.startswith("kill") for line in log)
+    print(f"faults injected {injected} ({kills} of them kills), recovered {recovered}, steps lost {steps_lost}")
     assert recovered == injected == FAULTS
 
 
