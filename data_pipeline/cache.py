@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ BLOCK_BYTES = 1 << 20
 _CHECKSUM_BYTES = 4
 _LOCKS = 64
 _CONNECTIONS = 16
+_QUIET_SECONDS = 30.0
 
 
 class BlockCache:
@@ -48,6 +50,7 @@ class BlockCache:
         self._pool = ThreadPoolExecutor(_CONNECTIONS, "fetch")
         self._coming: set[tuple[str, int]] = set()
         self._coming_lock = threading.Lock()
+        self._quiet_until = 0.0
         self.num_fetched = 0
 
     def read(self, file: RemoteObject, start: int, stop: int) -> bytes:
@@ -90,9 +93,11 @@ class BlockCache:
 
     def _fetch_ahead(self, file: RemoteObject, number: int, key: tuple[str, int]) -> None:
         try:
-            self._block(file, number)
+            if time.monotonic() >= self._quiet_until:
+                self._block(file, number)
         except DataError:
-            pass  # the reader asks again and raises it
+            # The reader asks again and raises it. What else waits here would only fail too, one retry after the other.
+            self._quiet_until = time.monotonic() + _QUIET_SECONDS
         finally:
             with self._coming_lock:
                 self._coming.discard(key)

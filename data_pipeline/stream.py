@@ -213,8 +213,10 @@ class StreamSamples(Samples):
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"the loader state holds no usable place in the stream: {dict(bookmark)!r}") from error
         with self._lock:
-            self._base, self._begins = base, [begin]
-            self._slab, self._ahead = None, None
+            at = base - self._base
+            if not (0 <= at < len(self._begins) and self._begins[at] == begin):
+                self._base, self._begins = base, [begin]
+                self._slab, self._ahead = None, None
 
     def _find(self, index: int) -> _Slab:
         with self._lock:

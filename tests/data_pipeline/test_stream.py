@@ -85,6 +85,23 @@ def test_resume_on_other_ranks_and_a_fresh_machine_goes_on_exactly(config, tmp_p
         assert 1 <= len(slabs) <= 4
 
 
+def test_a_loader_may_go_back_and_ahead(config):
+    straight, _ = take(open_data(config).samples("train", 256, 8), 24)
+    loader = Loader(open_data(config).samples("train", 256, 8), samples_per_step=4, dp_rank=0, dp_size=1)
+    states = []
+    for _ in range(20):
+        states.append(loader.state())
+        loader.next_step()
+    for step in (2, 15, 7, 0):
+        loader.load_state(states[step])
+        ahead = {**loader.state(), "next_sample": 4 * step + 16}  # as when samples are skipped
+        for state, first in ((states[step], 4 * step), (ahead, 4 * step + 16)):
+            loader.load_state(state)
+            for sample, expected in zip(loader.next_step(), straight[first : first + 4]):
+                assert sample.index == expected.index and np.array_equal(sample.tokens, expected.tokens)
+    loader.close()
+
+
 def test_the_cache_holds_a_few_slabs_only(config):
     samples = open_data(config).samples("train", 256, 8)
     for index in range(100):
