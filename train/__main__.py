@@ -52,6 +52,8 @@ def _run(composed: DictConfig) -> None:
 
 def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) -> str:
     """What the run wrote, where, and what to try next."""
+    remote = config.checkpoint.dir
+    checkpoints = f"{directory}/checkpoints" if remote is None else f"{remote}/{config.run.name}"
     directory, k = result.directory, config.model.chunk_size
     other_k = 2 * k if config.seq_len % (2 * k) == 0 else 1
     held_out = "" if result.validation_loss is None else f", held-out loss {result.validation_loss:.3f}"
@@ -72,7 +74,7 @@ Step {result.step} of {config.run.steps}: {done}.
   {directory}/metrics.jsonl   one line per log step
   {directory}/loss.png        the loss curve
   {directory}/config.yaml     everything this run was told
-  {directory}/checkpoints/    the newest {config.checkpoint.keep_last}{tracked}
+  {checkpoints}/    the newest {config.checkpoint.keep_last}{tracked}
 
 Next:
   go on from the checkpoint    {command(**{"run.steps": 2 * config.run.steps})}

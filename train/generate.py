@@ -45,7 +45,8 @@ def load_run(directory: Path, world: parallel.World) -> tuple[Decoder, Tokenizer
             raise ConfigError(f"{path} is missing: {directory} is not the directory of a run")
     config = from_mapping(TrainConfig, yaml.safe_load(config_path.read_text(encoding="utf-8")))
     model = Decoder(config.model, TensorParallel(world.tensor_group)).to(world.device).eval()
-    found = checkpoint.find(str(directory), directory)
+    own = checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name)
+    found = checkpoint.find(str(own), own)
     assert found is not None
     checkpoint.load_weights(found, model, world)
     return model, Tokenizer(tokenizer_path)

@@ -30,7 +30,7 @@ from train.config import ConfigError, TrainConfig, to_mapping, validate
 from train.engine import Engine
 from train.evaluate import HeldOut
 from train.health import MAX_ROLLBACKS, BadSteps, SpikeDetector, bad_norm, bad_steps_message, next_sample, not_finite
-from train.metrics import Agreed, RunLog, StepSums, Tracker
+from train.metrics import Agreed, RunLog, StepSums, Tracker, read_records
 from train.parallel import World
 from train.signals import StopRequest
 from train.watchdog import Watchdog
@@ -112,6 +112,8 @@ def _train(
     if step >= last_step:
         run.log.say(f"{directory} is at step {step} already: nothing to train")
     try:
+        if step and (step == last_step or step % config.run.eval_every == 0):
+            run.evaluate_if_missing(step)
         patience = 60 * config.parallel.timeout_minutes
         with Watchdog(world.store, world.rank, world.size, patience) as watch:
             request.begin_steps()
@@ -318,6 +320,18 @@ class _Run:
             self.validation_loss = self.held_out.loss(self.engine)
             if self.validation_loss is not None:
                 self.log.record({"step": step, "tokens": self.sums.tokens, "validation_loss": self.validation_loss})
+
+    def evaluate_if_missing(self, step: int) -> None:
+        """Where the run was ended between the save of `step` and its validation, make up for it."""
+        recorded = [None]
+        if self.world.is_main:
+            records = read_records(self.directory / "metrics.jsonl")
+            recorded = [r["validation_loss"] for r in records if r["step"] == step and "validation_loss" in r][:1]
+        recorded = recorded or [None]
+        dist.broadcast_object_list(recorded, src=0)
+        self.validation_loss = recorded[0]
+        if self.validation_loss is None:
+            self.evaluate(step)
 
     @property
     def save_is_due(self) -> bool:

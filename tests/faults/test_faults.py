@@ -1,7 +1,7 @@
 """Runs that are killed, filled up and tampered with reach the same end, bit for bit, as a run that was left alone.
 
-Ten faults by default; `FAULTS=50 python -m pytest tests/faults -s` injects fifty, thirty of them kills. Moments are drawn from a seed, which
-is printed; `FAULT_SEED=n` draws others.
+Ten faults by default; `FAULTS=50 python -m pytest tests/faults -s` injects fifty, thirty of them kills. Moments are
+drawn from a seed, which is printed; `FAULT_SEED=n` draws others.
 """
 
 import contextlib

@@ -98,6 +98,17 @@ def test_steps_lost_in_a_crash_run_again_without_double_records(corpus, tmp_path
     assert [r["step"] for r in got if "loss" in r] == list(range(1, 21))
 
 
+def test_a_validation_that_was_lost_is_made_up_for(corpus, tmp_path, straight):
+    """The run was ended after saving step 10, before its validation."""
+    records = tmp_path / "default" / "metrics.jsonl"
+    run(1, corpus, tmp_path, run__stop_at_step=10)
+    kept = [line for line in records.read_text().splitlines(keepends=True) if "validation_loss" not in line]
+    records.write_text("".join(kept))
+    got = run(1, corpus, tmp_path)
+    want = [r["validation_loss"] for r in straight[0] if "validation_loss" in r]
+    assert [r["validation_loss"] for r in got if "validation_loss" in r] == want and len(want) == 2
+
+
 def test_a_new_run_can_start_from_another_runs_checkpoint_and_be_interrupted(corpus, tmp_path, straight):
     run(1, corpus, tmp_path, run__stop_at_step=10)
     branch = dict(run__name="branch", resume=str(tmp_path / "default"))
