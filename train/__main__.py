@@ -52,9 +52,9 @@ def _run(composed: DictConfig) -> None:
 
 def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) -> str:
     """What the run wrote, where, and what to try next."""
+    directory, k = result.directory, config.model.chunk_size
     remote = config.checkpoint.dir
     checkpoints = f"{directory}/checkpoints" if remote is None else f"{remote}/{config.run.name}"
-    directory, k = result.directory, config.model.chunk_size
     other_k = 2 * k if config.seq_len % (2 * k) == 0 else 1
     held_out = "" if result.validation_loss is None else f", held-out loss {result.validation_loss:.3f}"
     done = f"{result.tokens:,} tokens{held_out}; this call took {result.seconds:.0f} s, data preparation included"
