@@ -138,6 +138,12 @@ def test_keeps_what_it_is_told_to_keep(corpus, tmp_path):
     assert kept == [f"step-{step:08d}" for step in (6, 12, 18, 20)]
 
 
+def test_saves_by_the_clock(corpus, tmp_path):
+    clock = dict(checkpoint__every_steps=None, checkpoint__every_minutes=1e-6, checkpoint__asynchronous=False)
+    records = run(2, corpus, tmp_path, run__steps=4, **clock)
+    assert [r["step"] for r in records if "checkpoint_seconds" in r] == [1, 2, 3, 4]
+
+
 def two_runs_of_one_process(corpus, root, changes):
     """A memory file system lasts as long as its process."""
     import fsspec
