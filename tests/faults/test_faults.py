@@ -1,6 +1,6 @@
 """Runs that are killed, filled up and tampered with reach the same end, bit for bit, as a run that was left alone.
 
-Ten faults by default; `FAULTS=50 python -m pytest tests/faults -s` injects fifty, some thirty of them kills. Moments are
+Ten faults by default; `FAULTS=50 python -m pytest tests/faults -s` injects fifty, half of them kills. Moments are
 drawn from a seed, which is printed; `FAULT_SEED=n` draws others.
 """
 
