@@ -3,6 +3,8 @@ import os
 import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
+# Models here are tiny, and several processes share the cores: more threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -12,7 +14,7 @@ def world():
 
     from train import parallel
 
-    torch.set_num_threads(1)  # tensors here are tiny: more threads would only wait for each other
+    torch.set_num_threads(1)
     yield parallel.initialize(parallel.ParallelConfig(), torch.device("cpu"))
     parallel.shutdown()
 
