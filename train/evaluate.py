@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from data_pipeline import Loader, Plan
+from data_pipeline import Loader, Samples
 from ksa_model.config import ModelConfig
 from train.batches import Batch, batch_maker
 from train.parallel import World
@@ -16,18 +16,18 @@ from train.parallel import World
 class HeldOut:
     """The first packed samples of the validation split, the same at every call and on every layout."""
 
-    def __init__(self, plan: Plan | None, model_config: ModelConfig, world: World, num_samples: int):
+    def __init__(self, held_out: Samples | None, model_config: ModelConfig, world: World, num_samples: int):
         self._world = world
         self._batches: list[Batch] = []
         self._weights: list[int] = []
-        if plan is None or num_samples == 0:
+        if held_out is None or num_samples == 0:
             return
-        wanted, ranks = min(num_samples, plan.num_samples), world.data_size
+        wanted, ranks = min(num_samples, held_out.num_samples), world.data_size
         # Every rank runs as many forwards, since ZeRO-3 makes them collective; the last ones may weigh nothing.
         rounded = -(-wanted // ranks) * ranks
         maker = batch_maker(model_config, world.context_group.rank(), world.context_group.size())
         loader = Loader(
-            plan,
+            held_out,
             samples_per_step=rounded,
             dp_rank=world.data_rank,
             dp_size=ranks,

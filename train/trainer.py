@@ -18,7 +18,7 @@ import torch.distributed as dist
 import yaml
 
 import data_pipeline
-from data_pipeline import Loader, Plan, PreparedData
+from data_pipeline import Loader, TrainingData
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
@@ -57,7 +57,11 @@ CHANGEABLE = (
     "run.spike_factor",
     "run.recompute",
     "data.cache_dir",
+    "data.cache_gb",
     "data.prefetch_samples",
+    "data.retries",
+    "data.verify",
+    "data.accept_changes",
     "model.attention_backend",
 )
 
@@ -85,11 +89,11 @@ def train(config: TrainConfig) -> RunResult:
     # A wrong path must not wait for the data.
     checkpoint.find(config.resume, checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name))
     with StopRequest(config.run.max_minutes) as request:
-        prepared = data_pipeline.prepare(config.data, progress=rank == 0 and config.logging.progress)
-        config = dataclasses.replace(config, model=with_vocabulary(config.model, prepared.vocab_size))
+        data = data_pipeline.open_data(config.data, progress=rank == 0 and config.logging.progress)
+        config = dataclasses.replace(config, model=with_vocabulary(config.model, data.vocab_size))
         world = parallel.initialize(config.parallel, device)
         try:
-            return _train(config, world, prepared, directory, request, began)
+            return _train(config, world, data, directory, request, began)
         finally:
             parallel.shutdown()
 
@@ -97,16 +101,16 @@ def train(config: TrainConfig) -> RunResult:
 def _train(
     config: TrainConfig,
     world: World,
-    prepared: PreparedData,
+    data: TrainingData,
     directory: Path,
     request: StopRequest,
     began: float,
 ) -> RunResult:
     """`train` once the world stands."""
     if world.is_main:
-        _write_run_directory(directory, config, prepared)
+        _write_run_directory(directory, config, data)
     dist.barrier()
-    run = _Run(config, world, prepared, directory)
+    run = _Run(config, world, data, directory)
     step, last_step = run.resume(), min(config.run.steps, config.run.stop_at_step or config.run.steps)
     stopping = False
     if step >= last_step:
@@ -202,13 +206,13 @@ def train_step(
 class _Run:
     """What a run holds while it trains, and what it does between steps."""
 
-    def __init__(self, config: TrainConfig, world: World, prepared: PreparedData, directory: Path):
-        self.config, self.world, self.prepared, self.directory = config, world, prepared, directory
-        self.loader = make_loader(config, prepared, world)
-        self.held_out = _held_out(config, prepared, world)
+    def __init__(self, config: TrainConfig, world: World, data: TrainingData, directory: Path):
+        self.config, self.world, self.data, self.directory = config, world, data, directory
+        self.loader = make_loader(config, data, world)
+        self.held_out = _held_out(config, data, world)
         self.engine = build_engine(config, world)
         self.validation_loss: float | None = None
-        self.tokenizer_sha256 = hashlib.sha256(Path(prepared.tokenizer_path).read_bytes()).hexdigest()
+        self.tokenizer_sha256 = hashlib.sha256(Path(data.tokenizer_path).read_bytes()).hexdigest()
         self.spikes = SpikeDetector(config.run.spike_factor)
         self._saved_at, self._saved_step = time.monotonic(), -1
         self._healthy_step, self._rolled_back_to, self._rollbacks = 0, -1, 0
@@ -347,7 +351,7 @@ class _Run:
         with self.sums.clock_stopped():
             facts = {
                 "config": to_mapping(self.config),
-                "data_fingerprint": self.prepared.fingerprint,
+                "data_fingerprint": self.data.fingerprint,
                 "tokenizer_sha256": self.tokenizer_sha256,
             }
             health = {"recent_losses": self.spikes.recent}
@@ -382,21 +386,15 @@ def build_engine(config: TrainConfig, world: World) -> Engine:
     )
 
 
-def make_loader(config: TrainConfig, prepared: PreparedData, world: World) -> Loader:
-    plan = _plan(config, prepared.train)
+def make_loader(config: TrainConfig, data: TrainingData, world: World) -> Loader:
     return Loader(
-        plan,
+        data.samples("train", config.seq_len, config.alignment),
         samples_per_step=config.run.samples_per_step,
         dp_rank=world.data_rank,
         dp_size=world.data_size,
         prefetch=config.data.prefetch_samples,
         transform=batch_maker(config.model, world.context_group.rank(), world.context_group.size()),
     )
-
-
-def _plan(config: TrainConfig, shards: list[Path]) -> Plan:
-    data = config.data
-    return data_pipeline.build_plan(shards, config.seq_len, config.alignment, data.seed, data.cache_dir)
 
 
 def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -438,18 +436,16 @@ def _flatten(mapping: dict, place: str = "") -> dict:
     return flat
 
 
-def _write_run_directory(directory: Path, config: TrainConfig, prepared: PreparedData) -> None:
+def _write_run_directory(directory: Path, config: TrainConfig, data: TrainingData) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(prepared.tokenizer_path, directory / "tokenizer.model")
+    shutil.copyfile(data.tokenizer_path, directory / "tokenizer.model")
     text = yaml.safe_dump(to_mapping(config), sort_keys=False)
     (directory / "config.yaml").write_text(text, encoding="utf-8")
 
 
-def _held_out(config: TrainConfig, prepared: PreparedData, world: World) -> HeldOut:
-    plan = None
-    if prepared.validation and config.run.eval_samples:
-        plan = _plan(config, prepared.validation)
-    return HeldOut(plan, config.model, world, config.run.eval_samples)
+def _held_out(config: TrainConfig, data: TrainingData, world: World) -> HeldOut:
+    samples = data.samples("validation", config.seq_len, config.alignment) if config.run.eval_samples else None
+    return HeldOut(samples, config.model, world, config.run.eval_samples)
 
 
 def _open_log(config: TrainConfig, world: World, directory: Path, first_step: int) -> RunLog:

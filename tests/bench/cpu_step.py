@@ -42,10 +42,10 @@ def main() -> None:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         values = OmegaConf.to_container(compose("config", sys.argv[1:]), resolve=True)
     config = from_mapping(TrainConfig, values)  # type: ignore[arg-type]
-    prepared = data_pipeline.prepare(config.data)
-    config = dataclasses.replace(config, model=trainer.with_vocabulary(config.model, prepared.vocab_size))
+    data = data_pipeline.open_data(config.data)
+    config = dataclasses.replace(config, model=trainer.with_vocabulary(config.model, data.vocab_size))
     world = parallel.initialize(config.parallel, torch.device("cpu"))
-    engine, loader = trainer.build_engine(config, world), trainer.make_loader(config, prepared, world)
+    engine, loader = trainer.build_engine(config, world), trainer.make_loader(config, data, world)
     sums = StepSums(world)
     seconds = []
     for _ in range(WARM_UP + STEPS):

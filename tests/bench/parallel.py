@@ -4,7 +4,7 @@
     python -m tests.bench.parallel size=toy            on CPU ranks (gloo): proves the script, measures nothing
 
 Runs every layout in the same call, one after the other, on the same samples: first 20 steps of a small model whose
-losses must agree, then timed steps of a few layers of the large one. Prints a table and writes docs/results/parallel.json.
+losses must agree, then timed steps of a few layers of the large one. Prints a table, writes docs/results/parallel.json.
 """
 
 from __future__ import annotations
@@ -110,8 +110,13 @@ def run_layout(part: str, size: str, overrides: dict) -> None:
 
 def launch(part: str, size: str, layout: str) -> dict:
     ranks, overrides = LAYOUTS[layout]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
-               "--rdzv-endpoint=localhost:0", "-m", "tests.bench.parallel", part, size, json.dumps(overrides)]  # fmt: skip
+    torchrun = [
+        "torch.distributed.run",
+        f"--nproc-per-node={ranks}",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
+    command = [sys.executable, "-m", *torchrun, "-m", "tests.bench.parallel", part, size, json.dumps(overrides)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} if size == "toy" else dict(os.environ)
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
