@@ -22,7 +22,7 @@ class Checked:
     name: str  # run.name
     run_directory: Path  # absolute
     steps: int
-    memory: str  # one line for people; empty where the full check was turned off
+    memory: str  # for people; empty where the full check was turned off
 
 
 def check(launch: Launch) -> Checked:
@@ -30,7 +30,7 @@ def check(launch: Launch) -> Checked:
     values = compose(launch.overrides)
     memory = ""
     if launch.settings.check:
-        memory = memory_line(validated(values, launch.world_size), launch.world_size)
+        memory = memory_estimate(validated(values, launch.world_size), launch)
     run = values["run"]
     for key in ("root", "name"):
         if any(ord(character) < 32 for character in str(run[key])):
@@ -93,18 +93,21 @@ def validated(values: dict[str, Any], world_size: int) -> TrainConfig:
     return config
 
 
-def memory_line(config: TrainConfig, world_size: int) -> str:
-    """What weights, gradients and optimizer take of each rank; activations come on top."""
-    parallel, data_size = config.parallel, config.parallel.data(world_size)
-    vocab = config.model.vocab_size or config.data.vocab_size
-    parameters = dataclasses.replace(config.model, vocab_size=vocab).num_parameters()["total"]
-    # Bytes a parameter, and the ZeRO stage from which data x context ranks share them out.
-    parts = [(2 if config.run.precision == "bf16" else 4, 3), (4, 2), (4 + 8, 1)]
-    shares = data_size * parallel.context
-    per_parameter = sum(size / (shares if parallel.zero >= stage else 1) for size, stage in parts)
-    gib = parameters * per_parameter / parallel.tensor / 2**30
+def memory_estimate(config: TrainConfig, launch: Launch) -> str:
+    """The trainer's own estimate: the whole plan where there are GPUs to fit into, a line for CPU ranks."""
+    from train import dry_run
+
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or config.data.vocab_size)
+    )
+    try:
+        if launch.gpus_per_node:
+            return dry_run.describe(config, launch.world_size, config.dry_run_gpu)
+        plan = dry_run.plan(config, launch.world_size)
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+    parts = ", ".join(f"{name} {size / dry_run.GIB:,.2f}" for name, size in plan.memory.items())
     return (
-        f"{parameters / 1e6:,.1f}M parameters; {world_size} ranks = {data_size} data x {parallel.context} context x "
-        f"{parallel.tensor} tensor; weights, gradients and optimizer {gib:,.2f} GiB a rank, "
-        "before activations"
+        f"{plan.parameters / 1e6:,.1f}M parameters on {plan.world_size} ranks, {plan.data_size} of them data-parallel; "
+        f"memory of a rank: about {plan.total / dry_run.GIB:,.2f} GiB ({parts})"
     )

@@ -55,18 +55,30 @@ def find(text: str) -> Path:
 
 
 def progress(run: Path) -> Progress:
-    """Read from checkpoints, config.yaml and metrics.jsonl; a run that has none of them is at step 0."""
-    done = [int(p.name[5:]) for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-    steps = None
-    with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
-        steps = int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["run"]["steps"])
+    """Read from config.yaml, the checkpoints and metrics.jsonl; a run that has none of them is at step 0."""
+    config: dict[str, Any] = {}
+    with contextlib.suppress(OSError, yaml.YAMLError):
+        read = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = read if isinstance(read, dict) else {}
+    settings = config.get("run") or {}
     last = None
     with contextlib.suppress(OSError):
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 entry = json.loads(line)
                 last = entry if "loss" in entry else last
-    return Progress(max(done, default=0), steps, last)
+    elsewhere = (config.get("checkpoint") or {}).get("dir")
+    place = run / "checkpoints" if elsewhere is None else f"{elsewhere}/{settings.get('name')}"
+    return Progress(max(_saved_steps(str(place)), default=0), settings.get("steps"), last)
+
+
+def _saved_steps(place: str) -> list[int]:
+    """Steps of the complete checkpoints in a directory, or behind a URL."""
+    if "://" in place:
+        from train.checkpoint_files import Place, finished  # imports torch
+
+        return [saved.step for saved in finished(Place(place))]
+    return [int(p.name[5:]) for p in Path(place).glob("step-*") if p.name[5:].isdigit()]
 
 
 def write_record(run: Path, record: Record) -> None:

@@ -181,7 +181,7 @@ ask_to_save() {{
   again=$!
 }}
 trap ask_to_save USR1
-trap 'stop=1' TERM  # Slurm has signalled the steps itself
+trap 'stop=1' TERM  # preempted, cancelled or out of time: Slurm has signalled the steps itself
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port={port}
@@ -209,14 +209,16 @@ for attempt in $(seq 0 {restarts}); do
 done
 [ -z "$again" ] || kill "$again" 2>/dev/null
 [ "$code" = {requeue_code} ] || exit 1
-if [ {continuation} = requeue ]; then
+# A cancelled job is COMPLETING by now, a requeued one too: only one that still runs is this script's to requeue.
+state=$(squeue --noheader --jobs="$job" --format=%T)
+if [ {continuation} = requeue ] && [[ $state == RUNNING || $state == SIGNALING ]]; then
   if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {max_requeues} ]; then
     note "requeued {max_requeues} times already: launch.max_requeues"; exit 1
   fi
   note "requeued to continue"
   if scontrol requeue "$job"; then sleep 120; exit {requeue_code}; fi  # Slurm ends this script meanwhile
-  note "not requeued by this script; Slurm may have done it already"
 fi
+[ {continuation} = chain ] || note "left to Slurm: the job is ${{state:-gone}}"
 exit {requeue_code}
 """
 

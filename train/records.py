@@ -214,12 +214,11 @@ def _flatten(mapping: dict[str, Any], place: str = "") -> dict[str, Any]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the values, without the pull of its start."""
-    keep = 1 - 1 / max(1.0, len(values) / 20)
-    mean, weight, out = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(mean / weight)
+    """Mean over a twentieth of the values around each; around the first and last, over what there is on both sides."""
+    half, out = len(values) // 40, []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        out.append(statistics.fmean(values[i - reach : i + reach + 1]))
     return out
 
 

@@ -117,6 +117,8 @@ def _colors(runs: Sequence[Run]) -> list[Any]:
 
 
 def _draw_loss(figure, runs: Sequence[Run]) -> None:
+    from matplotlib import ticker
+
     axes = figure.add_subplot()
     lows, highs = [], []
     for run, color in zip(runs, _colors(runs)):
@@ -139,6 +141,7 @@ def _draw_loss(figure, runs: Sequence[Run]) -> None:
         margin = 0.25 * (max(highs) - min(lows))
         axes.set_ylim(min(lows) - 0.4 * margin, max(highs) + margin)
     _axes(axes, "tokens", "loss (nats per token)")
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     _legend(axes, runs)
 
 
@@ -172,6 +175,8 @@ def _draw_cost(figure, runs: Sequence[Run]) -> None:
 
 
 def _draw_speed(figure, runs: Sequence[Run]) -> None:
+    from matplotlib import ticker
+
     with_memory = any(r.peak_memory for r in runs)
     panels = figure.subplots(1, 2 if with_memory else 1, sharey=True, squeeze=False)[0]
     colors, places = _colors(runs), range(len(runs))
@@ -191,6 +196,8 @@ def _draw_speed(figure, runs: Sequence[Run]) -> None:
             )
         axes.set_yticks(places, [r.name for r in runs])
         axes.set_xlim(0, 1.15 * max(values))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
         _axes(axes, name, "")
     panels[0].invert_yaxis()
 
@@ -215,9 +222,12 @@ def _draw_pareto(figure, runs: Sequence[Run]) -> None:
     points = [(r.cache_bytes / 2**20, r.final_loss) for r in runs]
     front = pareto(points)
     axes.plot(*zip(*(points[i] for i in front)), color="#999999", linewidth=1.2, zorder=1)
-    for run, point, color in zip(runs, points, _colors(runs)):
-        axes.scatter(*point, color=color, s=46, zorder=2, edgecolor="white")
-        axes.annotate(run.name, point, xytext=(6, 5), textcoords="offset points", fontsize=8)
+    colors = _colors(runs)
+    for place, i in enumerate(sorted(range(len(runs)), key=lambda i: points[i])):
+        axes.scatter(*points[i], color=colors[i], s=46, zorder=2, edgecolor="white")
+        # Neighbours' names above and below their points in turn, so that close ones can be read.
+        offset = (6, 5) if place % 2 else (6, -12)
+        axes.annotate(runs[i].name, points[i], xytext=offset, textcoords="offset points", fontsize=8)
     axes.margins(x=0.14, y=0.14)
     _axes(axes, f"cache at {CONTEXT // 1024}k tokens (MiB)", "final loss (nats per token)")
 
@@ -242,7 +252,10 @@ def _lines(
         if alone and len(groups) > 1:
             axes.annotate(label, points[0], xytext=(0, 7), textcoords="offset points", fontsize=8, ha="center")
     axes.set_xscale("log", base=2)
-    ticks = sorted({x(run) for run in runs})
+    ticks: list[float] = []
+    for value in sorted({x(run) for run in runs}):
+        if not ticks or value >= 1.3 * ticks[-1]:  # closer ones would overlap
+            ticks.append(value)
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes.minorticks_off()
     axes.margins(x=0.1, y=0.1)
@@ -287,7 +300,7 @@ def draw(pictures_: Sequence[Picture], runs: Sequence[Run], output: Path) -> Non
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 960px; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }}
 h1 {{ font-size: 1.5rem; margin-bottom: .2rem }} h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .3rem }}
 img {{ width: 100%; height: auto }} p {{ margin: .4rem 0; max-width: 46rem }} .quiet {{ color: #666 }}
 .wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: 13px; margin: .6rem 0 }}
@@ -318,10 +331,8 @@ def page(title: str, runs: Sequence[Run], left_out: Sequence[str], drawn: Sequen
     parts.append(f"<h2>All numbers</h2>\n{_numbers(runs)}")
     changed = differences(runs)
     if changed:
-        rows = [[key, *(_plain(v) for v in values)] for key, values in changed.items()]
-        parts.append(
-            "<h2>What differs between the configurations</h2>\n" + _table(["key", *(r.name for r in runs)], rows)
-        )
+        rows = [[r.name, *(_plain(values[i]) for values in changed.values())] for i, r in enumerate(runs)]
+        parts.append("<h2>What differs between the configurations</h2>\n" + _table(["run", *changed], rows))
     remarks = [f"{run.name}: {remark}" for run in runs for remark in run.remarks] + [
         f"left out: {line}" for line in left_out
     ]

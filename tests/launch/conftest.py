@@ -15,6 +15,7 @@ import pytest
 from tests.train.runs import write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+STEPS = 240
 MODEL = (
     "seq_len=256 model.hidden_size=32 model.num_layers=4 model.num_heads=2 model.num_kv_heads=2 model.head_dim=16 "
     "model.ffn_size=64 model.chunk_size=4 model.window_chunks=4 data=jsonl data.vocab_size=400 "
@@ -29,6 +30,21 @@ def small(tmp_path_factory) -> list[str]:
     home = tmp_path_factory.mktemp("launch-data")
     write_corpus(home / "corpus.jsonl")
     return [*MODEL, f"data.path={home / 'corpus.jsonl'}", f"data.cache_dir={home / 'cache'}"]
+
+
+@pytest.fixture(scope="session")
+def two_ranks(small) -> list[str]:
+    """The training of two ranks that tests disturb in several ways."""
+    return [*small, "run.samples_per_step=2", f"run.steps={STEPS}", "checkpoint.every_steps=20"]
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(two_ranks, tmp_path_factory) -> Path:
+    """The same on two local agents that nobody disturbs: the losses that the others must end with."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    done = python("launch", "target=local", "nodes=2", "--", *two_ranks, f"run.root={root}", "run.name=quiet")
+    assert done.returncode == 0, done.stderr
+    return root / "quiet"
 
 
 def python(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:

@@ -1,6 +1,7 @@
 """The launcher's command line: what it accepts, and the one line it says about what it does not."""
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
@@ -103,14 +104,25 @@ def test_training_configuration_is_checked_for_the_layout(size, overrides, words
         assert word in str(caught.value)
 
 
-def test_memory_follows_the_layout():
-    """8 bytes of weights and gradients and 12 of optimizer, the latter over the data-parallel ranks under ZeRO-1."""
-    big = ["model=hybrid_1b9", "model.vocab_size=151936", "run.samples_per_step=4"]
-    values = check.compose(big)
-    parameters = check.validated(values, 1).model.num_parameters()["total"]
-    for ranks, bytes_each in ((1, 20), (4, 8 + 12 / 4)):
-        line = check.memory_line(check.validated(values, ranks), ranks)
-        assert f"{parameters * bytes_each / 2**30:,.2f} GiB a rank" in line
+def test_memory_is_estimated_for_the_layout():
+    """The trainer's plan, for the launch's ranks: ZeRO shares the optimizer out, and too much is called so."""
+    big = [
+        "model=hybrid_1b9",
+        "model.vocab_size=151936",
+        "run.samples_per_step=8",
+        "seq_len=8192",
+        "run.precision=bf16",
+    ]
+    told = {}
+    for nodes in (1, 8):
+        launch = parse([*SLURM, f"nodes={nodes}", "gpus_per_node=1", "--", *big])
+        told[nodes] = check.check(launch).memory
+        assert f"{nodes} ranks" in told[nodes] and "together" in told[nodes]
+    optimizer = {n: float(re.search(r"optimizer +([\d.]+) GiB", text)[1]) for n, text in told.items()}
+    assert optimizer[1] == pytest.approx(8 * optimizer[8], rel=0.01)
+    longer = check.check(parse([*SLURM, "gpus_per_node=1", "--", *big, "seq_len=1048576"])).memory
+    assert "does NOT fit" in longer
+    assert "memory of a rank: about" in check.check(parse(["target=local"])).memory
 
 
 def test_exit_codes_and_dry_run():

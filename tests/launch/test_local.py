@@ -8,7 +8,7 @@ import pytest
 
 from launch.agent import exit_code
 from launch.processes import descendants
-from tests.launch.conftest import losses, python, start, wait_for
+from tests.launch.conftest import STEPS, losses, python, start, wait_for
 
 
 @pytest.mark.parametrize(
@@ -47,22 +47,19 @@ def command_line(pid: int) -> bytes:
         return b""
 
 
-def test_two_agents_one_is_killed_the_job_continues(small, tmp_path):
+def test_two_agents_one_is_killed_the_job_continues(two_ranks, undisturbed_run, tmp_path):
     """A node's agent dies by SIGKILL and leaves its rank behind; all is started again and ends as if undisturbed."""
-    common = [*small, f"run.root={tmp_path}", "run.samples_per_step=2", "run.steps=60", "checkpoint.every_steps=10"]
-    quiet = python("launch", "target=local", "nodes=2", "launch.check=false", "--", *common, "run.name=quiet")
-    assert quiet.returncode == 0, quiet.stderr
-
     run, log = tmp_path / "disturbed", tmp_path / "log"
-    launcher = start("launch", "target=local", "nodes=2", "--", *common, "run.name=disturbed", log=log)
-    wait_for(lambda: max(losses(run), default=0) >= 15, "fifteen steps")
+    command = ["launch", "target=local", "nodes=2", "--", *two_ranks, f"run.root={tmp_path}", "run.name=disturbed"]
+    launcher = start(*command, log=log)
+    wait_for(lambda: max(losses(run), default=0) >= 25, "25 steps")
     agents, ranks = agents_of(launcher.pid), ranks_of(launcher.pid)
     assert (len(agents), len(ranks)) == (2, 2)
     os.kill(agents[1], signal.SIGKILL)
-    assert launcher.wait(timeout=150) == 0, log.read_text()
+    assert launcher.wait(timeout=280) == 0, log.read_text()
     assert "attempt 1 of 4 failed; starting again" in log.read_text()
     assert "resumed from" in log.read_text()
-    assert losses(run) == losses(tmp_path / "quiet") and len(losses(run)) == 60
+    assert losses(run) == losses(undisturbed_run) and len(losses(run)) == STEPS
     assert not [pid for pid in agents + ranks if b"launch" in command_line(pid) or b"train" in command_line(pid)]
 
 

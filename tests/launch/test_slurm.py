@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import ROOT, losses, python, wait_for
+from tests.launch.conftest import ROOT, STEPS, losses, wait_for
 from tests.launch.slurm.cluster import Cluster, missing
 
 pytestmark = pytest.mark.slurm
-STEPS = 240
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +32,9 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_nodes(small, root) -> list[str]:
+def two_nodes(two_ranks, root) -> list[str]:
     """Training overrides of the two-node job that the tests disturb."""
-    return [
-        *small,
-        f"run.root={hydra(root)}",
-        "run.samples_per_step=2",
-        f"run.steps={STEPS}",
-        "checkpoint.every_steps=20",
-    ]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(two_nodes, root) -> dict[int, float]:
-    """Losses of the same training on two local agents that nobody disturbs."""
-    done = python("launch", "target=local", "nodes=2", "launch.check=false", "--", *two_nodes, "run.name=quiet")
-    assert done.returncode == 0, done.stderr
-    return losses(root / "quiet")
+    return [*two_ranks, f"run.root={hydra(root)}"]
 
 
 def hydra(text: object) -> str:
@@ -57,15 +42,13 @@ def hydra(text: object) -> str:
     return '"' + str(text).replace('"', '\\"') + '"'
 
 
+def slurm_settings() -> list[str]:
+    keys = "partition=low time=30 cpus_per_rank=1 env.NCCL_SOCKET_IFNAME=null wait_seconds=20"
+    return ["target=slurm", *(f"launch.{key}" for key in keys.split())]
+
+
 def launch(cluster: Cluster, *arguments: str, module: str = "launch"):
-    settings = [
-        "launch.partition=low",
-        "launch.time=30",
-        "launch.cpus_per_rank=1",
-        "launch.env.NCCL_SOCKET_IFNAME=null",
-        "launch.wait_seconds=20",
-    ]
-    target = ["target=slurm", *settings] if arguments[0] not in ("status", "logs", "cancel") else []
+    target = [] if arguments[0] in ("status", "logs", "cancel") else slurm_settings()
     return cluster.run(sys.executable, "-m", module, *target, *arguments, cwd=ROOT)
 
 
@@ -98,7 +81,7 @@ def history(run: Path) -> str:
     return (run / "launch/history.log").read_text()
 
 
-def test_preempted_requeued_and_resumed_bitwise(cluster, two_nodes, undisturbed, root):
+def test_preempted_requeued_and_resumed_bitwise(cluster, two_nodes, undisturbed_run, root):
     """A job of higher priority takes the nodes; the run saves, makes way, comes back and ends with the same losses."""
     run = root / "preempted"
     launch(cluster, "nodes=2", "--", *two_nodes, "run.name=preempted")
@@ -113,12 +96,12 @@ def test_preempted_requeued_and_resumed_bitwise(cluster, two_nodes, undisturbed,
     assert "asked to stop" in said and "ended with 75" in said and "start 1.0" in said, said
     saved = int(re.search(r"saved step (\d+)", launch(cluster, "logs", str(run)).stdout)[1])
     assert 25 <= saved < STEPS and saved % 20, "it stopped where it was told to, not at a periodic checkpoint"
-    assert losses(run) == undisturbed and len(undisturbed) == STEPS
+    assert losses(run) == losses(undisturbed_run) and len(losses(run)) == STEPS
     assert {p.name.split("-")[-1] for p in (run / "launch/logs").glob("*-node*.log")} >= {"node1.log", "node2.log"}
     assert "finished of" in launch(cluster, "status", str(run)).stdout
 
 
-def test_a_node_crashes_the_job_comes_back_on_those_left(cluster, two_nodes, undisturbed, root):
+def test_a_node_crashes_the_job_comes_back_on_those_left(cluster, two_nodes, undisturbed_run, root):
     run = root / "crashed"
     launch(cluster, "nodes=2", "--", *two_nodes, "run.name=crashed")
     wait_for(lambda: max(losses(run), default=0) >= 30, "30 steps")
@@ -130,16 +113,22 @@ def test_a_node_crashes_the_job_comes_back_on_those_left(cluster, two_nodes, und
         cluster.boot(f"node{lost}")
     again = re.search(r"start 1\.0 on (\S+)", history(run))
     assert again and lost not in again[1], history(run)
-    assert losses(run) == undisturbed
+    assert losses(run) == losses(undisturbed_run)
     cluster.wait_idle(3)
 
 
-def test_out_of_time_the_chain_goes_on(cluster, small, root):
+def test_out_of_time_the_chain_goes_on(cluster, small, undisturbed_run, root):
     """One-minute links, asked to save 30 s before their end (Slurm: up to a minute earlier), until the run is done."""
     run = root / "long"
     chain = ["launch.continuation=chain", "launch.chain_jobs=8", "launch.time=1", "launch.signal_seconds=30"]
     launch(
-        cluster, *chain, "--", *small, f"run.root={hydra(root)}", "run.name=long", f"run.steps={steps_for(35, root)}"
+        cluster,
+        *chain,
+        "--",
+        *small,
+        f"run.root={hydra(root)}",
+        "run.name=long",
+        f"run.steps={steps_for(35, undisturbed_run)}",
     )
     jobs = json.loads((run / "launch/launch.json").read_text())["jobs"]
     assert len(jobs) == 8
@@ -154,20 +143,30 @@ def test_out_of_time_the_chain_goes_on(cluster, small, root):
     assert len([s for s in resumed if int(s) > 0]) >= links - 1
 
 
-def steps_for(seconds: float, root: Path) -> int:
+def steps_for(seconds: float, judged_by: Path) -> int:
     """Steps of one rank that take about this long here, judged by a run of this session."""
-    records = [json.loads(line) for line in (root / "quiet/metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (judged_by / "metrics.jsonl").read_text().splitlines()]
     each = sorted(r["step_seconds"] for r in records if "step_seconds" in r)
     return int(seconds / each[len(each) // 2])
 
 
-def test_cancel(cluster, two_nodes, root):
-    run = root / "cancelled"
-    launch(cluster, "nodes=2", "--", *two_nodes[:-2], "run.steps=100000", "run.name=cancelled")
-    wait_for(lambda: state(cluster, job_of(run)) == "RUNNING", "the job to run", 60)
+@pytest.mark.parametrize("when", ["starting", "training"])
+def test_cancelled_jobs_stay_away(when, cluster, two_nodes, root):
+    """Cancelling signals the ranks too; that they say "run me again" must not bring the job back."""
+    run = root / f"cancelled-{when}"
+    launch(cluster, "nodes=2", "--", *two_nodes, "run.steps=100000", f"run.name=cancelled-{when}")
+    again = cluster.run(sys.executable, "-m", "launch", *slurm_settings(), "launch.check=false", "--", *two_nodes,
+                        f"run.name=cancelled-{when}", cwd=ROOT, check=False)  # fmt: skip
+    assert again.returncode == 2 and "still in the queue" in again.stderr
+    if when == "training":
+        wait_for(lambda: max(losses(run), default=0) >= 3, "three steps")
+    else:
+        wait_for(lambda: state(cluster, job_of(run)) == "RUNNING", "the job to run", 60)
     assert "cancelled job" in launch(cluster, "cancel", str(run)).stdout
-    assert wait_for_end(cluster, run, 90) == "CANCELLED"
+    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the queue to empty", 90)
+    assert state(cluster, job_of(run)) == "CANCELLED", told(run)
     assert "requeued" not in (history(run) if (run / "launch/history.log").exists() else "")
+    assert "start 1.0" not in (history(run) if (run / "launch/history.log").exists() else "")
     cluster.wait_idle(3)
 
 

@@ -51,7 +51,7 @@ def test_budgets_give_every_point_as_much_as_the_base(tmp_path):
         ([], ["sweep=NAME"]),
         (["sweep=none"], ["nothing to vary", "k, pattern, window"]),
         (["sweep=s", "model.chunk_sise=2,4"], ["model.chunk_sise", "did you mean model.chunk_size"]),
-        (["sweep=s", "model.chunk_size=3,4"], ["chunk_size=3", "seq_len=4096"]),
+        (["sweep=s", "model.chunk_size=3,4", "seq_len=4096"], ["chunk_size=3", "seq_len=4096"]),
         (["sweep=s", "model.chunk_size=4,4"], ["twice"]),
         (["sweep=s", "model.chunk_size=4,8", "run.name=x"], ["names its runs itself"]),
         (["sweep=../s", "model.chunk_size=4,8"], ["'../s'"]),

@@ -67,6 +67,10 @@ def test_without_held_out_loss_the_last_tenth_counts(tmp_path):
 def test_smoothing_and_front():
     assert smoothed([5.0] * 100) == pytest.approx([5.0] * 100)
     assert smoothed([1.0, 2.0]) == [1.0, 2.0]  # too few to smooth
+    line = [3.0 - 0.01 * i for i in range(200)]
+    assert smoothed(line) == pytest.approx(line)  # no lag behind a falling loss
+    noisy = [x + (-1) ** i for i, x in enumerate(line)]
+    assert max(abs(a - b) for a, b in zip(smoothed(noisy)[20:180], line[20:180])) < 0.15
     assert pareto([(1, 5), (2, 6), (3, 4), (3, 3), (9, 9)]) == [0, 3]
 
 
@@ -78,7 +82,7 @@ def test_page_holds_everything_itself(sweep):
     assert beside == ["cost.png", "final_loss.png", "loss.png", "pareto.png", "speed.png"] and len(inside) == 5
     assert "http" not in re.sub(r"base64,[^\"]+", "", page)
     assert "Lowest final loss: chunk_size=2" in page and "Smallest cache: chunk_size=16" in page
-    assert page.count("<tr") == 5 + 2  # four runs and a head; one differing key and a head
+    assert page.count("<tr") == 5 + 5  # four runs and a head, twice
     assert "model.chunk_size" in page and "run.name" not in page
     for picture in inside:
         assert colors(picture) > 50
