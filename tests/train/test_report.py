@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import struct
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.launch.slurm.cluster import install
 from train import records, report
 from train.records import CONTEXT, ReportError, find_runs, pareto, read_run, smoothed
 
@@ -170,19 +172,10 @@ def test_flops_count_follows_the_length(sweep):
 
 def browser() -> str | None:
     """Chromium or Chrome; Debian's package is installed where root may do that."""
-    import os
-
     names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((p for n in names if (p := shutil.which(n))), None)
-    if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
-            subprocess.run(
-                ["apt-get", *command], capture_output=True, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            )
-        found = shutil.which("chromium")
-    if found is None and os.environ.get("CI") == "true":
-        pytest.fail("Chromium cannot be installed here")
-    return found
+    if not any(map(shutil.which, names)):
+        install(["chromium"])
+    return next((p for n in names if (p := shutil.which(n))), None)
 
 
 @pytest.mark.browser
@@ -190,7 +183,7 @@ def test_page_in_chromium_shows_its_pictures(sweep, tmp_path):
     """The page lays out, every picture has its size, and a canvas in the page sees that it is not blank."""
     program = browser()
     if program is None:
-        pytest.skip("no Chromium, and it cannot be installed without root and apt-get")
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no Chromium, and it cannot be installed here")
     path = report.write_report([sweep])
     probe = """<script>addEventListener("load", () => { const said = [...document.images].map(image => {
       const canvas = document.createElement("canvas"), pen = canvas.getContext("2d");

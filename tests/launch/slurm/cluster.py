@@ -223,30 +223,27 @@ class Cluster:
 
 def missing() -> str:
     """Why there can be no cluster here, or an empty text; installs the packages where that is possible."""
-    absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if os.geteuid():
         return "Slurm's test cluster needs root, for namespaces"
-    if absent and shutil.which("apt-get"):
-        install()
+    if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
+        install(PACKAGES)
         absent = [program for program in PROGRAMS if shutil.which(program) is None]
     return f"Slurm cannot be installed here: no {', '.join(absent)}" if absent else ""
 
 
-def install() -> None:
-    """Debian's packages; no service is started: the policy file says so while they are set up."""
+def install(packages: list[str]) -> None:
+    """Debian packages, where root and apt-get are there; no service is started: the policy file says so meanwhile."""
+    if os.geteuid() or shutil.which("apt-get") is None:
+        return
     policy = Path("/usr/sbin/policy-rc.d")
     ours = not policy.exists()
     if ours:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     try:
-        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
-            subprocess.run(
-                ["apt-get", *command],
-                check=False,
-                capture_output=True,
-                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-            )
+        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *packages]):
+            subprocess.run(["apt-get", *command], check=False, capture_output=True, env=environment)
     finally:
         if ours:
             policy.unlink()
