@@ -5,6 +5,7 @@ import pytest
 os.environ.setdefault("WANDB_MODE", "offline")
 # Models here are tiny, and several processes share the cores: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
