@@ -2,6 +2,6 @@
 
 import os
 
-# Threads that wait for each other sleep instead of spinning. OpenMP spins by default, and on cores that another process
-# uses as well a step then takes ten times as long (docs/log.md). It reads this when torch is imported, so it stands here.
+# Threads that wait for each other sleep instead of spinning. OpenMP spins by default, and on cores that others use as
+# well a step then takes ten times as long (docs/log.md). It reads this when torch is imported, so it stands here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
