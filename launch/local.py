@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from launch.agent import GRACE
 from launch.config import PROJECT, Launch
@@ -89,11 +88,8 @@ def run(launch: Launch, lock: int) -> int:
     return supervise(start, restarts=launch.settings.restarts, grace_seconds=launch.settings.grace_seconds)
 
 
-def supervise(
-    start: Callable[[int], list[subprocess.Popen]], *, restarts: int, grace_seconds: float, out: IO[str] | None = None
-) -> int:
+def supervise(start: Callable[[int], list[subprocess.Popen]], *, restarts: int, grace_seconds: float) -> int:
     """Start attempt after attempt until one ends for good. Signals that ask this process to stop go to its children."""
-    out = out or sys.stderr
     adopt_orphans()
     with _Stop() as stop:
         for attempt in range(restarts + 1):
@@ -103,14 +99,14 @@ def supervise(
             finally:
                 end_descendants()
             if code == REQUEUE or (stop.count and code):
-                print("stopped; the same command continues from the newest checkpoint", file=out)
+                print("stopped; the same command continues from the newest checkpoint", file=sys.stderr)
                 return REQUEUE
             if code in (0, BAD_INPUT):
                 return code
             print(
                 f"attempt {attempt + 1} of {restarts + 1} failed"
                 + ("; starting again from the newest checkpoint" if attempt < restarts else ""),
-                file=out,
+                file=sys.stderr,
             )
         return 1
 

@@ -141,7 +141,7 @@ def plan(options: Options, launch: Launch) -> tuple[Path, Sweep]:
     stored = read(home)
     preset = _preset(options.name)
     budget = options.budget or (stored.budget if stored else preset.get("budget", "tokens"))
-    if not axes and stored is not None and not common:
+    if not axes and not common and stored is not None and options.budget in (None, stored.budget):
         return home, stored
     if not axes:
         source = stored.given if stored else preset.get("overrides", [])

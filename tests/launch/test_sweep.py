@@ -81,6 +81,8 @@ def test_a_sweep_begun_otherwise_is_refused_and_more_values_extend_it(tmp_path):
     assert planned(["sweep=s"], tmp_path) == (home, first)
     assert [p.name for p in planned(["sweep=s", "model.chunk_size=8,16"], tmp_path)[1].points] == [
         "chunk_size=4", "chunk_size=8", "chunk_size=16"]  # fmt: skip
+    with pytest.raises(LaunchError, match=r"begun with other settings.*run.steps"):
+        planned(["sweep=s", "sweep.budget=flops"], tmp_path)
     with pytest.raises(LaunchError, match=r"begun with other settings.*optim.lr"):
         planned(["sweep=s", "model.chunk_size=4,8", "optim.lr=1e-4"], tmp_path)
     (home / "sweep.json").write_text("{")
