@@ -47,6 +47,7 @@ def command_line(pid: int) -> bytes:
         return b""
 
 
+@pytest.mark.slow
 def test_two_agents_one_is_killed_the_job_continues(two_ranks, undisturbed_run, tmp_path):
     """A node's agent dies by SIGKILL and leaves its rank behind; all is started again and ends as if undisturbed."""
     run, log = tmp_path / "disturbed", tmp_path / "log"
@@ -63,6 +64,7 @@ def test_two_agents_one_is_killed_the_job_continues(two_ranks, undisturbed_run, 
     assert not [pid for pid in agents + ranks if b"launch" in command_line(pid) or b"train" in command_line(pid)]
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_and_the_same_command_continues(small, tmp_path):
     command = ["launch", "target=local", "--", *small, f"run.root={tmp_path}", "run.name=r", "run.steps=100000"]
     log = tmp_path / "log"
@@ -85,6 +87,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_continues(small, tmp_path):
     assert f"at step {saved}" in again.stderr and max(losses(tmp_path / "r")) == saved + 3
 
 
+@pytest.mark.slow
 def test_bad_input_found_late_is_not_tried_again(small, tmp_path):
     done = python(
         "launch", "target=local", "--", *small, f"data.path={tmp_path / 'none.jsonl'}", f"run.root={tmp_path}"
@@ -93,6 +96,7 @@ def test_bad_input_found_late_is_not_tried_again(small, tmp_path):
     assert "attempt" not in done.stderr and "none.jsonl" in done.stderr
 
 
+@pytest.mark.slow
 def test_metacharacters_in_the_run_name_are_a_name(small, tmp_path):
     name = "it's; touch pwned $(touch pwned) & x"
     hydra = '"' + name.replace('"', '\\"') + '"'

@@ -90,6 +90,7 @@ def test_a_sweep_begun_otherwise_is_refused_and_more_values_extend_it(tmp_path):
         planned(["sweep=s"], tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_half_way_only_what_is_missing_runs_again(small, tmp_path):
     """The default model, k in {2, 4, 8, 16}, one point spoiled: kill -9 in the second, start again, mend, report."""
     small = [o for o in small if not o.startswith(("model.", "seq_len="))] + ["seq_len=512"]
