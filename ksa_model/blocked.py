@@ -9,9 +9,48 @@ from dataclasses import dataclass
 
 import torch
 
-from ksa_model.layout import KeyRanges
+from ksa_model.ranges import KeyRanges
 
 ROWS_PER_BLOCK = 128  # query rows per block; see docs/log.md for the sizes tried
+
+
+# keys and values [N, G, d] and the rows' ranges over them
+Part = tuple[torch.Tensor, torch.Tensor, KeyRanges]
+
+
+@dataclass
+class Softmax:
+    """What rows have seen so far: out [T, H, d] in the query's dtype, lse [T, H] fp32 (-inf where nothing)."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def attend(q: torch.Tensor, parts: list[Part], before: Softmax | None = None) -> Softmax:
+    """The joint softmax of q [T, H, d] over `parts`, going on from `before`. Twin: `fused.attend`."""
+    results = [attend_ranges(q, k, v, ranges) for k, v, ranges in parts]
+    if before is not None:
+        results.insert(0, (before.out.float(), before.lse))
+    out, lse = merge(results)
+    return Softmax(out.to(q.dtype), lse)
+
+
+class Gradient:
+    """Gradients of parts under their joint softmax: `add` each group of parts, then take `grad_q` [T, H, d]."""
+
+    def __init__(self, grad_out: torch.Tensor, q: torch.Tensor, softmax: Softmax):
+        self._grad_out, self._q, self._lse = grad_out, q, softmax.lse
+        self._delta = (grad_out.float() * softmax.out.float()).sum(-1)  # [T, H]
+        self._grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+
+    def add(self, parts: list[Part]) -> list[list[torch.Tensor]]:
+        """Gradients [N, G, d] of every part's keys and values."""
+        operands = self._lse, self._delta, self._grad_q
+        return [attend_ranges_backward(self._grad_out, self._q, k, v, ranges, *operands) for k, v, ranges in parts]
+
+    @property
+    def grad_q(self) -> torch.Tensor:
+        return self._grad_q.to(self._q.dtype)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ class Exchange:
     This base class exchanges nothing.
     """
 
+    travels = False  # whether anything is sent
+
     def start(self, k: torch.Tensor, v: torch.Tensor) -> Pending | Arrived:
         return Arrived(k, v)
 
@@ -86,6 +88,8 @@ class Halo(Exchange):
     forward: [slice_a | slice_b] -> [halo_a | slice_a | halo_b | slice_b]; the sample's first halo is zeros,
     which no key range reaches. backward sends each halo's gradient back to the rows it is a copy of and adds it there.
     """
+
+    travels = True
 
     context: ContextParallel
     halo_rows: int
@@ -143,6 +147,8 @@ class Halo(Exchange):
 @dataclass(frozen=True)
 class Gather(Exchange):
     """Every rank's rows, in the order of the sample. backward: the sum of all ranks' gradients for this rank's rows."""
+
+    travels = True
 
     context: ContextParallel
     kind: str  # what the byte counter calls it

@@ -23,7 +23,8 @@ class ModelConfig:
     `layer_pattern` is one letter per layer (`K` KSA, `F` full, `S` sliding window, `C` sliding chunk), repeated to
     `num_layers`. `window_chunks` is how many earlier chunks a text token still sees as text: one number for every
     layer, or one per letter of the pattern. `attention_backend` picks the kernels: `auto` the fastest that fits the
-    device, `blocked` the plain torch path with linear memory, `reference` the dense fp32 ground truth.
+    device, `fused` the CUDA kernels or an error, `blocked` plain torch with linear memory, `reference` the dense fp32
+    ground truth.
     """
 
     hidden_size: int
@@ -92,9 +93,9 @@ class ModelConfig:
             )
         if min(self.window_per_letter) < 0:
             raise ModelConfigError(f"model.window_chunks={self.window_chunks} must not be negative")
-        if self.attention_backend not in ("auto", "blocked", "reference"):
+        if self.attention_backend not in ("auto", "fused", "blocked", "reference"):
             raise ModelConfigError(
-                f"model.attention_backend={self.attention_backend!r} is not one of auto, blocked, reference"
+                f"model.attention_backend={self.attention_backend!r} is not one of auto, fused, blocked, reference"
             )
 
     @property

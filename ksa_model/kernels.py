@@ -2,25 +2,30 @@
 
 Legend: T text rows, S summary rows, C chunks, H query heads, G key/value heads, d head dimension.
 
-A part is one set of keys (near text, far summaries) with its key ranges. Each part's forward returns its own normalised
-output and log-sum-exp; `merge` combines them into the joint softmax. The backward hands every part the *merged* output
-and log-sum-exp, with which the parts' gradients add up exactly (the identity behind ring attention, arXiv 2310.01889):
-for joint weights P = exp(s - lse), dS = P * (dP - rowsum(dO * O)) needs nothing of the other parts but lse and O.
+A part is one set of keys (near text, far summaries) with its key ranges. Parts share one softmax: each can be computed
+on its own and merged by its log-sum-exp, and backward hands every part the *merged* output and log-sum-exp, with which
+the parts' gradients add up exactly (the identity behind ring attention, arXiv 2310.01889): for joint weights
+P = exp(s - lse), dS = P * (dP - rowsum(dO * O)) needs nothing of the other parts but lse and O.
 
-The blocked path below is plain torch: it walks over blocks of query rows, touches only the keys their ranges name and
-keeps no tensor larger than a block. It runs on any device and in any dtype, accumulating in fp32.
+Two modules compute parts, with the same names inside: `blocked` in plain torch on any device, `fused` on CUDA. Both
+accumulate in fp32 and keep nothing larger than their operands.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 
-from ksa_model import reference
-from ksa_model.blocked import attend_ranges, attend_ranges_backward, merge
-from ksa_model.collectives import ContextParallel, Exchange, gather, halo
-from ksa_model.layout import KeyRanges, SequenceLayout
+from ksa_model import blocked, reference
+from ksa_model.collectives import Arrived, ContextParallel, Exchange, Pending, gather, halo
+from ksa_model.config import ModelConfigError
+from ksa_model.layout import SequenceLayout
+from ksa_model.ranges import KeyRanges
 
 
 def ksa_attention(
@@ -44,7 +49,9 @@ def ksa_attention(
         return reference.ksa_attention(q_text, k_text, v_text, k_summary, v_summary, layout, window_chunks)
     near = Part(layout.near_ranges(window_chunks), halo(context, window_chunks * layout.chunk_size))
     far = Part(layout.far_ranges(window_chunks), gather(context, "summaries"))
-    return _JointAttention.apply((near, far), q_text, k_text, v_text, k_summary, v_summary)
+    if near.exchange.travels or far.exchange.travels:  # near text has the shorter way
+        return _JointAttention.apply((near, far), choose(q_text, backend), q_text, k_text, v_text, k_summary, v_summary)
+    return _JointAttention.apply((far, near), choose(q_text, backend), q_text, k_summary, v_summary, k_text, v_text)
 
 
 def text_attention(
@@ -67,7 +74,34 @@ def text_attention(
         part = Part(layout.sliding_ranges(window_tokens), halo(context, window_tokens - 1))
     else:
         part = Part(layout.near_ranges(window_chunks), halo(context, window_chunks * layout.chunk_size))
-    return _JointAttention.apply((part,), q, k, v)
+    return _JointAttention.apply((part,), choose(q, backend), q, k, v)
+
+
+def choose(q: torch.Tensor, backend: str) -> ModuleType:
+    """The module that computes parts for `backend` `auto`, `blocked` or `fused`. Raises `ModelConfigError`."""
+    if backend == "blocked" or (backend == "auto" and not q.is_cuda):
+        return blocked
+    try:
+        from ksa_model import fused  # needs Triton, which CPU builds of torch come without
+    except ImportError as error:
+        if backend == "auto":
+            return _slower_path(f"Triton is missing ({error})")
+        raise ModelConfigError(f"model.attention_backend=fused needs Triton: {error}") from None
+    if fused.supports(q):
+        return fused
+    needs = "a CUDA device of compute capability 8.0 or newer, bf16 or fp16, and head_dim at most 256 in steps of 8"
+    has = f"{q.device.type}, {str(q.dtype).removeprefix('torch.')}, head_dim={q.shape[-1]}"
+    if q.is_cuda:
+        has += ", compute capability {}.{}".format(*torch.cuda.get_device_capability(q.device))
+    if backend == "fused":
+        raise ModelConfigError(f"model.attention_backend=fused needs {needs}; here it is {has}")
+    return _slower_path(f"the fused kernels need {needs}; here it is {has}")
+
+
+@functools.cache
+def _slower_path(why: str) -> ModuleType:
+    warnings.warn(f"attention runs on the slower blocked path: {why}", stacklevel=3)
+    return blocked
 
 
 def summary_attention(
@@ -125,32 +159,39 @@ class _JointAttention(torch.autograd.Function):
     """One softmax over several parts; the i-th pair of keys and values belongs to `parts[i]`.
 
     Every exchange starts before the first part is computed and is waited for when its part's turn comes, so the part
-    with the largest exchange stands last; backward runs the other way round.
+    with the largest exchange stands last; backward runs the other way round. Parts that are here already are handed
+    over together, since the fused kernels then join them in one pass.
     """
 
     @staticmethod
-    def forward(ctx, parts: tuple[Part, ...], q, *keys_and_values):
+    def forward(ctx, parts: tuple[Part, ...], kernels, q, *keys_and_values):
         own = zip(keys_and_values[::2], keys_and_values[1::2])
         pending = [part.exchange.start(k, v) for part, (k, v) in zip(parts, own)]
-        seen, results = [], []
-        for part, arriving in zip(parts, pending):
-            k, v = arriving.wait()
-            seen += [k, v]
-            results.append(attend_ranges(q, k, v, part.ranges))
-        out, lse = merge(results)
-        out = out.to(q.dtype)
-        ctx.parts = parts
-        ctx.save_for_backward(q, out, lse, *seen)
-        return out
+        seen: list[torch.Tensor] = []
+        softmax: Any = None
+        for group in _groups(parts):
+            arrived = [(*pending[i].wait(), parts[i].ranges) for i in group]
+            seen += [x for k, v, _ in arrived for x in (k, v)]
+            softmax = kernels.attend(q, arrived, softmax)
+        ctx.parts, ctx.kernels = parts, kernels
+        ctx.save_for_backward(q, softmax.out, softmax.lse, *seen)
+        return softmax.out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, out, lse, *seen = ctx.saved_tensors
-        delta = (grad_out.float() * out.float()).sum(-1)  # [T, H]
-        grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        pending = []
-        for part, k, v in reversed(list(zip(ctx.parts, seen[::2], seen[1::2]))):
-            grads = attend_ranges_backward(grad_out, q, k, v, part.ranges, lse, delta, grad_q)
-            pending.append(part.exchange.start_backward(*grads))
-        grads = [grad for arriving in reversed(pending) for grad in arriving.wait()]
-        return None, grad_q.to(q.dtype), *grads
+        parts, kernels = ctx.parts, ctx.kernels
+        gradient = kernels.Gradient(grad_out, q, kernels.Softmax(out, lse))
+        pending: dict[int, Pending | Arrived] = {}
+        for group in reversed(_groups(parts)):
+            found = gradient.add([(seen[2 * i], seen[2 * i + 1], parts[i].ranges) for i in group])
+            pending |= {i: parts[i].exchange.start_backward(*grads) for i, grads in zip(group, found)}
+        grads = [grad for i in range(len(parts)) for grad in pending[i].wait()]
+        return None, None, gradient.grad_q, *grads
+
+
+def _groups(parts: tuple[Part, ...]) -> list[list[int]]:
+    """Parts to compute together: all of them, or one by one where some have to travel."""
+    if any(part.exchange.travels for part in parts):
+        return [[i] for i in range(len(parts))]
+    return [list(range(len(parts)))]

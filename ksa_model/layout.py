@@ -3,9 +3,9 @@
 Legend: T text rows, k tokens a chunk, C = T/k chunks, m summaries a chunk, S = C*m summary rows, W window chunks.
 
 Every attention pattern of this project has one shape: a query row sees one *contiguous* range of key rows, and both
-ends of the range never move backwards from row to row. `KeyRanges` is that shape; kernels, block lists, FLOP counts
-and the context-parallel exchange all derive from it. The dense statement of the same rule, from the definitions, is in
-`ksa_model.reference`, and the tests hold the two against each other.
+ends of the range never move backwards from row to row. `ranges.KeyRanges` is that shape; kernels, block lists, FLOP
+counts and the context-parallel exchange all derive from it. The dense statement of the same rule, from the definitions,
+is in `ksa_model.reference`, and the tests hold the two against each other.
 """
 
 from __future__ import annotations
@@ -13,60 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from ksa_model.config import ModelConfigError
-
-
-@dataclass(frozen=True)
-class KeyRanges:
-    """Query row `i` sees key rows `start[i] .. end[i]-1`; an empty range (`start == end`) sees nothing.
-
-    `start` and `end` are int64 arrays, non-decreasing, so that the keys of a block of rows are one slice too.
-    """
-
-    start: np.ndarray
-    end: np.ndarray
-    _cache: dict = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def visible_keys(self) -> int:
-        """Query-key pairs that exist, for FLOP counts."""
-        return int((self.end - self.start).sum())
-
-    def blocks(self, rows_per_block: int) -> list[Block]:
-        """The rows cut into blocks, each with the slice of keys it needs; blocks without keys are left out."""
-        if rows_per_block not in self._cache:
-            blocks = (self._block(first, rows_per_block) for first in range(0, len(self.start), rows_per_block))
-            self._cache[rows_per_block] = [block for block in blocks if block is not None]
-        return self._cache[rows_per_block]
-
-    def _block(self, first: int, rows_per_block: int) -> Block | None:
-        start, end = self.start[first : first + rows_per_block], self.end[first : first + rows_per_block]
-        seeing = np.flatnonzero(end > start)
-        if not len(seeing):
-            return None
-        key_start, key_end = int(start[seeing[0]]), int(end[seeing[-1]])
-        return Block(
-            rows=slice(first, first + len(start)),
-            keys=slice(key_start, key_end),
-            full=bool((start <= key_start).all() and (end >= key_end).all()),
-        )
-
-    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """`start` and `end` as int64 tensors on `device`, copied once."""
-        if device not in self._cache:
-            self._cache[device] = (torch.from_numpy(self.start).to(device), torch.from_numpy(self.end).to(device))
-        return self._cache[device]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive query rows and the slice of keys that any of them sees; `full`: all of them see all of it."""
-
-    rows: slice
-    keys: slice
-    full: bool
+from ksa_model.ranges import KeyRanges
 
 
 @dataclass(frozen=True)
@@ -123,13 +72,14 @@ class SequenceLayout:
             start = np.repeat(self.first_chunks * self.summary_tokens, self.chunk_size)
             end = np.repeat(last, self.chunk_size)
             # Padding sees nothing. Its range is kept in step with its neighbours so that ranges stay ordered.
-            return KeyRanges(start=np.where(self.text_is_real, start, end), end=end)
+            growth = (self.chunk_size, self.summary_tokens)
+            return KeyRanges(start=np.where(self.text_is_real, start, end), end=end, growth=growth)
 
         return self.cached(("far", window_chunks), compute)
 
     def full_ranges(self) -> KeyRanges:
         """All earlier text of the document and the row itself."""
-        return self.cached("full", lambda: self._causal_from(self.document_starts))
+        return self.cached("full", lambda: self._causal_from(self.document_starts, growth=(1, 1)))
 
     def sliding_ranges(self, window_tokens: int) -> KeyRanges:
         """The last `window_tokens` text rows of the document, the row itself included."""
@@ -140,10 +90,10 @@ class SequenceLayout:
 
         return self.cached(("sliding", window_tokens), compute)
 
-    def _causal_from(self, start: np.ndarray) -> KeyRanges:
+    def _causal_from(self, start: np.ndarray, growth: tuple[int, int] | None = None) -> KeyRanges:
         row = np.arange(self.num_text)
         real = self.text_is_real
-        return KeyRanges(start=np.where(real, start, row), end=np.where(real, row + 1, row))
+        return KeyRanges(start=np.where(real, start, row), end=np.where(real, row + 1, row), growth=growth)
 
     def cached(self, key, compute):
         """What `compute()` gives, kept with the layout under `key`."""
@@ -231,7 +181,9 @@ class ShardedLayout(SequenceLayout):
         return self._in_whole(self._whole.full_ranges())
 
     def _in_whole(self, ranges: KeyRanges) -> KeyRanges:
-        return self.cached(id(ranges), lambda: KeyRanges(self.rows(ranges.start), self.rows(ranges.end)))
+        return self.cached(
+            id(ranges), lambda: KeyRanges(self.rows(ranges.start), self.rows(ranges.end), growth=ranges.growth)
+        )
 
     def _behind_halo(self, ranges: KeyRanges, halo_rows: int) -> KeyRanges:
         """Sample rows -> rows of the halo buffer, where slice i's first row stands `halo_rows` behind its halo's."""

@@ -3,46 +3,47 @@
 Legend: T query rows, N key rows, H query heads, G key/value heads, d head dimension; out and q are [T, H, d], keys and
 values [N, G, d], the log-sum-exp [H, T] in natural logarithms.
 
-Row i sees keys `start[i] .. end[i]-1` and both ends never move backwards (`layout.KeyRanges`). So the keys of a tile of
-rows are one slice of which only the two ends need a mask, and the rows that see a key are one slice too: backward for
-keys walks over rows by the transposed ranges and needs no atomics, the same bits come out every time.
+One launch joins one or two parts (sets of keys) in one softmax. Row i of a part sees keys `start[i] .. end[i]-1`. A
+program computes one tile of rows of one head and walks over the keys that any of its rows sees; `ranges` says on the
+host which those are and which of them need no mask. Backward for keys walks over the rows that see a tile of keys, over
+all query heads that share them: nothing is added atomically and the same bits come out every time.
 
-A row that sees nothing has log-sum-exp +inf here: exp(s - inf) = 0 keeps it out of every gradient without a mask.
+A row that sees nothing has log-sum-exp +inf: exp(s - inf) = 0 keeps it out of every gradient without a mask.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
+
+from ksa_model.ranges import KeyRanges
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _slice_bounds(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
-    """Where a tile's walk over [lo, hi) begins, and where its unmasked middle begins and ends."""
-    begin = lo // BLOCK * BLOCK
-    middle = tl.maximum(begin, tl.minimum(tl.cdiv(full_lo, BLOCK), tl.cdiv(hi, BLOCK)) * BLOCK)
-    end = tl.maximum(middle, full_hi // BLOCK * BLOCK)
-    return begin, middle, end
+def _attend(acc, top, total, q, k, v, row_start, row_end, tile, rows, inside, num_keys, k_stride, v_stride, scale,
+            D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Online softmax (arXiv 1805.02867) of a tile of rows over one part; `top` and `total` are in base 2.
 
-
-@triton.jit
-def _attend_slice(acc, top, total, q, keys, values, lo, hi, start, end, scale, MASKED: tl.constexpr,
-                  BLOCK_N: tl.constexpr):  # fmt: skip
-    """Online softmax (arXiv 1805.02867) of a tile of rows over keys [lo, hi); `top` and `total` in base 2."""
-    for n in tl.range(lo, hi, BLOCK_N):
+    One loop with the mask behind a branch: loops of their own for the masked ends would each fill a pipeline anew.
+    """
+    lo, hi, full_lo, full_hi = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    start, end = tl.load(row_start + rows, mask=inside, other=0), tl.load(row_end + rows, mask=inside, other=0)
+    keys = tl.make_tensor_descriptor(k, [num_keys, D], [k_stride, 1], [BLOCK_N, BLOCK_D])
+    values = tl.make_tensor_descriptor(v, [num_keys, D], [v_stride, 1], [BLOCK_N, BLOCK_D])
+    for n in tl.range(lo // BLOCK_N * BLOCK_N, hi, BLOCK_N):
         scores = tl.dot(q, keys.load([n, 0]).T)
-        if MASKED:
+        if (n < full_lo) | (n + BLOCK_N > full_hi):
             column = n + tl.arange(0, BLOCK_N)
             seen = (column[None, :] >= start[:, None]) & (column[None, :] < end[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1) * scale)
-        shift = higher
-        if MASKED:
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(scores * scale - shift[:, None])
         shrink = tl.exp2(top - shift)
         total = total * shrink + tl.sum(weights, 1)
@@ -51,33 +52,32 @@ def _attend_slice(acc, top, total, q, keys, values, lo, hi, start, end, scale, M
     return acc, top, total
 
 
-@triton.jit
-def _forward(q, k, v, out, lse, row_start, row_end, num_rows, num_keys, q_stride, k_stride, v_stride, scale,
-             HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr, HAS_STATE: tl.constexpr, EMPTY_IS_PADDING: tl.constexpr):  # fmt: skip
-    """One tile of rows of one head. With HAS_STATE, `out` and `lse` hold the softmax over other keys, which goes on."""
-    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    first = block * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, num_rows) - 1
-    lo, hi = tl.load(row_start + first), tl.load(row_end + last)
+@triton.jit(do_not_specialize=["num_rows", "num_keys_0", "num_keys_1"])
+def _forward(q, out, lse, num_rows, q_stride, scale,
+             k_0, v_0, row_start_0, row_end_0, tiles_0, num_keys_0, k_stride_0, v_stride_0,
+             k_1, v_1, row_start_1, row_end_1, tiles_1, num_keys_1, k_stride_1, v_stride_1,
+             PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_STATE: tl.constexpr, EMPTY_IS_PADDING: tl.constexpr,
+             ):  # fmt: skip
+    """One tile of rows of one head. HAS_STATE: `out` and `lse` hold the softmax over other keys, which goes on.
+    EMPTY_IS_PADDING: a row that sees nothing in the last part is padding, whatever the others gave it."""
+    index, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # causal rows: the longest first
+    first = index * BLOCK_M
     if HAS_STATE and not EMPTY_IS_PADDING:
-        if lo >= hi:
+        nothing = tl.load(tiles_0 + 4 * index) >= tl.load(tiles_0 + 4 * index + 1)
+        if PARTS == 2:
+            nothing = nothing & (tl.load(tiles_1 + 4 * index) >= tl.load(tiles_1 + 4 * index + 1))
+        if nothing:
             return
     rows, columns = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside = rows < num_rows
-    start, end = tl.load(row_start + rows, mask=inside, other=0), tl.load(row_end + rows, mask=inside, other=0)
-    begin, middle, middle_end = _slice_bounds(lo, hi, tl.load(row_start + last), tl.load(row_end + first), BLOCK_N)
-    queries = tl.make_tensor_descriptor(q + head * D, [num_rows, D], [q_stride, 1], [BLOCK_M, BLOCK_D])
-    keys = tl.make_tensor_descriptor(k + head // GROUP * D, [num_keys, D], [k_stride, 1], [BLOCK_N, BLOCK_D])
-    values = tl.make_tensor_descriptor(v + head // GROUP * D, [num_keys, D], [v_stride, 1], [BLOCK_N, BLOCK_D])
-    query = queries.load([first, 0])
-    cells = rows.to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
     kept = inside[:, None] & (columns < D)[None, :]
+    cells = rows.to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
+    queries = tl.make_tensor_descriptor(q + head * D, [num_rows, D], [q_stride, 1], [BLOCK_M, BLOCK_D])
+    query = queries.load([first, 0])
     if HAS_STATE:
         before = tl.load(lse + head * num_rows + rows, mask=inside, other=float("inf"))
         empty = before == float("inf")
-        if EMPTY_IS_PADDING:
-            empty = empty | (start >= end)
         top = tl.where(empty, float("-inf"), before * LOG2_E)
         total = tl.where(empty, 0.0, 1.0)
         acc = tl.load(out + cells, mask=kept & (empty == 0)[:, None], other=0.0).to(tl.float32)
@@ -85,20 +85,27 @@ def _forward(q, k, v, out, lse, row_start, row_end, num_rows, num_keys, q_stride
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    acc, top, total = _attend_slice(acc, top, total, query, keys, values, begin, tl.minimum(middle, hi), start, end,
-                                    scale, True, BLOCK_N)  # fmt: skip
-    acc, top, total = _attend_slice(acc, top, total, query, keys, values, middle, middle_end, start, end, scale,
-                                    False, BLOCK_N)  # fmt: skip
-    acc, top, total = _attend_slice(acc, top, total, query, keys, values, middle_end, hi, start, end, scale, True,
-                                    BLOCK_N)  # fmt: skip
+    kv_column = head // GROUP * D
+    acc, top, total = _attend(acc, top, total, query, k_0 + kv_column, v_0 + kv_column, row_start_0, row_end_0,
+                              tiles_0 + 4 * index, rows, inside, num_keys_0, k_stride_0, v_stride_0, scale * LOG2_E,
+                              D, BLOCK_D, BLOCK_N)  # fmt: skip
+    if PARTS == 2:
+        acc, top, total = _attend(acc, top, total, query, k_1 + kv_column, v_1 + kv_column, row_start_1, row_end_1,
+                                  tiles_1 + 4 * index, rows, inside, num_keys_1, k_stride_1, v_stride_1,
+                                  scale * LOG2_E, D, BLOCK_D, BLOCK_N)  # fmt: skip
     saw_nothing = total == 0.0
-    total = tl.where(saw_nothing, 1.0, total)
-    tl.store(out + cells, (acc / total[:, None]).to(out.dtype.element_ty), mask=kept)
+    if EMPTY_IS_PADDING:
+        start, end = row_start_0, row_end_0
+        if PARTS == 2:
+            start, end = row_start_1, row_end_1
+        saw_nothing = tl.load(start + rows, mask=inside, other=0) >= tl.load(end + rows, mask=inside, other=0)
+    share = tl.where(saw_nothing, 0.0, 1.0 / total)
+    tl.store(out + cells, tl.where(saw_nothing[:, None], 0.0, acc * share[:, None]).to(out.dtype.element_ty), mask=kept)
     tl.store(lse + head * num_rows + rows, tl.where(saw_nothing, float("inf"), (top + tl.log2(total)) * LN_2),
              mask=inside)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _delta(grad_out, out, delta, num_rows, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
            BLOCK_M: tl.constexpr):  # fmt: skip
     """delta [H, T] = rowsum(grad_out * out)."""
@@ -106,17 +113,23 @@ def _delta(grad_out, out, delta, num_rows, HEADS: tl.constexpr, D: tl.constexpr,
     inside = rows < num_rows
     cells = rows.to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
     kept = inside[:, None] & (columns < D)[None, :]
-    product = tl.load(grad_out + cells, mask=kept, other=0.0).to(tl.float32) * tl.load(out + cells, mask=kept, other=0.0)
+    product = tl.load(grad_out + cells, mask=kept, other=0.0).to(tl.float32) * tl.load(
+        out + cells, mask=kept, other=0.0
+    )
     tl.store(delta + head * num_rows + rows, tl.sum(product, 1), mask=inside)
 
 
 @triton.jit
-def _query_slice(grad, q, grad_out, lse, delta, keys, values, lo, hi, start, end, scale, MASKED: tl.constexpr,
-                 BLOCK_N: tl.constexpr):  # fmt: skip
-    for n in tl.range(lo, hi, BLOCK_N):
+def _query_gradient(grad, q, grad_out, row_lse, delta, k, v, row_start, row_end, tile, rows, inside, num_keys, k_stride,
+                    v_stride, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    lo, hi, full_lo, full_hi = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    start, end = tl.load(row_start + rows, mask=inside, other=0), tl.load(row_end + rows, mask=inside, other=0)
+    keys = tl.make_tensor_descriptor(k, [num_keys, D], [k_stride, 1], [BLOCK_N, BLOCK_D])
+    values = tl.make_tensor_descriptor(v, [num_keys, D], [v_stride, 1], [BLOCK_N, BLOCK_D])
+    for n in tl.range(lo // BLOCK_N * BLOCK_N, hi, BLOCK_N):
         key = keys.load([n, 0])
-        weights = tl.exp2(tl.dot(q, key.T) * scale - lse[:, None])
-        if MASKED:
+        weights = tl.exp2(tl.dot(q, key.T) * scale - row_lse[:, None])
+        if (n < full_lo) | (n + BLOCK_N > full_hi):
             column = n + tl.arange(0, BLOCK_N)
             weights = tl.where((column[None, :] >= start[:, None]) & (column[None, :] < end[:, None]), weights, 0.0)
         grad_weights = tl.dot(grad_out, values.load([n, 0]).T)
@@ -125,37 +138,38 @@ def _query_slice(grad, q, grad_out, lse, delta, keys, values, lo, hi, start, end
     return grad
 
 
-@triton.jit
-def _backward_queries(q, k, v, grad_out, lse, delta, grad_q, row_start, row_end, num_rows, num_keys, q_stride, k_stride,
-                      v_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_STATE: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["num_rows", "num_keys_0", "num_keys_1"])
+def _backward_queries(q, grad_out, lse, delta, grad_q, num_rows, q_stride, scale,
+                      k_0, v_0, row_start_0, row_end_0, tiles_0, num_keys_0, k_stride_0, v_stride_0,
+                      k_1, v_1, row_start_1, row_end_1, tiles_1, num_keys_1, k_stride_1, v_stride_1,
+                      PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                      BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_STATE: tl.constexpr,
+                      ):  # fmt: skip
     """Gradient of one tile of query rows; with HAS_STATE it is added to what `grad_q` holds."""
-    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    first = block * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, num_rows) - 1
-    lo, hi = tl.load(row_start + first), tl.load(row_end + last)
+    index, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    first = index * BLOCK_M
     if HAS_STATE:
-        if lo >= hi:
+        nothing = tl.load(tiles_0 + 4 * index) >= tl.load(tiles_0 + 4 * index + 1)
+        if PARTS == 2:
+            nothing = nothing & (tl.load(tiles_1 + 4 * index) >= tl.load(tiles_1 + 4 * index + 1))
+        if nothing:
             return
     rows, columns = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside = rows < num_rows
-    start, end = tl.load(row_start + rows, mask=inside, other=0), tl.load(row_end + rows, mask=inside, other=0)
-    begin, middle, middle_end = _slice_bounds(lo, hi, tl.load(row_start + last), tl.load(row_end + first), BLOCK_N)
     queries = tl.make_tensor_descriptor(q + head * D, [num_rows, D], [q_stride, 1], [BLOCK_M, BLOCK_D])
     grads = tl.make_tensor_descriptor(grad_out + head * D, [num_rows, D], [HEADS * D, 1], [BLOCK_M, BLOCK_D])
-    keys = tl.make_tensor_descriptor(k + head // GROUP * D, [num_keys, D], [k_stride, 1], [BLOCK_N, BLOCK_D])
-    values = tl.make_tensor_descriptor(v + head // GROUP * D, [num_keys, D], [v_stride, 1], [BLOCK_N, BLOCK_D])
     query, grad_rows = queries.load([first, 0]), grads.load([first, 0])
     row_lse = tl.load(lse + head * num_rows + rows, mask=inside, other=float("inf")) * LOG2_E
     row_delta = tl.load(delta + head * num_rows + rows, mask=inside, other=0.0)
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    base_2 = scale * LOG2_E
-    grad = _query_slice(grad, query, grad_rows, row_lse, row_delta, keys, values, begin, tl.minimum(middle, hi), start,
-                        end, base_2, True, BLOCK_N)  # fmt: skip
-    grad = _query_slice(grad, query, grad_rows, row_lse, row_delta, keys, values, middle, middle_end, start, end,
-                        base_2, False, BLOCK_N)  # fmt: skip
-    grad = _query_slice(grad, query, grad_rows, row_lse, row_delta, keys, values, middle_end, hi, start, end, base_2,
-                        True, BLOCK_N)  # fmt: skip
+    kv_column = head // GROUP * D
+    grad = _query_gradient(grad, query, grad_rows, row_lse, row_delta, k_0 + kv_column, v_0 + kv_column, row_start_0,
+                           row_end_0, tiles_0 + 4 * index, rows, inside, num_keys_0, k_stride_0, v_stride_0,
+                           scale * LOG2_E, D, BLOCK_D, BLOCK_N)  # fmt: skip
+    if PARTS == 2:
+        grad = _query_gradient(grad, query, grad_rows, row_lse, row_delta, k_1 + kv_column, v_1 + kv_column,
+                               row_start_1, row_end_1, tiles_1 + 4 * index, rows, inside, num_keys_1, k_stride_1,
+                               v_stride_1, scale * LOG2_E, D, BLOCK_D, BLOCK_N)  # fmt: skip
     grad *= scale
     cells = rows.to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
     kept = inside[:, None] & (columns < D)[None, :]
@@ -165,16 +179,17 @@ def _backward_queries(q, k, v, grad_out, lse, delta, grad_q, row_start, row_end,
 
 
 @triton.jit
-def _key_slice(grad_k, grad_v, k, v, queries, grads, lse, delta, column, lo, hi, start, end, num_rows, scale,
-               MASKED: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    for m in tl.range(lo, hi, BLOCK_M):
+def _key_gradient(grad_k, grad_v, k, v, queries, grads, lse, delta, column, lo, hi, full_lo, full_hi, places, row_start,
+                  row_end, num_rows, scale, BLOCK_M: tl.constexpr):  # fmt: skip
+    for m in tl.range(lo // BLOCK_M * BLOCK_M, hi, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         inside = rows < num_rows
         query = queries.load([m, column])
         row_lse = tl.load(lse + rows, mask=inside, other=float("inf")) * LOG2_E
         weights = tl.exp2(tl.dot(k, query.T) * scale - row_lse[None, :])
-        if MASKED:
-            weights = tl.where((rows[None, :] >= start[:, None]) & (rows[None, :] < end[:, None]), weights, 0.0)
+        if (m < full_lo) | (m + BLOCK_M > full_hi):
+            start, end = tl.load(row_start + rows, mask=inside, other=0), tl.load(row_end + rows, mask=inside, other=0)
+            weights = tl.where((places[:, None] >= start[None, :]) & (places[:, None] < end[None, :]), weights, 0.0)
         grad_rows = grads.load([m, column])
         grad_v = tl.dot(weights.to(query.dtype), grad_rows, grad_v)
         row_delta = tl.load(delta + rows, mask=inside, other=0.0)
@@ -183,19 +198,25 @@ def _key_slice(grad_k, grad_v, k, v, queries, grads, lse, delta, column, lo, hi,
     return grad_k, grad_v
 
 
-@triton.jit
-def _backward_keys(q, k, v, grad_out, lse, delta, grad_k, grad_v, key_start, key_end, num_rows, num_keys, q_stride,
-                   k_stride, v_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                   BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Gradients of one tile of keys and values, over all query heads that share them."""
-    block, kv_head = tl.program_id(0), tl.program_id(1)
-    first = block * BLOCK_N
-    last = tl.minimum(first + BLOCK_N, num_keys) - 1
+@triton.jit(do_not_specialize=["num_rows", "num_keys_0", "num_keys_1"])
+def _backward_keys(q, grad_out, lse, delta, num_rows, q_stride, scale,
+                   k_0, v_0, row_start_0, row_end_0, tiles_0, num_keys_0, k_stride_0, v_stride_0, grad_k_0, grad_v_0,
+                   k_1, v_1, row_start_1, row_end_1, tiles_1, num_keys_1, k_stride_1, v_stride_1, grad_k_1, grad_v_1,
+                   HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Gradients of one tile of keys and values over all query heads that share them; the parts' tiles queue up."""
+    index, kv_head = tl.program_id(0), tl.program_id(1)
+    tiles_of_0 = tl.cdiv(num_keys_0, BLOCK_N)
+    k, v, row_start, row_end, tiles, num_keys = k_0, v_0, row_start_0, row_end_0, tiles_0, num_keys_0
+    k_stride, v_stride, grad_k, grad_v = k_stride_0, v_stride_0, grad_k_0, grad_v_0
+    if index >= tiles_of_0:
+        index -= tiles_of_0
+        k, v, row_start, row_end, tiles, num_keys = k_1, v_1, row_start_1, row_end_1, tiles_1, num_keys_1
+        k_stride, v_stride, grad_k, grad_v = k_stride_1, v_stride_1, grad_k_1, grad_v_1
+    first = index * BLOCK_N
+    tile = tiles + 4 * index
+    lo, hi, full_lo, full_hi = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     places, columns = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    inside = places < num_keys
-    lo, hi = tl.load(key_start + first), tl.load(key_end + last)
-    start, end = tl.load(key_start + places, mask=inside, other=0), tl.load(key_end + places, mask=inside, other=0)
-    begin, middle, middle_end = _slice_bounds(lo, hi, tl.load(key_start + last), tl.load(key_end + first), BLOCK_M)
     keys = tl.make_tensor_descriptor(k + kv_head * D, [num_keys, D], [k_stride, 1], [BLOCK_N, BLOCK_D])
     values = tl.make_tensor_descriptor(v + kv_head * D, [num_keys, D], [v_stride, 1], [BLOCK_N, BLOCK_D])
     # Over all heads, addressed by column: where d is no power of two a tile also holds columns of the next head, which
@@ -204,24 +225,20 @@ def _backward_keys(q, k, v, grad_out, lse, delta, grad_k, grad_v, key_start, key
     grads = tl.make_tensor_descriptor(grad_out, [num_rows, HEADS * D], [HEADS * D, 1], [BLOCK_M, BLOCK_D])
     key, value = keys.load([first, 0]), values.load([first, 0])
     sum_k, sum_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    base_2 = scale * LOG2_E
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        row_lse, row_delta, column = lse + head * num_rows, delta + head * num_rows, head * D
-        sum_k, sum_v = _key_slice(sum_k, sum_v, key, value, queries, grads, row_lse, row_delta, column, begin,
-                                  tl.minimum(middle, hi), start, end, num_rows, base_2, True, BLOCK_M)  # fmt: skip
-        sum_k, sum_v = _key_slice(sum_k, sum_v, key, value, queries, grads, row_lse, row_delta, column, middle,
-                                  middle_end, start, end, num_rows, base_2, False, BLOCK_M)  # fmt: skip
-        sum_k, sum_v = _key_slice(sum_k, sum_v, key, value, queries, grads, row_lse, row_delta, column, middle_end, hi,
-                                  start, end, num_rows, base_2, True, BLOCK_M)  # fmt: skip
+        sum_k, sum_v = _key_gradient(sum_k, sum_v, key, value, queries, grads, lse + head * num_rows,
+                                     delta + head * num_rows, head * D, lo, hi, full_lo, full_hi, places, row_start,
+                                     row_end, num_rows, scale * LOG2_E, BLOCK_M)  # fmt: skip
     cells = places.to(tl.int64)[:, None] * (HEADS // GROUP * D) + kv_head * D + columns[None, :]
-    kept = inside[:, None] & (columns < D)[None, :]
+    kept = (places < num_keys)[:, None] & (columns < D)[None, :]
     tl.store(grad_k + cells, (sum_k * scale).to(grad_k.dtype.element_ty), mask=kept)
     tl.store(grad_v + cells, sum_v.to(grad_v.dtype.element_ty), mask=kept)
 
 
-@triton.jit
-def _merge(out, lse, other_out, other_lse, first_row, num_rows, num_steps, STEP_ROWS: tl.constexpr, HEADS: tl.constexpr,
-           D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["first_row", "num_rows", "num_steps"])
+def _merge(out, lse, other_out, other_lse, first_row, num_rows, num_steps, out_stride, other_stride,
+           STEP_ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+           BLOCK_M: tl.constexpr):  # fmt: skip
     """Log-sum-exp merge of other_out [n*STEP_ROWS, H, d], other_lse [STEP_ROWS, H, n] into rows from `first_row` on.
 
     Rows that have seen nothing so far are padding and stay so.
@@ -236,10 +253,142 @@ def _merge(out, lse, other_out, other_lse, first_row, num_rows, num_steps, STEP_
     top = tl.maximum(mine, theirs)
     mine_weight, their_weight = tl.exp2((mine - top) * LOG2_E), tl.exp2((theirs - top) * LOG2_E)
     total = mine_weight + their_weight
-    cells = (first_row + places).to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
-    other_cells = places.to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
+    cells = (first_row + places).to(tl.int64)[:, None] * out_stride + head * D + columns[None, :]
+    other_cells = places.to(tl.int64)[:, None] * other_stride + head * D + columns[None, :]
     kept = inside[:, None] & (columns < D)[None, :]
     merged = tl.load(out + cells, mask=kept, other=0.0).to(tl.float32) * (mine_weight / total)[:, None]
     merged += tl.load(other_out + other_cells, mask=kept, other=0.0).to(tl.float32) * (their_weight / total)[:, None]
     tl.store(out + cells, merged.to(out.dtype.element_ty), mask=kept)
     tl.store(at, top + tl.log2(total) * LN_2, mask=inside)
+
+
+# -- launches ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Query rows and keys of a tile, warps of a program, stages of its pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return dict(BLOCK_M=self.rows, BLOCK_N=self.keys, num_warps=self.warps, num_stages=self.stages)
+
+
+def tilings(head_dim: int, capability: tuple[int, int]) -> tuple[Tiling, Tiling, Tiling]:
+    """Of forward, query and key gradient on a device of this compute capability. docs/log.md has the times."""
+    if head_dim > 128:
+        return Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 1)
+    if capability != (8, 0) and capability[0] not in (9, 10):  # consumer cards: under 100 KiB of shared memory
+        return Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2)
+    return Tiling(64, 64, 4, 3), Tiling(128, 32, 8, 3), Tiling(64, 64, 4, 2)
+
+
+# keys and values [N, G, d] and the rows' ranges over them
+Part = tuple[torch.Tensor, torch.Tensor, KeyRanges]
+
+
+def forward(q, parts: list[Part], out, lse, *, has_state: bool, empty_is_padding: bool) -> None:
+    """Joint softmax of q [T, H, d] over one or two parts into out [T, H, d] and lse [H, T] (fp32), in place."""
+    tiling = _tilings(q)[0]
+    grid = (triton.cdiv(len(q), tiling.rows), q.shape[1])
+    _launch(
+        _forward, grid, q, q, out, lse, len(q), q.stride(0), _scale(q),
+        *_arguments(parts, lambda part: _row_arguments(part, tiling.rows)),
+        PARTS=len(parts), HAS_STATE=has_state, EMPTY_IS_PADDING=empty_is_padding, **_shape(q, parts), **tiling.options,
+    )  # fmt: skip
+
+
+def row_products(grad_out, out) -> torch.Tensor:
+    """delta [H, T] fp32: what backward subtracts from every row, rowsum(grad_out * out)."""
+    rows, heads, head_dim = out.shape
+    delta = torch.empty(heads, rows, dtype=torch.float32, device=out.device)
+    _launch(
+        _delta, (triton.cdiv(rows, 64), heads), out, grad_out, out, delta, rows, HEADS=heads, D=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=64,
+    )  # fmt: skip
+    return delta
+
+
+def backward_queries(grad_out, q, parts: list[Part], lse, delta, grad_q, *, has_state: bool) -> None:
+    """Gradient of q into `grad_q` [T, H, d], or added to it, under the joint `lse` and `delta` [H, T]."""
+    tiling = _tilings(q)[1]
+    grid = (triton.cdiv(len(q), tiling.rows), q.shape[1])
+    _launch(
+        _backward_queries, grid, q, q, grad_out, lse, delta, grad_q, len(q), q.stride(0), _scale(q),
+        *_arguments(parts, lambda part: _row_arguments(part, tiling.rows)),
+        PARTS=len(parts), HAS_STATE=has_state, **_shape(q, parts), **tiling.options,
+    )  # fmt: skip
+
+
+def backward_keys(grad_out, q, parts: list[Part], lse, delta) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Gradients [N, G, d] of every part's keys and values, under the joint `lse` and `delta` [H, T]."""
+    tiling = _tilings(q)[2]
+    grads = [(torch.empty(k.shape, dtype=k.dtype, device=k.device),
+              torch.empty(v.shape, dtype=v.dtype, device=v.device)) for k, v, _ in parts]  # fmt: skip
+    made = {id(part): grad for part, grad in zip(parts, grads)}
+
+    def arguments(part: Part) -> list:
+        k, _, ranges = part
+        tiles = ranges.tile_tensor(ranges.key_tiles(len(k), tiling.keys), ("keys", len(k), tiling.keys), q.device)
+        return [*_part_arguments(part, tiles), *made[id(part)]]
+
+    tiles = [triton.cdiv(len(k), tiling.keys) for k, _, _ in parts]
+    _launch(
+        _backward_keys, (sum(tiles), parts[0][0].shape[1]), q, q, grad_out, lse, delta, len(q), q.stride(0), _scale(q),
+        *_arguments(parts, arguments), **_shape(q, parts), **tiling.options,
+    )  # fmt: skip
+    return grads
+
+
+def merge(out, lse, other_out, other_lse, first_row: int, step_rows: int) -> None:
+    """Merge other_out [n*step_rows, H', d], other_lse [step_rows, H', n] into rows `first_row` and on of out [T, H', d]
+    (some heads of a larger tensor) and lse [H', T]."""
+    rows, heads, head_dim = other_out.shape
+    _launch(
+        _merge, (triton.cdiv(rows, 64), heads), out, out, lse, other_out, other_lse, first_row, lse.stride(0),
+        rows // step_rows, out.stride(0), other_out.stride(0), STEP_ROWS=step_rows, HEADS=heads, D=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=64,
+    )  # fmt: skip
+
+
+def _launch(kernel, grid, on: torch.Tensor, *arguments, **options) -> None:
+    def scratch(size: int, alignment: int, stream) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=on.device)
+
+    triton.set_allocator(scratch)  # for tensor descriptors; Triton keeps it by thread, and backward has its own
+    kernel[grid](*arguments, **options)
+
+
+def _arguments(parts: list[Part], of) -> list:
+    """Both parts' arguments; the kernel that has one part only is given it twice and reads it once."""
+    return [argument for part in (parts * 2)[:2] for argument in of(part)]
+
+
+def _row_arguments(part: Part, rows_per_tile: int) -> list:
+    ranges, device = part[2], part[0].device
+    return _part_arguments(part, ranges.tile_tensor(ranges.row_tiles(rows_per_tile), ("rows", rows_per_tile), device))
+
+
+def _part_arguments(part: Part, tiles: torch.Tensor) -> list:
+    k, v, ranges = part
+    return [k, v, *ranges.tensors(k.device), tiles, len(k), k.stride(0), v.stride(0)]
+
+
+def _shape(q, parts: list[Part]) -> dict[str, int]:
+    heads, head_dim = q.shape[1:]
+    return dict(HEADS=heads, GROUP=heads // parts[0][0].shape[1], D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim))
+
+
+def _tilings(q: torch.Tensor) -> tuple[Tiling, Tiling, Tiling]:
+    if not q.is_cuda:  # Triton's interpreter
+        return Tiling(32, 16, 1, 1), Tiling(16, 32, 1, 1), Tiling(32, 16, 1, 1)
+    return tilings(q.shape[-1], torch.cuda.get_device_capability(q.device))
+
+
+def _scale(q: torch.Tensor) -> float:
+    return q.shape[-1] ** -0.5

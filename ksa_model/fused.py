@@ -1,0 +1,220 @@
+"""Attention over key ranges on CUDA: cuDNN for long causal stretches, Triton kernels (`triton_attention`) for the rest.
+
+Legend: T query rows, N key rows, H query heads, G key/value heads, d head dimension, k text rows a chunk, C chunks.
+
+The far part of KSA needs no mask. Text row r of chunk c sees the summaries of the chunks before c - W: for a fixed r
+that is plain causal attention over chunks, shifted by W + 1. So the queries of a document, seen as [k, H, C, d] (a
+stride, not a copy), are k batches of causal attention of length C - W - 1 over the same keys, and a library kernel runs
+them at its full rate. `KeyRanges.causal_split` finds such stretches; short documents, windows and bands go to the
+Triton kernels, near and far in one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ksa_model import triton_attention
+from ksa_model.ranges import CausalRun
+from ksa_model.triton_attention import Part
+
+# Steps (chunks of a far part, rows of a full layer) from which cuDNN is faster than the Triton kernels: docs/log.md.
+MIN_RUN_STEPS = 2048
+# Query bytes of one cuDNN call: its workspace and passing gradients take five times as much again.
+MAX_CALL_BYTES = 2**26
+
+
+def supports(q: torch.Tensor) -> bool:
+    """Whether these kernels take q [T, H, d]: CUDA of compute capability 8.0 or newer, 16 bits, d at most 256 and a
+    multiple of 8."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+@dataclass
+class Softmax:
+    """What rows have seen so far: out [T, H, d], lse [H, T] fp32; a row that has seen nothing has 0 and +inf."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    @staticmethod
+    def empty(q: torch.Tensor) -> Softmax:
+        rows, heads, _ = q.shape
+        return Softmax(torch.zeros_like(q), torch.full((heads, rows), float("inf"), device=q.device))
+
+    @staticmethod
+    def unwritten(q: torch.Tensor) -> Softmax:
+        rows, heads, _ = q.shape
+        return Softmax(torch.empty_like(q), torch.empty(heads, rows, device=q.device))
+
+
+def attend(q: torch.Tensor, parts: list[Part], before: Softmax | None = None) -> Softmax:
+    """The joint softmax of q [T, H, d] over `parts` (keys, values [N, G, d] and ranges), going on from `before`.
+
+    Without `before`, a row that sees nothing in the last part is padding: where there are several, that one must show
+    every real row at least itself.
+    """
+    q, parts = _rows_apart(q), [(_rows_apart(k), _rows_apart(v), ranges) for k, v, ranges in parts]
+    split = [ranges.causal_split(_min_run_steps(q)) for _, _, ranges in parts]
+    rests = [(k, v, rest) for (k, v, _), (_, rest) in zip(parts, split)]
+    has_runs = any(runs for runs, _ in split)
+    state = before or (Softmax.empty(q) if has_runs else Softmax.unwritten(q))
+    for (k, v, _), (runs, _) in zip(parts, split):
+        for run in runs:
+            for call in _calls(run, q, k):
+                out, lse = _cudnn_forward(*call.views(q, k, v), call.causal)
+                if call.is_first and before is None:
+                    call.rows_of(state.out).copy_(call.flat(out))
+                    call.lse_of(state.lse).copy_(lse)
+                else:
+                    mine = state.out[:, call.heads], state.lse[call.heads]
+                    triton_attention.merge(*mine, call.flat(out), lse, run.first_row, run.step_rows)
+    has_state = before is not None or has_runs
+    if not has_state or _visible(rests):
+        padding = before is None and len(parts) > 1
+        triton_attention.forward(q, rests, state.out, state.lse, has_state=has_state, empty_is_padding=padding)
+    return state
+
+
+def _visible(parts: list[Part]) -> bool:
+    return any(ranges.visible_keys for _, _, ranges in parts)
+
+
+class Gradient:
+    """Gradients of parts under their joint softmax: `add` each group of parts, then take `grad_q` [T, H, d]."""
+
+    def __init__(self, grad_out: torch.Tensor, q: torch.Tensor, softmax: Softmax):
+        self._grad_out, self._q, self._softmax = _rows_apart(grad_out.contiguous()), _rows_apart(q), softmax
+        self._delta = triton_attention.row_products(self._grad_out, softmax.out)
+        self.grad_q: torch.Tensor | None = None
+
+    def add(self, parts: list[Part]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Gradients [N, G, d] of every part's keys and values."""
+        q, softmax, grad_out = self._q, self._softmax, self._grad_out
+        parts = [(_rows_apart(k), _rows_apart(v), ranges) for k, v, ranges in parts]
+        split = [ranges.causal_split(_min_run_steps(q)) for _, _, ranges in parts]
+        rests = [(k, v, rest) for (k, v, _), (_, rest) in zip(parts, split)]
+        if _visible(rests):
+            grads = triton_attention.backward_keys(grad_out, q, rests, softmax.lse, self._delta)
+        else:
+            grads = [(torch.zeros_like(k), torch.zeros_like(v)) for k, v, _ in rests]
+        adding = self.grad_q is not None
+        if self.grad_q is None and any(runs for runs, _ in split):
+            self.grad_q = torch.zeros_like(q)
+        for (k, v, _), (runs, _), (grad_k, grad_v) in zip(parts, split, grads):
+            for run in runs:
+                for call in _calls(run, q, k):
+                    self._add_call(call, k, v, grad_k, grad_v, adding or not call.is_first)
+        if self.grad_q is None or _visible(rests):
+            has_state = self.grad_q is not None
+            self.grad_q = self.grad_q if self.grad_q is not None else torch.empty_like(q)
+            triton_attention.backward_queries(
+                grad_out, q, rests, softmax.lse, self._delta, self.grad_q, has_state=has_state
+            )
+        return grads
+
+    def _add_call(self, call: _Call, k, v, grad_k, grad_v, adding: bool) -> None:
+        assert self.grad_q is not None
+        lse = call.lse_of(self._softmax.lse).contiguous()[..., None]
+        saved = (*call.views(self._q, k, v), call.query_view(self._softmax.out), lse)
+        call_q, call_k, call_v = _cudnn_backward(call.query_view(self._grad_out), *saved, call.causal)
+        mine, found = call.rows_of(self.grad_q), call.flat(call_q)
+        if adding:
+            mine.add_(found)
+        else:
+            mine.copy_(found)
+        for total, found in ((grad_k, call_k), (grad_v, call_v)):
+            call.keys_of(total).add_((found[0] if len(found) == 1 else found.sum(0)).transpose(0, 1))
+
+
+# -- cuDNN ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One attention problem without a mask: the rows of a run, some heads, and keys in steps of `key_step`."""
+
+    run: CausalRun
+    heads: slice  # query heads
+    kv_heads: slice
+    keys: slice
+    causal: bool
+    is_first: bool  # the run's first call for these heads
+
+    def query_view(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, H, d] -> [step rows, heads, steps, d], a view."""
+        return self.rows_of(x).unflatten(0, (self.run.num_steps, self.run.step_rows)).permute(1, 2, 0, 3)
+
+    def views(self, q, k, v) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch = self.run.step_rows
+        keys = (self.keys_of(x).transpose(0, 1)[None].expand(batch, -1, -1, -1) for x in (k, v))
+        return self.query_view(q), *keys  # type: ignore[return-value]
+
+    def rows_of(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.run.first_row : self.run.first_row + self.run.num_rows, self.heads]
+
+    def keys_of(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.keys, self.kv_heads]
+
+    def lse_of(self, x: torch.Tensor) -> torch.Tensor:
+        """[H, T] -> [step rows, heads, steps], a view."""
+        rows = x[self.heads, self.run.first_row : self.run.first_row + self.run.num_rows]
+        return rows.unflatten(1, (self.run.num_steps, self.run.step_rows)).permute(2, 0, 1)
+
+    @staticmethod
+    def flat(x: torch.Tensor) -> torch.Tensor:
+        """[step rows, heads, steps, d] as cuDNN leaves it (in the memory order of its query) -> [rows, heads, d]."""
+        return x.permute(2, 0, 1, 3).flatten(0, 1)
+
+
+def _calls(run: CausalRun, q: torch.Tensor, k: torch.Tensor) -> Iterator[_Call]:
+    """The run in problems small enough: by groups of key/value heads; the triangle once for every key of a step, whose
+    queries see all of them at once, then the rectangle."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    group = heads // kv_heads
+    bytes_per_kv_head = run.num_rows * group * q.shape[-1] * q.element_size()
+    at_once = max(1, min(kv_heads, MAX_CALL_BYTES // bytes_per_kv_head))
+    end = run.triangle_key + run.num_steps * run.step_keys
+    for first in range(0, kv_heads, at_once):
+        some = slice(first, min(first + at_once, kv_heads))
+        their = slice(some.start * group, some.stop * group)
+        for place in range(run.step_keys):
+            yield _Call(run, their, some, slice(run.triangle_key + place, end, run.step_keys), True, place == 0)
+        if run.rectangle_key < run.triangle_key:
+            yield _Call(run, their, some, slice(run.rectangle_key, run.triangle_key), False, False)
+
+
+def _cudnn_forward(q, k, v, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B, H, n, d] over k, v [B, G, m, d] -> out [B, H, n, d], lse [B, H, n] fp32."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=q.shape[-1] ** -0.5
+    )
+    return out, lse[..., 0]
+
+
+def _cudnn_backward(grad_out, q, k, v, out, lse, causal: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients under a softmax of which these keys are a part: `out` and lse [B, H, n, 1] are the joint ones."""
+    unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout's seed and offset
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad_out, q, k, v, out, lse, unused, unused, None, None, None, q.shape[2], k.shape[2], 0.0, causal,
+        scale=q.shape[-1] ** -0.5,
+    )  # fmt: skip
+
+
+def _min_run_steps(q: torch.Tensor) -> int:
+    """cuDNN's kernels end at d = 128 on most devices."""
+    return MIN_RUN_STEPS if q.shape[-1] <= 128 else 2**62
+
+
+def _rows_apart(x: torch.Tensor) -> torch.Tensor:
+    """[rows, heads, d] with whole heads side by side; rows may be further apart (a share of a wider tensor)."""
+    aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0  # 16 bytes, as the copy engine reads
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] and aligned else x.contiguous()

@@ -1,0 +1,260 @@
+"""The fused path: its Triton kernels run by Triton's interpreter on the CPU, and everything for real on a GPU.
+
+On the CPU the library kernel for long causal stretches has a plain stand-in with its signature, so that what is shown
+is what is ours: how stretches are found, cut, viewed, merged, and how their gradients come back.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
+pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[test]'")
+
+from ksa_model import fused, kernels, layout, reference  # noqa: E402
+from tests.ksa_model.test_kernels import PACKS, make_layout  # noqa: E402
+
+gpu = pytest.mark.gpu
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+OUT_ERROR, GRAD_ERROR = (4e-3, 8e-3) if ON_GPU else (1e-5, 1e-5)
+
+
+def draw(pack, heads, kv_heads, head_dim, dtype=DTYPE, seed=0):
+    """q, k, v of text and k, v of summaries; everything that may not be read is NaN-free but large."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(count, heads):
+        x = torch.randn(count, heads, head_dim, generator=generator)
+        return x.to(DEVICE, dtype).requires_grad_()
+
+    return [
+        rows(pack.num_text, heads),
+        rows(pack.num_text, kv_heads),
+        rows(pack.num_text, kv_heads),
+        rows(pack.num_summary, kv_heads),
+        rows(pack.num_summary, kv_heads),
+    ]
+
+
+def error(got, want, floor=1e-20):
+    """Relative to the norm of `want`, or to `floor` where that is larger."""
+    got, want = got.detach().float(), want.detach().float()
+    return float((got - want).norm() / want.norm().clamp(min=floor))
+
+
+def compare(run, check, inputs, pack, out_error=OUT_ERROR, grad_error=GRAD_ERROR):
+    """`run` in the inputs' dtype against `check` in fp32: output and all gradients."""
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    real = torch.from_numpy(pack.text_is_real).to(DEVICE)
+    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    poison_allocator()
+    got, want = run(*inputs), check(*exact)
+    assert (got[~real] == 0).all()
+    assert error(got[real], want[real]) <= out_error
+    # Padding rows get gradients too; nothing of them may reach a key.
+    got_grads = torch.autograd.grad(got, inputs, weights.to(got.dtype), allow_unused=True)
+    want_grads = torch.autograd.grad(want, exact, weights * real[:, None, None], allow_unused=True)
+    for g, w in zip(got_grads, want_grads):
+        if w is None:
+            assert g is None or not g.any()
+        else:  # rows that see one key alone have no gradient but rounding
+            assert error(g, w, floor=0.02 * float(weights.norm())) <= grad_error
+
+
+def poison_allocator():
+    """Fill freed GPU memory with NaN, so that a value nobody wrote shows."""
+    if ON_GPU:
+        blocks = [torch.full((2**20,), float("nan"), device=DEVICE) for _ in range(32)]
+        small = [torch.full((2**size,), float("nan"), device=DEVICE) for size in range(4, 18) for _ in range(4)]
+        del blocks, small
+
+
+@pytest.fixture(autouse=True)
+def use_fused(monkeypatch):
+    """Send `backend="fused"` to the fused module on the CPU too, with a plain stand-in for cuDNN."""
+    if ON_GPU:
+        return
+    monkeypatch.setattr(fused, "supports", lambda q: True)
+    monkeypatch.setattr(fused, "_cudnn_forward", plain_forward)
+    monkeypatch.setattr(fused, "_cudnn_backward", plain_backward)
+
+
+def plain_scores(q, k, causal):
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[2:], dtype=torch.bool).tril(), float("-inf"))
+    return scores
+
+
+def plain_forward(q, k, v, causal):
+    scores = plain_scores(q, k, causal)
+    out = scores.softmax(-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return torch.empty_like(q).copy_(out), scores.logsumexp(-1)  # in q's memory order, as the library does
+
+
+def plain_backward(grad_out, q, k, v, out, lse, causal):
+    group = q.shape[1] // k.shape[1]
+    weights = (plain_scores(q, k, causal) - lse).exp()
+    grad_v = weights.transpose(2, 3) @ grad_out
+    grad_weights = grad_out @ v.repeat_interleave(group, dim=1).transpose(2, 3)
+    grad_scores = weights * (grad_weights - (grad_out * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    grad_q = grad_scores @ k.repeat_interleave(group, dim=1)
+    grad_k = grad_scores.transpose(2, 3) @ q
+    shared = lambda x: x.unflatten(1, (-1, group)).sum(2)
+    return torch.empty_like(q).copy_(grad_q), shared(grad_k), shared(grad_v)
+
+
+def ksa(pack, window, backend="fused"):
+    return lambda *x: kernels.ksa_attention(*x, pack, window, backend)
+
+
+def text(pack, mixer, size, backend="fused"):
+    return lambda *x: kernels.text_attention(*x, pack, mixer, size, size, backend)
+
+
+@pytest.mark.parametrize("window", [0, 3, 1000] if ON_GPU else [3])
+@pytest.mark.parametrize("name", PACKS if ON_GPU else [n for n in PACKS if n not in ("one document", "primes", "k=1")])
+def test_ksa_matches_reference(name, window):
+    pack = make_layout(*PACKS[name])
+    compare(ksa(pack, window), ksa(pack, window, "reference"), draw(pack, 4, 2, 16), pack)
+
+
+@pytest.mark.parametrize("mixer,size", [("F", 0), ("S", 1), ("S", 7), ("C", 0), ("C", 2)])
+@pytest.mark.parametrize("name", ["primes", "m=2", "only padding"])
+def test_text_mixers_match_reference(name, mixer, size):
+    pack = make_layout(*PACKS[name])
+    compare(text(pack, mixer, size), text(pack, mixer, size, "reference"), draw(pack, 4, 2, 16)[:3], pack)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("lengths", [[120], [73, 7, 60], [30, 91]])
+def test_long_stretches_go_to_the_library(monkeypatch, lengths, m):
+    """With a low threshold every document is a run: whole ones, rounded ones, and what rounding leaves over."""
+    monkeypatch.setattr(fused, "MIN_RUN_STEPS", 5)
+    monkeypatch.setattr(fused, "MAX_CALL_BYTES", 1)  # one key/value head at a time
+    pack = make_layout(lengths, 4, m, 0)
+    runs, _ = pack.far_ranges(2).causal_split(5)
+    assert runs and sum(run.num_rows for run in runs) > pack.num_text // 3
+    compare(ksa(pack, 2), ksa(pack, 2, "reference"), draw(pack, 4, 2, 16), pack)
+    compare(text(pack, "F", 0), text(pack, "F", 0, "reference"), draw(pack, 4, 2, 16)[:3], pack)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256] if ON_GPU else [8, 24])
+def test_head_dimensions(head_dim):
+    pack = make_layout([75, 120, 9], 8, 1, 2)
+    compare(ksa(pack, 4), ksa(pack, 4, "reference"), draw(pack, 4, 2, head_dim), pack)
+    compare(text(pack, "F", 0), text(pack, "F", 0, "reference"), draw(pack, 2, 1, head_dim)[:3], pack)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k,window,heads,kv_heads", [(8, 16, 8, 8), (4, 40, 8, 2), (16, 0, 4, 4), (1, 100, 4, 1)])
+def test_thousands_of_rows(dtype, k, window, heads, kv_heads):
+    """Documents of every size in one pack, against the reference a slice of heads at a time would allow."""
+    lengths = [2900, 10, 10, 10, 1537, 1, 1021]
+    pack = make_layout(lengths, k, 1, 3)
+    compare(ksa(pack, window), ksa(pack, window, "reference"), draw(pack, heads, kv_heads, 128, dtype), pack)
+
+
+@gpu
+def test_library_runs_at_real_sizes():
+    """A document long enough for cuDNN by the real threshold, against the blocked path in fp32."""
+    pack = make_layout([24_001, 5], 8, 1, 0)
+    assert pack.far_ranges(16).causal_split(fused.MIN_RUN_STEPS)[0]
+    compare(ksa(pack, 16), ksa(pack, 16, "blocked"), draw(pack, 4, 2, 128), pack)
+    compare(text(pack, "F", 0), text(pack, "F", 0, "blocked"), draw(pack, 4, 2, 128)[:3], pack)
+
+
+@pytest.mark.parametrize("context_size", [2, 4])
+def test_context_ranks_see_what_one_rank_sees(monkeypatch, context_size):
+    """Every rank's share alone, with the buffers that the exchanges would bring: rectangles, halos, holes."""
+    monkeypatch.setattr(fused, "MIN_RUN_STEPS", 4)
+    window, k = 2, 4
+    for lengths in ([256], [37, 148, 68], [9, 243]):
+        pack = make_layout(lengths, k, 1, 0)
+        q, k_text, v_text, k_summary, v_summary = (x.detach() for x in draw(pack, 2, 1, 8, torch.float32))
+        want = reference.ksa_attention(q, k_text, v_text, k_summary, v_summary, pack, window)
+        want_full = reference.text_attention(q, k_text, v_text, pack, "F")
+        for rank in range(context_size):
+            shard = layout.ShardedLayout(pack, rank, context_size)
+            take = lambda x, shard=shard: torch.from_numpy(shard.rows(x.cpu().numpy())).to(DEVICE)
+            near_k, near_v = (behind_halo(x, rank, context_size, window * k) for x in (k_text, v_text))
+            near = (near_k, near_v, shard.near_ranges(window))
+            far = (k_summary, v_summary, shard.far_ranges(window))
+            mine = take(q)
+            softmax = fused.attend(mine, [far], fused.attend(mine, [near]))
+            assert error(softmax.out, take(want)) < 1e-5
+            gradient = fused.Gradient(take(want), mine, softmax)
+            check = check_gradient(take(want), mine, [far, near], softmax)
+            for part, expected in zip((far, near), check[1:]):
+                for got, right in zip(gradient.add([part])[0], expected):
+                    assert error(got, right) < 2e-5
+            assert error(gradient.grad_q, check[0]) < 2e-5
+            whole = (k_text, v_text, shard.full_ranges())
+            assert error(fused.attend(mine, [whole]).out, take(want_full)) < 1e-5
+
+
+def behind_halo(x, rank, size, halo_rows):
+    """[halo | slice | halo | slice] of one rank, from the whole sample."""
+    rows = len(x) // (2 * size)
+    pieces = []
+    for number in (rank, 2 * size - 1 - rank):
+        start = number * rows
+        padding = x.new_zeros(max(0, halo_rows - start), *x.shape[1:])
+        pieces += [padding, x[max(0, start - halo_rows) : start + rows]]
+    return torch.cat(pieces)
+
+
+def check_gradient(grad_out, q, parts, softmax):
+    """The same gradients from the blocked path."""
+    from ksa_model import blocked
+
+    lse = softmax.lse.t().masked_fill(softmax.lse.t() == float("inf"), float("-inf"))
+    gradient = blocked.Gradient(grad_out, q, blocked.Softmax(softmax.out, lse))
+    grads = [gradient.add([part])[0] for part in parts]
+    return gradient.grad_q, *grads
+
+
+def test_what_it_cannot_compute_is_said():
+    from ksa_model.config import ModelConfigError
+
+    if not ON_GPU:
+        pytest.MonkeyPatch().undo()
+    q = torch.zeros(8, 2, 12, device=DEVICE)  # fp32, and 12 is no multiple of 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "supports", SUPPORTS)
+        with pytest.raises(
+            ModelConfigError, match=r"attention_backend=fused needs a CUDA device.*float32, head_dim=12"
+        ):
+            kernels.choose(q, "fused")
+
+
+SUPPORTS = fused.supports
+
+
+def test_tiles_name_every_key():
+    """Tiles of ranges against the ranges themselves, also where rows were taken out."""
+    for lengths, k, context in (([300, 17, 150], 8, 1), ([256], 4, 2), ([5, 247], 4, 2), ([100, 156], 4, 4)):
+        pack = make_layout(lengths, k, 1, 0)
+        if context > 1:
+            pack = layout.ShardedLayout(pack, 1, context)
+        keys = pack.num_text * context
+        for ranges in (pack.full_ranges(), pack.far_ranges(1), pack.full_ranges().causal_split(16)[1]):
+            seen = np.arange(keys)[None] >= ranges.start[:, None]
+            seen &= np.arange(keys)[None] < ranges.end[:, None]
+            check_tiles(ranges.row_tiles(32), seen)
+            check_tiles(ranges.key_tiles(keys, 32), seen.T)
+
+
+def check_tiles(tiles, seen):
+    for i, (lo, hi, full_lo, full_hi) in enumerate(tiles):
+        rows = seen[32 * i : 32 * i + 32]
+        some = np.flatnonzero(rows.any(0))
+        assert (lo, hi) == ((some[0], some[-1] + 1) if len(some) else (0, 0)) or (lo >= hi and not len(some))
+        assert full_lo >= full_hi or rows[:, full_lo:full_hi].all()
