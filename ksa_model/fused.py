@@ -47,13 +47,11 @@ class Softmax:
 
     @staticmethod
     def empty(q: torch.Tensor) -> Softmax:
-        rows, heads, _ = q.shape
-        return Softmax(torch.zeros_like(q), torch.full((heads, rows), float("inf"), device=q.device))
+        return Softmax(torch.zeros_like(q), triton_attention.row_values(q, fill=float("inf")))
 
     @staticmethod
     def unwritten(q: torch.Tensor) -> Softmax:
-        rows, heads, _ = q.shape
-        return Softmax(torch.empty_like(q), torch.empty(heads, rows, device=q.device))
+        return Softmax(torch.empty_like(q), triton_attention.row_values(q))
 
 
 def attend(q: torch.Tensor, parts: list[Part], before: Softmax | None = None) -> Softmax:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ksa_model.ranges import KeyRanges
 
@@ -26,18 +27,16 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _attend(acc, top, total, q, k, v, row_start, row_end, tile, rows, inside, num_keys, k_stride, v_stride, scale,
-            D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def _attend(acc, top, total, q, keys, values, row_start, row_end, tile, rows, inside, kv_head, scale,
+            BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Online softmax (arXiv 1805.02867) of a tile of rows over one part; `top` and `total` are in base 2.
 
     One loop with the mask behind a branch: loops of their own for the masked ends would each fill a pipeline anew.
     """
     lo, hi, full_lo, full_hi = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     start, end = tl.load(row_start + rows, mask=inside, other=0), tl.load(row_end + rows, mask=inside, other=0)
-    keys = tl.make_tensor_descriptor(k, [num_keys, D], [k_stride, 1], [BLOCK_N, BLOCK_D])
-    values = tl.make_tensor_descriptor(v, [num_keys, D], [v_stride, 1], [BLOCK_N, BLOCK_D])
     for n in tl.range(lo // BLOCK_N * BLOCK_N, hi, BLOCK_N):
-        scores = tl.dot(q, keys.load([n, 0]).T)
+        scores = tl.dot(q, keys.load([kv_head, n, 0]).reshape(BLOCK_N, BLOCK_D).T)
         if (n < full_lo) | (n + BLOCK_N > full_hi):
             column = n + tl.arange(0, BLOCK_N)
             seen = (column[None, :] >= start[:, None]) & (column[None, :] < end[:, None])
@@ -47,15 +46,15 @@ def _attend(acc, top, total, q, k, v, row_start, row_end, tile, rows, inside, nu
         weights = tl.exp2(scores * scale - shift[:, None])
         shrink = tl.exp2(top - shift)
         total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(q.dtype), values.load([n, 0]), acc * shrink[:, None])
+        value = values.load([kv_head, n, 0]).reshape(BLOCK_N, BLOCK_D)
+        acc = tl.dot(weights.to(q.dtype), value, acc * shrink[:, None])
         top = higher
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_keys_0", "num_keys_1"])
-def _forward(q, out, lse, num_rows, q_stride, scale,
-             k_0, v_0, row_start_0, row_end_0, tiles_0, num_keys_0, k_stride_0, v_stride_0,
-             k_1, v_1, row_start_1, row_end_1, tiles_1, num_keys_1, k_stride_1, v_stride_1,
+@triton.jit(do_not_specialize=["num_rows", "lse_stride"])
+def _forward(queries, out, lse, num_rows, lse_stride, scale,
+             keys_0, values_0, row_start_0, row_end_0, tiles_0, keys_1, values_1, row_start_1, row_end_1, tiles_1,
              PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_STATE: tl.constexpr, EMPTY_IS_PADDING: tl.constexpr,
              ):  # fmt: skip
@@ -73,10 +72,9 @@ def _forward(q, out, lse, num_rows, q_stride, scale,
     inside = rows < num_rows
     kept = inside[:, None] & (columns < D)[None, :]
     cells = rows.to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
-    queries = tl.make_tensor_descriptor(q + head * D, [num_rows, D], [q_stride, 1], [BLOCK_M, BLOCK_D])
-    query = queries.load([first, 0])
+    query = queries.load([head, first, 0]).reshape(BLOCK_M, BLOCK_D)
     if HAS_STATE:
-        before = tl.load(lse + head * num_rows + rows, mask=inside, other=float("inf"))
+        before = tl.load(lse + head * lse_stride + rows, mask=inside, other=float("inf"))
         empty = before == float("inf")
         top = tl.where(empty, float("-inf"), before * LOG2_E)
         total = tl.where(empty, 0.0, 1.0)
@@ -85,14 +83,11 @@ def _forward(q, out, lse, num_rows, q_stride, scale,
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    kv_column = head // GROUP * D
-    acc, top, total = _attend(acc, top, total, query, k_0 + kv_column, v_0 + kv_column, row_start_0, row_end_0,
-                              tiles_0 + 4 * index, rows, inside, num_keys_0, k_stride_0, v_stride_0, scale * LOG2_E,
-                              D, BLOCK_D, BLOCK_N)  # fmt: skip
+    acc, top, total = _attend(acc, top, total, query, keys_0, values_0, row_start_0, row_end_0, tiles_0 + 4 * index,
+                              rows, inside, head // GROUP, scale * LOG2_E, BLOCK_D, BLOCK_N)  # fmt: skip
     if PARTS == 2:
-        acc, top, total = _attend(acc, top, total, query, k_1 + kv_column, v_1 + kv_column, row_start_1, row_end_1,
-                                  tiles_1 + 4 * index, rows, inside, num_keys_1, k_stride_1, v_stride_1,
-                                  scale * LOG2_E, D, BLOCK_D, BLOCK_N)  # fmt: skip
+        acc, top, total = _attend(acc, top, total, query, keys_1, values_1, row_start_1, row_end_1, tiles_1 + 4 * index,
+                                  rows, inside, head // GROUP, scale * LOG2_E, BLOCK_D, BLOCK_N)  # fmt: skip
     saw_nothing = total == 0.0
     if EMPTY_IS_PADDING:
         start, end = row_start_0, row_end_0
@@ -101,12 +96,12 @@ def _forward(q, out, lse, num_rows, q_stride, scale,
         saw_nothing = tl.load(start + rows, mask=inside, other=0) >= tl.load(end + rows, mask=inside, other=0)
     share = tl.where(saw_nothing, 0.0, 1.0 / total)
     tl.store(out + cells, tl.where(saw_nothing[:, None], 0.0, acc * share[:, None]).to(out.dtype.element_ty), mask=kept)
-    tl.store(lse + head * num_rows + rows, tl.where(saw_nothing, float("inf"), (top + tl.log2(total)) * LN_2),
+    tl.store(lse + head * lse_stride + rows, tl.where(saw_nothing, float("inf"), (top + tl.log2(total)) * LN_2),
              mask=inside)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _delta(grad_out, out, delta, num_rows, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows", "lse_stride"])
+def _delta(grad_out, out, delta, num_rows, lse_stride, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
            BLOCK_M: tl.constexpr):  # fmt: skip
     """delta [H, T] = rowsum(grad_out * out)."""
     rows, head, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1), tl.arange(0, BLOCK_D)
@@ -116,32 +111,31 @@ def _delta(grad_out, out, delta, num_rows, HEADS: tl.constexpr, D: tl.constexpr,
     product = tl.load(grad_out + cells, mask=kept, other=0.0).to(tl.float32) * tl.load(
         out + cells, mask=kept, other=0.0
     )
-    tl.store(delta + head * num_rows + rows, tl.sum(product, 1), mask=inside)
+    tl.store(delta + head * lse_stride + rows, tl.sum(product, 1), mask=inside)
 
 
 @triton.jit
-def _query_gradient(grad, q, grad_out, row_lse, delta, k, v, row_start, row_end, tile, rows, inside, num_keys, k_stride,
-                    v_stride, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def _query_gradient(grad, q, grad_out, row_lse, delta, keys, values, row_start, row_end, tile, rows, inside, kv_head,
+                    scale, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     lo, hi, full_lo, full_hi = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     start, end = tl.load(row_start + rows, mask=inside, other=0), tl.load(row_end + rows, mask=inside, other=0)
-    keys = tl.make_tensor_descriptor(k, [num_keys, D], [k_stride, 1], [BLOCK_N, BLOCK_D])
-    values = tl.make_tensor_descriptor(v, [num_keys, D], [v_stride, 1], [BLOCK_N, BLOCK_D])
     for n in tl.range(lo // BLOCK_N * BLOCK_N, hi, BLOCK_N):
-        key = keys.load([n, 0])
+        key = keys.load([kv_head, n, 0]).reshape(BLOCK_N, BLOCK_D)
         weights = tl.exp2(tl.dot(q, key.T) * scale - row_lse[:, None])
         if (n < full_lo) | (n + BLOCK_N > full_hi):
             column = n + tl.arange(0, BLOCK_N)
             weights = tl.where((column[None, :] >= start[:, None]) & (column[None, :] < end[:, None]), weights, 0.0)
-        grad_weights = tl.dot(grad_out, values.load([n, 0]).T)
+        value = values.load([kv_head, n, 0]).reshape(BLOCK_N, BLOCK_D)
+        grad_weights = tl.dot(grad_out, value.T)
         grad_scores = weights * (grad_weights - delta[:, None])
         grad = tl.dot(grad_scores.to(key.dtype), key, grad)
     return grad
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_keys_0", "num_keys_1"])
-def _backward_queries(q, grad_out, lse, delta, grad_q, num_rows, q_stride, scale,
-                      k_0, v_0, row_start_0, row_end_0, tiles_0, num_keys_0, k_stride_0, v_stride_0,
-                      k_1, v_1, row_start_1, row_end_1, tiles_1, num_keys_1, k_stride_1, v_stride_1,
+@triton.jit(do_not_specialize=["num_rows", "lse_stride"])
+def _backward_queries(queries, grads, lse, delta, grad_q, num_rows, lse_stride, scale,
+                      keys_0, values_0, row_start_0, row_end_0, tiles_0,
+                      keys_1, values_1, row_start_1, row_end_1, tiles_1,
                       PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                       BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_STATE: tl.constexpr,
                       ):  # fmt: skip
@@ -156,20 +150,18 @@ def _backward_queries(q, grad_out, lse, delta, grad_q, num_rows, q_stride, scale
             return
     rows, columns = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside = rows < num_rows
-    queries = tl.make_tensor_descriptor(q + head * D, [num_rows, D], [q_stride, 1], [BLOCK_M, BLOCK_D])
-    grads = tl.make_tensor_descriptor(grad_out + head * D, [num_rows, D], [HEADS * D, 1], [BLOCK_M, BLOCK_D])
-    query, grad_rows = queries.load([first, 0]), grads.load([first, 0])
-    row_lse = tl.load(lse + head * num_rows + rows, mask=inside, other=float("inf")) * LOG2_E
-    row_delta = tl.load(delta + head * num_rows + rows, mask=inside, other=0.0)
+    query = queries.load([head, first, 0]).reshape(BLOCK_M, BLOCK_D)
+    grad_rows = grads.load([head, first, 0]).reshape(BLOCK_M, BLOCK_D)
+    row_lse = tl.load(lse + head * lse_stride + rows, mask=inside, other=float("inf")) * LOG2_E
+    row_delta = tl.load(delta + head * lse_stride + rows, mask=inside, other=0.0)
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    kv_column = head // GROUP * D
-    grad = _query_gradient(grad, query, grad_rows, row_lse, row_delta, k_0 + kv_column, v_0 + kv_column, row_start_0,
-                           row_end_0, tiles_0 + 4 * index, rows, inside, num_keys_0, k_stride_0, v_stride_0,
-                           scale * LOG2_E, D, BLOCK_D, BLOCK_N)  # fmt: skip
+    grad = _query_gradient(grad, query, grad_rows, row_lse, row_delta, keys_0, values_0, row_start_0, row_end_0,
+                           tiles_0 + 4 * index, rows, inside, head // GROUP, scale * LOG2_E, BLOCK_D,
+                           BLOCK_N)  # fmt: skip
     if PARTS == 2:
-        grad = _query_gradient(grad, query, grad_rows, row_lse, row_delta, k_1 + kv_column, v_1 + kv_column,
-                               row_start_1, row_end_1, tiles_1 + 4 * index, rows, inside, num_keys_1, k_stride_1,
-                               v_stride_1, scale * LOG2_E, D, BLOCK_D, BLOCK_N)  # fmt: skip
+        grad = _query_gradient(grad, query, grad_rows, row_lse, row_delta, keys_1, values_1, row_start_1, row_end_1,
+                               tiles_1 + 4 * index, rows, inside, head // GROUP, scale * LOG2_E, BLOCK_D,
+                               BLOCK_N)  # fmt: skip
     grad *= scale
     cells = rows.to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
     kept = inside[:, None] & (columns < D)[None, :]
@@ -179,64 +171,59 @@ def _backward_queries(q, grad_out, lse, delta, grad_q, num_rows, q_stride, scale
 
 
 @triton.jit
-def _key_gradient(grad_k, grad_v, k, v, queries, grads, lse, delta, column, lo, hi, full_lo, full_hi, places, row_start,
-                  row_end, num_rows, scale, BLOCK_M: tl.constexpr):  # fmt: skip
-    for m in tl.range(lo // BLOCK_M * BLOCK_M, hi, BLOCK_M):
-        rows = m + tl.arange(0, BLOCK_M)
-        inside = rows < num_rows
-        query = queries.load([m, column])
-        row_lse = tl.load(lse + rows, mask=inside, other=float("inf")) * LOG2_E
-        weights = tl.exp2(tl.dot(k, query.T) * scale - row_lse[None, :])
-        if (m < full_lo) | (m + BLOCK_M > full_hi):
-            start, end = tl.load(row_start + rows, mask=inside, other=0), tl.load(row_end + rows, mask=inside, other=0)
-            weights = tl.where((places[:, None] >= start[None, :]) & (places[:, None] < end[None, :]), weights, 0.0)
-        grad_rows = grads.load([m, column])
-        grad_v = tl.dot(weights.to(query.dtype), grad_rows, grad_v)
-        row_delta = tl.load(delta + rows, mask=inside, other=0.0)
-        grad_scores = weights * (tl.dot(v, grad_rows.T) - row_delta[None, :])
-        grad_k = tl.dot(grad_scores.to(query.dtype), query, grad_k)
-    return grad_k, grad_v
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_keys_0", "num_keys_1"])
-def _backward_keys(q, grad_out, lse, delta, num_rows, q_stride, scale,
-                   k_0, v_0, row_start_0, row_end_0, tiles_0, num_keys_0, k_stride_0, v_stride_0, grad_k_0, grad_v_0,
-                   k_1, v_1, row_start_1, row_end_1, tiles_1, num_keys_1, k_stride_1, v_stride_1, grad_k_1, grad_v_1,
-                   HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Gradients of one tile of keys and values over all query heads that share them; the parts' tiles queue up."""
-    index, kv_head = tl.program_id(0), tl.program_id(1)
-    tiles_of_0 = tl.cdiv(num_keys_0, BLOCK_N)
-    k, v, row_start, row_end, tiles, num_keys = k_0, v_0, row_start_0, row_end_0, tiles_0, num_keys_0
-    k_stride, v_stride, grad_k, grad_v = k_stride_0, v_stride_0, grad_k_0, grad_v_0
-    if index >= tiles_of_0:
-        index -= tiles_of_0
-        k, v, row_start, row_end, tiles, num_keys = k_1, v_1, row_start_1, row_end_1, tiles_1, num_keys_1
-        k_stride, v_stride, grad_k, grad_v = k_stride_1, v_stride_1, grad_k_1, grad_v_1
+def _key_gradient(index, kv_head, queries, grads, lse, delta, keys, values, row_start, row_end, tiles, grad_k, grad_v,
+                  num_keys, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     first = index * BLOCK_N
     tile = tiles + 4 * index
     lo, hi, full_lo, full_hi = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     places, columns = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    keys = tl.make_tensor_descriptor(k + kv_head * D, [num_keys, D], [k_stride, 1], [BLOCK_N, BLOCK_D])
-    values = tl.make_tensor_descriptor(v + kv_head * D, [num_keys, D], [v_stride, 1], [BLOCK_N, BLOCK_D])
-    # Over all heads, addressed by column: where d is no power of two a tile also holds columns of the next head, which
-    # meet the zeros that `keys` and `values` are padded with, or columns of the gradients that are not stored.
-    queries = tl.make_tensor_descriptor(q, [num_rows, HEADS * D], [q_stride, 1], [BLOCK_M, BLOCK_D])
-    grads = tl.make_tensor_descriptor(grad_out, [num_rows, HEADS * D], [HEADS * D, 1], [BLOCK_M, BLOCK_D])
-    key, value = keys.load([first, 0]), values.load([first, 0])
+    key = keys.load([kv_head, first, 0]).reshape(BLOCK_N, BLOCK_D)
+    value = values.load([kv_head, first, 0]).reshape(BLOCK_N, BLOCK_D)
     sum_k, sum_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        sum_k, sum_v = _key_gradient(sum_k, sum_v, key, value, queries, grads, lse + head * num_rows,
-                                     delta + head * num_rows, head * D, lo, hi, full_lo, full_hi, places, row_start,
-                                     row_end, num_rows, scale * LOG2_E, BLOCK_M)  # fmt: skip
+        for m in tl.range(lo // BLOCK_M * BLOCK_M, hi, BLOCK_M):
+            # Rows beyond the last are all zero, log-sum-exp and gradient too, and add nothing.
+            query = queries.load([head, m, 0]).reshape(BLOCK_M, BLOCK_D)
+            row_lse = lse.load([head, m]).reshape(BLOCK_M) * LOG2_E
+            weights = tl.exp2(tl.dot(key, query.T) * (scale * LOG2_E) - row_lse[None, :])
+            if (m < full_lo) | (m + BLOCK_M > full_hi):
+                rows = m + tl.arange(0, BLOCK_M)
+                start = tl.load(row_start + rows, mask=rows < hi, other=0)
+                end = tl.load(row_end + rows, mask=rows < hi, other=0)
+                seen = (places[:, None] >= start[None, :]) & (places[:, None] < end[None, :])
+                weights = tl.where(seen, weights, 0.0)
+            grad_rows = grads.load([head, m, 0]).reshape(BLOCK_M, BLOCK_D)
+            sum_v = tl.dot(weights.to(query.dtype), grad_rows, sum_v)
+            row_delta = delta.load([head, m]).reshape(BLOCK_M)
+            grad_scores = weights * (tl.dot(value, grad_rows.T) - row_delta[None, :])
+            sum_k = tl.dot(grad_scores.to(query.dtype), query, sum_k)
     cells = places.to(tl.int64)[:, None] * (HEADS // GROUP * D) + kv_head * D + columns[None, :]
     kept = (places < num_keys)[:, None] & (columns < D)[None, :]
     tl.store(grad_k + cells, (sum_k * scale).to(grad_k.dtype.element_ty), mask=kept)
     tl.store(grad_v + cells, sum_v.to(grad_v.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows", "num_steps"])
-def _merge(out, lse, other_out, other_lse, first_row, num_rows, num_steps, out_stride, other_stride,
+@triton.jit(do_not_specialize=["num_keys_0", "num_keys_1"])
+def _backward_keys(queries, grads, lse, delta, scale,
+                   keys_0, values_0, row_start_0, row_end_0, tiles_0, grad_k_0, grad_v_0, num_keys_0,
+                   keys_1, values_1, row_start_1, row_end_1, tiles_1, grad_k_1, grad_v_1, num_keys_1,
+                   PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                   BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Gradients of one tile of keys and values over all query heads that share them; the parts' tiles queue up."""
+    index, kv_head = tl.program_id(0), tl.program_id(1)
+    tiles_of_0 = tl.cdiv(num_keys_0, BLOCK_N)
+    if index < tiles_of_0:
+        _key_gradient(index, kv_head, queries, grads, lse, delta, keys_0, values_0, row_start_0, row_end_0, tiles_0,
+                      grad_k_0, grad_v_0, num_keys_0, scale, HEADS, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
+    elif PARTS == 2:
+        _key_gradient(index - tiles_of_0, kv_head, queries, grads, lse, delta, keys_1, values_1, row_start_1, row_end_1,
+                      tiles_1, grad_k_1, grad_v_1, num_keys_1, scale, HEADS, GROUP, D, BLOCK_D, BLOCK_M,
+                      BLOCK_N)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first_row", "lse_stride", "num_steps"])
+def _merge(out, lse, other_out, other_lse, first_row, lse_stride, num_steps, out_stride, other_stride,
            STEP_ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
            BLOCK_M: tl.constexpr):  # fmt: skip
     """Log-sum-exp merge of other_out [n*STEP_ROWS, H, d], other_lse [STEP_ROWS, H, n] into rows from `first_row` on.
@@ -245,7 +232,7 @@ def _merge(out, lse, other_out, other_lse, first_row, num_rows, num_steps, out_s
     """
     places, head, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1), tl.arange(0, BLOCK_D)
     inside = places < num_steps * STEP_ROWS
-    at = lse + head * num_rows + first_row + places
+    at = lse + head * lse_stride + first_row + places
     mine = tl.load(at, mask=inside, other=float("inf"))
     theirs = tl.load(other_lse + (places % STEP_ROWS * HEADS + head) * num_steps + places // STEP_ROWS, mask=inside,
                      other=float("-inf"))  # fmt: skip
@@ -267,16 +254,18 @@ def _merge(out, lse, other_out, other_lse, first_row, num_rows, num_steps, out_s
 
 @dataclass(frozen=True)
 class Tiling:
-    """Query rows and keys of a tile, warps of a program, stages of its pipeline."""
+    """Query rows and keys of a tile; warps and pipeline stages of a program, registers of a thread (None: no limit)."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
     @property
-    def options(self) -> dict[str, int]:
-        return dict(BLOCK_M=self.rows, BLOCK_N=self.keys, num_warps=self.warps, num_stages=self.stages)
+    def options(self) -> dict[str, int | None]:
+        limits = {"maxnreg": self.registers} if self.registers else {}
+        return dict(BLOCK_M=self.rows, BLOCK_N=self.keys, num_warps=self.warps, num_stages=self.stages) | limits
 
 
 def tilings(head_dim: int, capability: tuple[int, int]) -> tuple[Tiling, Tiling, Tiling]:
@@ -285,20 +274,27 @@ def tilings(head_dim: int, capability: tuple[int, int]) -> tuple[Tiling, Tiling,
         return Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 1)
     if capability != (8, 0) and capability[0] not in (9, 10):  # consumer cards: under 100 KiB of shared memory
         return Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2)
-    return Tiling(64, 64, 4, 3), Tiling(128, 32, 8, 3), Tiling(64, 64, 4, 2)
+    # 128 registers let two programs share a multiprocessor.
+    return Tiling(64, 64, 4, 3), Tiling(128, 32, 8, 3, registers=128), Tiling(64, 64, 4, 2)
 
 
 # keys and values [N, G, d] and the rows' ranges over them
 Part = tuple[torch.Tensor, torch.Tensor, KeyRanges]
 
 
+def row_values(q: torch.Tensor, fill: float | None = None) -> torch.Tensor:
+    """A tensor [H, T] fp32 for one value a row and head, its rows padded to the 16 bytes that descriptors ask for."""
+    rows, heads, _ = q.shape
+    values = torch.empty(heads, -(-rows // 4) * 4, dtype=torch.float32, device=q.device)
+    return (values if fill is None else values.fill_(fill))[:, :rows]
+
+
 def forward(q, parts: list[Part], out, lse, *, has_state: bool, empty_is_padding: bool) -> None:
-    """Joint softmax of q [T, H, d] over one or two parts into out [T, H, d] and lse [H, T] (fp32), in place."""
+    """Joint softmax of q [T, H, d] over one or two parts into out [T, H, d] and lse [H, T] (`row_values`), in place."""
     tiling = _tilings(q)[0]
-    grid = (triton.cdiv(len(q), tiling.rows), q.shape[1])
-    _launch(
-        _forward, grid, q, q, out, lse, len(q), q.stride(0), _scale(q),
-        *_arguments(parts, lambda part: _row_arguments(part, tiling.rows)),
+    _forward[(triton.cdiv(len(q), tiling.rows), q.shape[1])](
+        _tiles_of(q, tiling.rows), out, lse, len(q), lse.stride(0), _scale(q),
+        *_arguments(parts, lambda part: _row_part(part, tiling)),
         PARTS=len(parts), HAS_STATE=has_state, EMPTY_IS_PADDING=empty_is_padding, **_shape(q, parts), **tiling.options,
     )  # fmt: skip
 
@@ -306,9 +302,9 @@ def forward(q, parts: list[Part], out, lse, *, has_state: bool, empty_is_padding
 def row_products(grad_out, out) -> torch.Tensor:
     """delta [H, T] fp32: what backward subtracts from every row, rowsum(grad_out * out)."""
     rows, heads, head_dim = out.shape
-    delta = torch.empty(heads, rows, dtype=torch.float32, device=out.device)
-    _launch(
-        _delta, (triton.cdiv(rows, 64), heads), out, grad_out, out, delta, rows, HEADS=heads, D=head_dim,
+    delta = row_values(out)
+    _delta[(triton.cdiv(rows, 64), heads)](
+        grad_out, out, delta, rows, delta.stride(0), HEADS=heads, D=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=64,
     )  # fmt: skip
     return delta
@@ -317,10 +313,9 @@ def row_products(grad_out, out) -> torch.Tensor:
 def backward_queries(grad_out, q, parts: list[Part], lse, delta, grad_q, *, has_state: bool) -> None:
     """Gradient of q into `grad_q` [T, H, d], or added to it, under the joint `lse` and `delta` [H, T]."""
     tiling = _tilings(q)[1]
-    grid = (triton.cdiv(len(q), tiling.rows), q.shape[1])
-    _launch(
-        _backward_queries, grid, q, q, grad_out, lse, delta, grad_q, len(q), q.stride(0), _scale(q),
-        *_arguments(parts, lambda part: _row_arguments(part, tiling.rows)),
+    _backward_queries[(triton.cdiv(len(q), tiling.rows), q.shape[1])](
+        _tiles_of(q, tiling.rows), _tiles_of(grad_out, tiling.rows), lse, delta, grad_q, len(q), lse.stride(0),
+        _scale(q), *_arguments(parts, lambda part: _row_part(part, tiling)),
         PARTS=len(parts), HAS_STATE=has_state, **_shape(q, parts), **tiling.options,
     )  # fmt: skip
 
@@ -331,16 +326,18 @@ def backward_keys(grad_out, q, parts: list[Part], lse, delta) -> list[tuple[torc
     grads = [(torch.empty(k.shape, dtype=k.dtype, device=k.device),
               torch.empty(v.shape, dtype=v.dtype, device=v.device)) for k, v, _ in parts]  # fmt: skip
     made = {id(part): grad for part, grad in zip(parts, grads)}
+    values_of_rows = (TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [1, tiling.rows]) for x in (lse, delta))
 
-    def arguments(part: Part) -> list:
-        k, _, ranges = part
+    def key_part(part: Part) -> list:
+        k, v, ranges = part
         tiles = ranges.tile_tensor(ranges.key_tiles(len(k), tiling.keys), ("keys", len(k), tiling.keys), q.device)
-        return [*_part_arguments(part, tiles), *made[id(part)]]
+        operands = _tiles_of(k, tiling.keys), _tiles_of(v, tiling.keys), *ranges.tensors(q.device), tiles
+        return [*operands, *made[id(part)], len(k)]
 
-    tiles = [triton.cdiv(len(k), tiling.keys) for k, _, _ in parts]
-    _launch(
-        _backward_keys, (sum(tiles), parts[0][0].shape[1]), q, q, grad_out, lse, delta, len(q), q.stride(0), _scale(q),
-        *_arguments(parts, arguments), **_shape(q, parts), **tiling.options,
+    tiles = sum(triton.cdiv(len(k), tiling.keys) for k, _, _ in parts)
+    _backward_keys[(tiles, parts[0][0].shape[1])](
+        _tiles_of(q, tiling.rows), _tiles_of(grad_out, tiling.rows), *values_of_rows, _scale(q),
+        *_arguments(parts, key_part), PARTS=len(parts), **_shape(q, parts), **tiling.options,
     )  # fmt: skip
     return grads
 
@@ -349,34 +346,28 @@ def merge(out, lse, other_out, other_lse, first_row: int, step_rows: int) -> Non
     """Merge other_out [n*step_rows, H', d], other_lse [step_rows, H', n] into rows `first_row` and on of out [T, H', d]
     (some heads of a larger tensor) and lse [H', T]."""
     rows, heads, head_dim = other_out.shape
-    _launch(
-        _merge, (triton.cdiv(rows, 64), heads), out, out, lse, other_out, other_lse, first_row, lse.stride(0),
-        rows // step_rows, out.stride(0), other_out.stride(0), STEP_ROWS=step_rows, HEADS=heads, D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=64,
+    _merge[(triton.cdiv(rows, 64), heads)](
+        out, lse, other_out, other_lse, first_row, lse.stride(0), rows // step_rows, out.stride(0), other_out.stride(0),
+        STEP_ROWS=step_rows, HEADS=heads, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=64,
     )  # fmt: skip
 
 
-def _launch(kernel, grid, on: torch.Tensor, *arguments, **options) -> None:
-    def scratch(size: int, alignment: int, stream) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int8, device=on.device)
-
-    triton.set_allocator(scratch)  # for tensor descriptors; Triton keeps it by thread, and backward has its own
-    kernel[grid](*arguments, **options)
+def _tiles_of(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """x [N, heads, d] by tiles of one head; features beyond d and rows beyond N read as zero."""
+    count, heads, head_dim = x.shape
+    block = [1, rows, triton.next_power_of_2(head_dim)]
+    return TensorDescriptor(x, [heads, count, head_dim], [x.stride(1), x.stride(0), 1], block)
 
 
 def _arguments(parts: list[Part], of) -> list:
-    """Both parts' arguments; the kernel that has one part only is given it twice and reads it once."""
+    """Both parts' arguments; a kernel that has one part only is given it twice and reads it once."""
     return [argument for part in (parts * 2)[:2] for argument in of(part)]
 
 
-def _row_arguments(part: Part, rows_per_tile: int) -> list:
-    ranges, device = part[2], part[0].device
-    return _part_arguments(part, ranges.tile_tensor(ranges.row_tiles(rows_per_tile), ("rows", rows_per_tile), device))
-
-
-def _part_arguments(part: Part, tiles: torch.Tensor) -> list:
+def _row_part(part: Part, tiling: Tiling) -> list:
     k, v, ranges = part
-    return [k, v, *ranges.tensors(k.device), tiles, len(k), k.stride(0), v.stride(0)]
+    tiles = ranges.tile_tensor(ranges.row_tiles(tiling.rows), ("rows", tiling.rows), k.device)
+    return [_tiles_of(k, tiling.keys), _tiles_of(v, tiling.keys), *ranges.tensors(k.device), tiles]
 
 
 def _shape(q, parts: list[Part]) -> dict[str, int]:
