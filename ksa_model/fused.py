@@ -22,8 +22,10 @@ from ksa_model.triton_attention import Part
 
 # Steps (chunks of a far part, rows of a full layer) from which cuDNN is faster than the Triton kernels: docs/log.md.
 MIN_RUN_STEPS = 2048
-# Query bytes of one cuDNN call: its workspace and passing gradients take five times as much again.
-MAX_CALL_BYTES = 2**26
+# Share of the query heads in one cuDNN call, whose workspace and passing gradients are some five times its queries; and
+# what is small enough (bytes of queries) not to be cut further.
+CALL_SHARE = 1 / 12
+SMALL_CALL = 2**22
 
 
 def supports(q: torch.Tensor) -> bool:
@@ -47,7 +49,7 @@ class Softmax:
 
     @staticmethod
     def empty(q: torch.Tensor) -> Softmax:
-        return Softmax(torch.zeros_like(q), triton_attention.row_values(q, fill=float("inf")))
+        return Softmax(torch.zeros_like(q), triton_attention.row_values(q))
 
     @staticmethod
     def unwritten(q: torch.Tensor) -> Softmax:
@@ -64,7 +66,9 @@ def attend(q: torch.Tensor, parts: list[Part], before: Softmax | None = None) ->
     split = [ranges.causal_split(_min_run_steps(q)) for _, _, ranges in parts]
     rests = [(k, v, rest) for (k, v, _), (_, rest) in zip(parts, split)]
     has_runs = any(runs for runs, _ in split)
-    state = before or (Softmax.empty(q) if has_runs else Softmax.unwritten(q))
+    state = before or (Softmax.empty(q) if has_runs and len(parts) == 1 else Softmax.unwritten(q))
+    if before is None and has_runs:
+        state.lse.fill_(float("inf"))
     for (k, v, _), (runs, _) in zip(parts, split):
         for run in runs:
             for call in _calls(run, q, k):
@@ -105,8 +109,9 @@ class Gradient:
         else:
             grads = [(torch.zeros_like(k), torch.zeros_like(v)) for k, v, _ in rests]
         adding = self.grad_q is not None
-        if self.grad_q is None and any(runs for runs, _ in split):
-            self.grad_q = torch.zeros_like(q)
+        runs_of_all = [run for runs, _ in split for run in runs]
+        if self.grad_q is None and runs_of_all:
+            self.grad_q = _zero_outside(runs_of_all, q)
         for (k, v, _), (runs, _), (grad_k, grad_v) in zip(parts, split, grads):
             for run in runs:
                 for call in _calls(run, q, k):
@@ -131,6 +136,16 @@ class Gradient:
             mine.copy_(found)
         for total, found in ((grad_k, call_k), (grad_v, call_v)):
             call.keys_of(total).add_((found[0] if len(found) == 1 else found.sum(0)).transpose(0, 1))
+
+
+def _zero_outside(runs: list[CausalRun], like: torch.Tensor) -> torch.Tensor:
+    """Rows outside the runs zero, the others as memory has them: the runs' first calls write those."""
+    x, row = torch.empty_like(like), 0
+    for run in sorted(runs, key=lambda run: run.first_row):
+        x[row : run.first_row].zero_()
+        row = run.first_row + run.num_rows
+    x[row:].zero_()
+    return x
 
 
 # -- cuDNN ------------------------------------------------------------------------------------------------------------
@@ -174,20 +189,21 @@ class _Call:
 
 
 def _calls(run: CausalRun, q: torch.Tensor, k: torch.Tensor) -> Iterator[_Call]:
-    """The run in problems small enough: by groups of key/value heads; the triangle once for every key of a step, whose
-    queries see all of them at once, then the rectangle."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    group = heads // kv_heads
-    bytes_per_kv_head = run.num_rows * group * q.shape[-1] * q.element_size()
-    at_once = max(1, min(kv_heads, MAX_CALL_BYTES // bytes_per_kv_head))
+    """The run in problems small enough, some heads at a time: the triangle once for every key of a step, whose queries
+    see all of them at once, then the rectangle."""
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    least = SMALL_CALL // (run.num_rows * q.shape[-1] * q.element_size())
+    at_once = max(1, least, int(heads * CALL_SHARE))
+    # Heads of a call either fill their key/value heads or share one.
+    at_once = at_once // group * group if at_once >= group else max(n for n in range(1, at_once + 1) if group % n == 0)
     end = run.triangle_key + run.num_steps * run.step_keys
-    for first in range(0, kv_heads, at_once):
-        some = slice(first, min(first + at_once, kv_heads))
-        their = slice(some.start * group, some.stop * group)
+    for first in range(0, heads, at_once):
+        some = slice(first, min(first + at_once, heads))
+        theirs = slice(some.start // group, -(-some.stop // group))
         for place in range(run.step_keys):
-            yield _Call(run, their, some, slice(run.triangle_key + place, end, run.step_keys), True, place == 0)
+            yield _Call(run, some, theirs, slice(run.triangle_key + place, end, run.step_keys), True, place == 0)
         if run.rectangle_key < run.triangle_key:
-            yield _Call(run, their, some, slice(run.rectangle_key, run.triangle_key), False, False)
+            yield _Call(run, some, theirs, slice(run.rectangle_key, run.triangle_key), False, False)
 
 
 def _cudnn_forward(q, k, v, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:

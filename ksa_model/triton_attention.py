@@ -294,7 +294,7 @@ def forward(q, parts: list[Part], out, lse, *, has_state: bool, empty_is_padding
     tiling = _tilings(q)[0]
     _forward[(triton.cdiv(len(q), tiling.rows), q.shape[1])](
         _tiles_of(q, tiling.rows), out, lse, len(q), lse.stride(0), _scale(q),
-        *_arguments(parts, lambda part: _row_part(part, tiling)),
+        *_arguments([_row_part(part, tiling) for part in parts]),
         PARTS=len(parts), HAS_STATE=has_state, EMPTY_IS_PADDING=empty_is_padding, **_shape(q, parts), **tiling.options,
     )  # fmt: skip
 
@@ -305,7 +305,7 @@ def row_products(grad_out, out) -> torch.Tensor:
     delta = row_values(out)
     _delta[(triton.cdiv(rows, 64), heads)](
         grad_out, out, delta, rows, delta.stride(0), HEADS=heads, D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=64,
+        BLOCK_D=_block_d(head_dim), BLOCK_M=64,
     )  # fmt: skip
     return delta
 
@@ -315,7 +315,7 @@ def backward_queries(grad_out, q, parts: list[Part], lse, delta, grad_q, *, has_
     tiling = _tilings(q)[1]
     _backward_queries[(triton.cdiv(len(q), tiling.rows), q.shape[1])](
         _tiles_of(q, tiling.rows), _tiles_of(grad_out, tiling.rows), lse, delta, grad_q, len(q), lse.stride(0),
-        _scale(q), *_arguments(parts, lambda part: _row_part(part, tiling)),
+        _scale(q), *_arguments([_row_part(part, tiling) for part in parts]),
         PARTS=len(parts), HAS_STATE=has_state, **_shape(q, parts), **tiling.options,
     )  # fmt: skip
 
@@ -325,19 +325,18 @@ def backward_keys(grad_out, q, parts: list[Part], lse, delta) -> list[tuple[torc
     tiling = _tilings(q)[2]
     grads = [(torch.empty(k.shape, dtype=k.dtype, device=k.device),
               torch.empty(v.shape, dtype=v.dtype, device=v.device)) for k, v, _ in parts]  # fmt: skip
-    made = {id(part): grad for part, grad in zip(parts, grads)}
     values_of_rows = (TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [1, tiling.rows]) for x in (lse, delta))
 
-    def key_part(part: Part) -> list:
+    def key_part(part: Part, grad: tuple[torch.Tensor, torch.Tensor]) -> list:
         k, v, ranges = part
         tiles = ranges.tile_tensor(ranges.key_tiles(len(k), tiling.keys), ("keys", len(k), tiling.keys), q.device)
         operands = _tiles_of(k, tiling.keys), _tiles_of(v, tiling.keys), *ranges.tensors(q.device), tiles
-        return [*operands, *made[id(part)], len(k)]
+        return [*operands, *grad, len(k)]
 
     tiles = sum(triton.cdiv(len(k), tiling.keys) for k, _, _ in parts)
     _backward_keys[(tiles, parts[0][0].shape[1])](
         _tiles_of(q, tiling.rows), _tiles_of(grad_out, tiling.rows), *values_of_rows, _scale(q),
-        *_arguments(parts, key_part), PARTS=len(parts), **_shape(q, parts), **tiling.options,
+        *_arguments([key_part(part, grad) for part, grad in zip(parts, grads)]), PARTS=len(parts), **_shape(q, parts), **tiling.options,
     )  # fmt: skip
     return grads
 
@@ -348,20 +347,20 @@ def merge(out, lse, other_out, other_lse, first_row: int, step_rows: int) -> Non
     rows, heads, head_dim = other_out.shape
     _merge[(triton.cdiv(rows, 64), heads)](
         out, lse, other_out, other_lse, first_row, lse.stride(0), rows // step_rows, out.stride(0), other_out.stride(0),
-        STEP_ROWS=step_rows, HEADS=heads, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=64,
+        STEP_ROWS=step_rows, HEADS=heads, D=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=64,
     )  # fmt: skip
 
 
 def _tiles_of(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """x [N, heads, d] by tiles of one head; features beyond d and rows beyond N read as zero."""
     count, heads, head_dim = x.shape
-    block = [1, rows, triton.next_power_of_2(head_dim)]
+    block = [1, rows, _block_d(head_dim)]
     return TensorDescriptor(x, [heads, count, head_dim], [x.stride(1), x.stride(0), 1], block)
 
 
-def _arguments(parts: list[Part], of) -> list:
+def _arguments(parts: list[list]) -> list:
     """Both parts' arguments; a kernel that has one part only is given it twice and reads it once."""
-    return [argument for part in (parts * 2)[:2] for argument in of(part)]
+    return [*parts[0], *parts[-1]]
 
 
 def _row_part(part: Part, tiling: Tiling) -> list:
@@ -372,13 +371,17 @@ def _row_part(part: Part, tiling: Tiling) -> list:
 
 def _shape(q, parts: list[Part]) -> dict[str, int]:
     heads, head_dim = q.shape[1:]
-    return dict(HEADS=heads, GROUP=heads // parts[0][0].shape[1], D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim))
+    return dict(HEADS=heads, GROUP=heads // parts[0][0].shape[1], D=head_dim, BLOCK_D=_block_d(head_dim))
 
 
 def _tilings(q: torch.Tensor) -> tuple[Tiling, Tiling, Tiling]:
     if not q.is_cuda:  # Triton's interpreter
         return Tiling(32, 16, 1, 1), Tiling(16, 32, 1, 1), Tiling(32, 16, 1, 1)
     return tilings(q.shape[-1], torch.cuda.get_device_capability(q.device))
+
+
+def _block_d(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))  # a matrix instruction takes 16 features at least
 
 
 def _scale(q: torch.Tensor) -> float:

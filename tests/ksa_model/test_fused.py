@@ -137,7 +137,7 @@ def test_text_mixers_match_reference(name, mixer, size):
 def test_long_stretches_go_to_the_library(monkeypatch, lengths, m):
     """With a low threshold every document is a run: whole ones, rounded ones, and what rounding leaves over."""
     monkeypatch.setattr(fused, "MIN_RUN_STEPS", 5)
-    monkeypatch.setattr(fused, "MAX_CALL_BYTES", 1)  # one key/value head at a time
+    monkeypatch.setattr(fused, "SMALL_CALL", 1)  # one head at a time, of two that share their keys
     pack = make_layout(lengths, 4, m, 0)
     runs, _ = pack.far_ranges(2).causal_split(5)
     assert runs and sum(run.num_rows for run in runs) > pack.num_text // 3
