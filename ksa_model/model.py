@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         if objective is not None:
             return objective(self, tokens, labels, layout)
         hidden = self.tp.gather(self.norm(self.hidden(tokens, layout)))
-        return _ChunkedCrossEntropy.apply(hidden, self._head_weight, labels, self._valid_columns)
+        return _ChunkedCrossEntropy.apply(hidden, self.head_weight, labels, self.valid_columns)
 
     def logits(
         self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None, rows: torch.Tensor | None = None
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         hidden = self.tp.gather(self.norm(self.hidden(tokens, layout, mix)))
         if rows is not None:
             hidden = hidden[rows]
-        local = nn.functional.linear(hidden, self._head_weight)
+        local = nn.functional.linear(hidden, self.head_weight)
         return gather_from_tensor_model_parallel_region(local, group=self.tp.group)[:, : self.config.vocab_size]
 
     def hidden(self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None) -> torch.Tensor:
@@ -113,11 +113,12 @@ class Decoder(nn.Module):
                 module.own_share = share
 
     @property
-    def _head_weight(self) -> torch.Tensor:
+    def head_weight(self) -> torch.Tensor:
+        """[V, h]: what turns hidden rows into scores."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     @property
-    def _valid_columns(self) -> int:
+    def valid_columns(self) -> int:
         """Columns of this rank's logits that are real tokens; the rest is vocabulary padding, always at the end."""
         assert self.config.vocab_size is not None
         local = self.config.padded_vocab_size // self.tp.size
