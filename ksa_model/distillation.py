@@ -52,18 +52,17 @@ class Distillation:
         counted = labels != IGNORE_INDEX
         local = tp.local_rows(len(labels))
         mine = counted[tp.rank * local :][:local] if tp.shards_rows else counted
-        gaps: list[torch.Tensor] = []
-
-        def compare(output: torch.Tensor) -> None:
-            gaps.append(attention_gap(output[:local], outputs[len(gaps)], mine))
-
-        with _watching(model, compare if self.attention_weight else lambda _: None):
+        learnt: list[torch.Tensor] = []
+        # Compared afterwards: work done while a block runs would be missing when recomputation runs it again.
+        with _watching(model, learnt.append):
             hidden = tp.gather(model.norm(model.hidden(tokens, layout)))
         weights = (self.lm_weight, self.kl_weight)
         loss, parts = _ChunkedDivergence.apply(
             hidden, model.head_weight, taught, labels, model.valid_columns, tp, weights
         )
-        gap = torch.stack(gaps).mean() if gaps else loss.new_zeros(())
+        gap = loss.new_zeros(())
+        if self.attention_weight:
+            gap = torch.stack([attention_gap(s[:local], t, mine) for s, t in zip(learnt, outputs)]).mean()
         if tp.shards_rows:  # each rank has compared its own rows; the gradient needs no exchange
             gap = reduce_from_tensor_model_parallel_region(gap, group=tp.group)
         self._count(torch.cat([parts, gap.detach()[None]]))

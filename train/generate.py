@@ -43,12 +43,17 @@ def load_run(directory: Path, world: parallel.World) -> tuple[Decoder, Tokenizer
     for path in (config_path, tokenizer_path):
         if not path.is_file():
             raise ConfigError(f"{path} is missing: {directory} is not the directory of a run")
-    config = from_mapping(TrainConfig, yaml.safe_load(config_path.read_text(encoding="utf-8")))
-    model = Decoder(config.model, TensorParallel(world.tensor_group)).to(world.device).eval()
+    values = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+    config = from_mapping(TrainConfig, values)
     own = checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name)
     found = checkpoint.find(str(own), own)
     assert found is not None
+    state = checkpoint.read_state(found)
+    # The model as it was saved: annealing takes away some of what the run began with.
+    config = from_mapping(TrainConfig, values | {"model": state["config"]["model"]})
+    model = Decoder(config.model, TensorParallel(world.tensor_group)).to(world.device).eval()
     checkpoint.load_weights(found, model, world)
+    model.anneal(state.get("own_share", 1.0) if config.model.independent_qkv else 1.0)
     return model, Tokenizer(tokenizer_path)
 
 

@@ -132,6 +132,8 @@ def check_inherited(stage: StageConfig, model: ModelConfig, place: str, before: 
         return
     for name, value in settings.items():
         old = before.get(name, value)
+        if name == "vocab_size" and value is None:  # the tokenizer decides, and that is checked where it is opened
+            continue
         if name not in EXTENDABLE and old != (list(value) if isinstance(value, tuple) else value):
             raise StageError(
                 f"stage.kind=extend leaves the model as it is, apart from {' and '.join(EXTENDABLE)}: model.{name} was "

@@ -89,8 +89,9 @@ def train(config: TrainConfig) -> RunResult:
     directory = Path(config.run.root) / config.run.name
     check_run_directory(directory, config)
     # A wrong path must not wait for the data.
-    checkpoint.find(config.resume, checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name))
-    _find_inherited(config)
+    own = checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name)
+    if checkpoint.find(config.resume, own) is None:
+        _find_inherited(config)
     with StopRequest(config.run.max_minutes) as request:
         data = data_pipeline.open_data(config.data, progress=rank == 0 and config.logging.progress)
         config = dataclasses.replace(config, model=with_vocabulary(config.model, data.vocab_size))
