@@ -91,12 +91,12 @@ def test_one_task_a_foreign_tokenizer_and_what_does_not_fit(model_path, tmp_path
         data.samples("train", 64, 8).at(0)
     with pytest.raises(DataError, match="seq_len=60 must be a multiple of alignment=8"):
         data.samples("train", 60, 8)
-    with pytest.raises(DataError, match=r"data.tasks=.* must be a list of needle, multikey, variables"):
+    with pytest.raises(DataError, match=r"data.tasks=.* must be a list of needle, multikey, multiquery"):
         DataConfig(source="synthetic", tasks=["haystack"])
 
 
 def test_the_random_numbers_are_frozen(data):
-    from data_pipeline.synthetic import _multikey, _needle, _Random, _variables
+    from data_pipeline.probe_tasks import TASKS, Numbers
 
-    told = repr([task(_Random(42), 1024) for task in (_needle, _multikey, _variables)])
+    told = repr([TASKS[task](Numbers(42), 1024) for task in ("needle", "multikey", "variables")])
     assert hashlib.sha256(told.encode()).hexdigest()[:16] == "0c88a7dc251d4874"
