@@ -4,8 +4,9 @@
       - {name: 8k, tokens: 2.5e11, seq_len: 8192, optim.lr: 4.0e-4}
       - {name: 32k, stage: extend, run.steps: 1600, seq_len: 32768, optim.lr: 1.0e-5}
 
-A stage keeps the settings of the one before it, apart from `stage.*`, and names what is new by dotted keys. It writes to `{run.root}/{run.name}/{number}-{name}`. Started again, the chain passes over the stages that are finished
-and resumes the one that is not.
+A stage keeps the settings of the one before it, apart from `stage.*`, and names what is new by dotted keys. It writes
+to `{run.root}/{run.name}/{number}-{name}`. Started again, the chain passes over stages that are finished and resumes
+the one that is not.
 """
 
 from __future__ import annotations
