@@ -16,7 +16,8 @@ TOKENIZED = ("shards", "megatron")
 SOURCES = (*RAW, *TOKENIZED, "mixture", "synthetic")
 STREAMABLE = ("text", "jsonl", "parquet")
 TOKENIZER_TYPES = ("bpe", "unigram")
-TASKS = ("needle", "multikey", "variables")
+TASKS = ("needle", "multikey", "multiquery", "multivalue", "variables", "common", "frequent")
+DEFAULT_TASKS = ("needle", "multikey", "variables")
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,17 @@ class CorpusConfig:
     split: str = "train"
     validation_path: str | None = None
     validation_fraction: float = 0.01
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    probe_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
         place = f"data.corpora[{self.name}]"
-        if self.source not in (*RAW, *TOKENIZED):
-            raise DataError(f"{place}.source={self.source!r} must be one of {', '.join((*RAW, *TOKENIZED))}")
+        known = (*RAW, *TOKENIZED, "synthetic")
+        if self.source not in known:
+            raise DataError(f"{place}.source={self.source!r} must be one of {', '.join(known)}")
+        if self.source == "synthetic" and self.weight is None:
+            raise DataError(f"{place}: probes have no size: give a weight")
         if self.weight is not None and not self.weight > 0:
             raise DataError(f"{place}.weight={self.weight!r} must be above 0; leave the corpus out instead")
 
@@ -136,8 +143,10 @@ class DataConfig:
     """`mixture` without weights: a corpus of n tokens weighs n ** (1 / temperature)."""
     stages: tuple[StageConfig, ...] = ()
     """`mixture` only: lengths of samples in the order of training; empty: one stage without end at the run's length."""
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = DEFAULT_TASKS
     """`synthetic` only: the kinds of probes, in turn."""
+    probe_tokens: int | None = None
+    """`synthetic` only: samples are packs of probes of this many tokens to the whole sample; None: one probe each."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpora", _items(CorpusConfig, self.corpora, "data.corpora"))
@@ -173,6 +182,8 @@ class DataConfig:
         )
         tasks_known = len(self.tasks) > 0 and set(self.tasks) <= set(TASKS)
         _require(tasks_known, "tasks", self, f"a list of {', '.join(TASKS)}")
+        shortest = self.probe_tokens
+        _require(shortest is None or (_is_whole(shortest) and shortest > 0), "probe_tokens", self, "a length or null")
         self._check_source()
 
     def _check_source(self) -> None:

@@ -26,12 +26,14 @@ from data_pipeline.packing import Plan, Selection
 from data_pipeline.samples import PackedSample, Samples
 from data_pipeline.sources import TRAIN, VALIDATION, Corpus
 from data_pipeline.storage import build_once, fingerprint_of, write_json
+from data_pipeline.synthetic import Synthetic, SyntheticSamples
 from data_pipeline.tokenizer import TRAINING_CHARACTERS, train_tokenizer
 
 BLOCK_SAMPLES = 1024
 _BLOCK_ORDER = 6
 _ALGORITHM = 1
 _FIELDS = ("source", "path", "text_key", "subset", "split", "validation_path", "validation_fraction")
+_PROBE_FIELDS = ("source", "tasks", "probe_tokens")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Source:
     name: str
     weight: float
     selection: Selection
-    plan: Plan
+    plan: Plan | SyntheticSamples
 
 
 class Stage:
@@ -137,9 +139,18 @@ class Mixture(TrainingData):
     def __init__(self, config: DataConfig, *, progress: bool = False) -> None:
         self.config = config
         tokenizer = config.tokenizer or _train_tokenizer(config)
-        self.corpora: dict[str, TokenCorpus] = {}
+        self.corpora: dict[str, TokenCorpus | Synthetic] = {}
         for corpus in config.corpora:
-            self.corpora[corpus.name] = open_corpus(_config_of(config, corpus, tokenizer), progress=progress)
+            one = _config_of(config, corpus, tokenizer)
+            if corpus.source == "synthetic":
+                if tokenizer is None:
+                    raise DataError(
+                        f"data.corpora[{corpus.name}]: probes are written in the tokens of the other corpora: give "
+                        "data.tokenizer, or a corpus of text to train one on"
+                    )
+                self.corpora[corpus.name] = Synthetic(one)
+            else:
+                self.corpora[corpus.name] = open_corpus(one, progress=progress)
         first = next(iter(self.corpora.values()))
         self.tokenizer_path, self.vocab_size = first.tokenizer_path, first.vocab_size
         for name, opened in self.corpora.items():
@@ -203,7 +214,8 @@ class Mixture(TrainingData):
     def _weights(self) -> dict[str, float]:
         given = {corpus.name: corpus.weight for corpus in self.config.corpora}
         if any(weight is None for weight in given.values()):
-            tokens = {name: int(opened.lengths(TRAIN).sum()) for name, opened in self.corpora.items()}
+            sized = {name: opened for name, opened in self.corpora.items() if isinstance(opened, TokenCorpus)}
+            tokens = {name: int(opened.lengths(TRAIN).sum()) for name, opened in sized.items()}
             raw = {name: max(n, 1) ** (1 / self.config.temperature) for name, n in tokens.items()}
         else:
             raw = {name: float(weight or 0) for name, weight in given.items()}
@@ -229,14 +241,19 @@ class Mixture(TrainingData):
         for name, weight, least, most in draws or [(name, None, 0, None) for name in self.corpora]:
             limits = [limit for limit in (most, config.max_tokens) if limit is not None]
             selection = Selection(max(least, config.min_tokens), min(limits, default=None))
-            plan = self.corpora[name].plan(TRAIN, config.seq_len, alignment, selection)
+            opened = self.corpora[name]
+            if isinstance(opened, Synthetic):  # as long as they are asked for
+                plan: Plan | SyntheticSamples = opened.plan(TRAIN, config.seq_len, alignment)
+            else:
+                plan = opened.plan(TRAIN, config.seq_len, alignment, selection)
             sources.append(Source(name, self.weights[name] if weight is None else weight, selection, plan))
         return Stage(sources, config.seq_len, first, config.samples, self.config.seed)
 
     def _validation_stages(self, seq_len: int, alignment: int) -> list[Stage]:
         sources = []
         for name, opened in self.corpora.items():
-            plan = opened.samples(VALIDATION, seq_len, alignment)
+            # Probes have no end, and their loss is no loss of a text.
+            plan = None if isinstance(opened, Synthetic) else opened.samples(VALIDATION, seq_len, alignment)
             if plan is not None:
                 assert isinstance(plan, Plan)
                 sources.append(Source(name, self.weights[name], Selection(), plan))
@@ -256,7 +273,8 @@ def block_counts(weights: list[float]) -> np.ndarray:
 
 
 def _config_of(config: DataConfig, corpus: CorpusConfig, tokenizer: str | None) -> DataConfig:
-    fields = {name: getattr(corpus, name) for name in _FIELDS}
+    names = _PROBE_FIELDS if corpus.source == "synthetic" else _FIELDS
+    fields = {name: getattr(corpus, name) for name in names}
     return replace(config, corpora=(), stages=(), tokenizer=tokenizer, **fields)
 
 

@@ -348,7 +348,7 @@ def _watched(pieces: Iterator[Piece], bar: Any) -> Iterator[Piece]:
 
 # Keys of the command line: the fields of DataConfig that preparing depends on; `out` is its `cache_dir`.
 _NOT_HERE = tuple(
-    "seed prefetch_samples cache_gb stream slab_mb accept_changes corpora temperature stages tasks".split()
+    "seed prefetch_samples cache_gb stream slab_mb accept_changes corpora temperature stages tasks probe_tokens".split()
 )
 
 

@@ -1,17 +1,13 @@
 """Long-context probes, generated on the fly: sample i is a function of (tokenizer, seed, seq_len, tasks, i).
 
-Each sample is one document of (nearly) `seq_len` tokens: facts hidden in filler, and questions at its end. Only the
+A probe is one document of (nearly) a given number of tokens: facts hidden in filler, and questions at its end. Only the
 tokens of the answers carry loss, so the mean loss, or the share of them predicted right, measures recall over the
-length of the sample. The tasks are those of long-context benchmarks (RULER, arXiv 2404.06654):
-
-    needle      one fact at a random depth: "The number of K is V."
-    multikey    many such facts, and questions about some of them
-    variables   chains "VAR b = VAR a" to be followed: which variables hold V?
+length of the probe. What the tasks ask is told in `data_pipeline.probe_tasks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +15,98 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.data import TrainingData
 from data_pipeline.errors import DataError
-from data_pipeline.order import derive_key, mix64
+from data_pipeline.order import derive_key
+from data_pipeline.probe_tasks import FILLER, TASKS, Numbers, holds_answer
 from data_pipeline.samples import IGNORE_INDEX, PackedSample, Samples
 from data_pipeline.sources import SPLITS
 from data_pipeline.storage import build_once, fingerprint_of, write_json
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
-_SAMPLE = 7
-_ALGORITHM = 1
-_SUBJECTS = "the old man,a small bird,the river,every morning train,her brother,the teacher,our garden,the north wind"
-_VERBS = "watches,passes,remembers,follows,leaves behind,looks at,cannot find,waits for"
-_OBJECTS = "the grey hills,an empty street,the white house,its own shadow,a letter,the harbour,two stones,the light"
-_FILLER = [
-    f"{subject[0].upper()}{subject[1:]} {verb} {thing}.\n"
-    for subject in _SUBJECTS.split(",")
-    for verb in _VERBS.split(",")
-    for thing in _OBJECTS.split(",")
-]
-_PAIR_TOKENS = 128  # multikey: one fact for so many tokens of the sample,
-_MOST_PAIRS = 1024  # and no more than this
-_QUESTIONS, _HOPS, _CHAINS = 4, 4, 3
+_SAMPLE, _EVALUATION = 7, 8
+_ALGORITHM = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """One document with questions.
+
+    Attributes:
+        tokens: int64 [n], the end-of-text token last.
+        answers: spans [begin, end) of `tokens`, one per question.
+        distances: tokens between the end of the furthest fact that an answer needs and the answer, one per question.
+    """
+
+    tokens: np.ndarray
+    answers: list[tuple[int, int]]
+    distances: list[int]
+
+
+class ProbeWriter:
+    """Writes probes in a tokenizer's tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._filler = [tokenizer.encode(line) for line in FILLER]
+        self._filler_lengths = np.array([line.size for line in self._filler])
+
+    def write(self, task: str, random: Numbers, num_tokens: int, depth: float | None = None) -> Probe:
+        """A probe of at most `num_tokens`, and less by no more than a line of filler.
+
+        `depth` puts all facts at that share of the filler (0 at the beginning, 1 before the questions); without it they
+        are spread at random. Raises DataError when the task does not fit.
+        """
+        facts, questions = TASKS[task](random, num_tokens)
+        encode = self._tokenizer.encode
+        # Each part is encoded for itself, so an answer has the same tokens where it is told and where it is asked.
+        told = [np.concatenate([encode(part) for part in fact]) for fact in facts]
+        asked: list[np.ndarray] = []
+        spans: list[tuple[int, int]] = []  # from the beginning of the questions
+        size = 0
+        for question, answer in questions:
+            parts = [encode(question), encode(answer), encode("\n")]
+            spans.append((size + parts[0].size, size + parts[0].size + parts[1].size))
+            size += sum(part.size for part in parts)
+            asked += parts
+        room = num_tokens - 1 - size - sum(fact.size for fact in told)
+        if room < 0:
+            raise DataError(
+                f"data.tasks: {task} needs {num_tokens - room} tokens and does not fit into seq_len={num_tokens}; "
+                f"raise seq_len, or leave the task out"
+            )
+        body, ends = self._hide(told, room, random, depth)
+        text = np.concatenate([*body, *asked, np.array([self._tokenizer.eos_id])])
+        first = text.size - 1 - size
+        answers = [(first + begin, first + end) for begin, end in spans]
+        distances = []
+        for (begin, _), (_, answer) in zip(answers, questions):
+            needed = [end for end, fact in zip(ends, facts) if holds_answer(fact, answer)]
+            distances.append(begin - min(needed))
+        return Probe(text, answers, distances)
+
+    def _hide(
+        self, facts: list[np.ndarray], room: int, random: Numbers, depth: float | None
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """Filler of at most `room` tokens with the facts, in order, between its lines; and where each fact ends."""
+        chosen = random.numbers(room // int(self._filler_lengths.min()) + 1, len(self._filler))
+        count = int(np.searchsorted(np.cumsum(self._filler_lengths[chosen]), room, side="right"))
+        lines = [self._filler[number] for number in chosen[:count].tolist()]
+        if depth is None:
+            places = np.sort(random.numbers(len(facts), count + 1)).tolist()
+        else:
+            places = [round(depth * count)] * len(facts)
+        for place, fact in reversed(list(zip(places, facts))):
+            lines.insert(place, fact)
+        after = np.cumsum([line.size for line in lines])
+        return lines, [int(after[place + number]) for number, place in enumerate(places)]
+
+
+def evaluation_probes(
+    tokenizer: Tokenizer, task: str, num_tokens: int, count: int, seed: int, depth: float | None = None
+) -> list[Probe]:
+    """Probes that no training sample has been made of, whatever its seed."""
+    writer = ProbeWriter(tokenizer)
+    keys = [derive_key(_EVALUATION, seed, num_tokens, number) for number in range(count)]
+    return [writer.write(task, Numbers(key), num_tokens, depth) for key in keys]
 
 
 class Synthetic(TrainingData):
@@ -49,13 +117,18 @@ class Synthetic(TrainingData):
         self.tokenizer_path = Path(config.tokenizer or _train(config))
         self.tokenizer = Tokenizer(self.tokenizer_path)
         self.vocab_size = self.tokenizer.vocab_size
-        self.fingerprint = fingerprint_of([_ALGORITHM, self.tokenizer.fingerprint, config.seed, list(config.tasks)])
+        made_of = [_ALGORITHM, self.tokenizer.fingerprint, config.seed, list(config.tasks), config.probe_tokens]
+        self.fingerprint = fingerprint_of(made_of)
 
-    def _samples(self, split: str, seq_len: int, alignment: int) -> Samples:
+    def _samples(self, split: str, seq_len: int, alignment: int) -> SyntheticSamples:
         # Both splits are without end and have no sample in common.
         if alignment < 1 or seq_len < alignment or seq_len % alignment:
             raise DataError(f"seq_len={seq_len} must be a multiple of alignment={alignment}")
-        return SyntheticSamples(self.tokenizer, self.config, split, seq_len)
+        return SyntheticSamples(self.tokenizer, self.config, split, seq_len, alignment)
+
+    def plan(self, split: str, seq_len: int, alignment: int) -> SyntheticSamples:
+        """The samples of a split, as a source of a mixture."""
+        return self._samples(split, seq_len, alignment)
 
     def report(self) -> list[str]:
         """See TrainingData."""
@@ -63,13 +136,15 @@ class Synthetic(TrainingData):
 
 
 class SyntheticSamples(Samples):
-    """Sample i has task `tasks[i % len(tasks)]`."""
+    """Sample i is a probe of task `tasks[i % len(tasks)]`, or with `data.probe_tokens` a pack of shorter ones."""
 
     num_samples = 1 << 62
 
-    def __init__(self, tokenizer: Tokenizer, config: DataConfig, split: str, seq_len: int) -> None:
-        self._tokenizer, self._tasks, self._split = tokenizer, config.tasks, SPLITS.index(split)
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig, split: str, seq_len: int, alignment: int) -> None:
+        self._writer, self._tasks, self._split = ProbeWriter(tokenizer), config.tasks, SPLITS.index(split)
         self._seed, self.seq_len = config.seed, seq_len
+        self._shortest, self._alignment = config.probe_tokens or seq_len, alignment
+        self.statistics: dict[str, dict[int, float]] = {"tokens_beyond": {}}
         self.identity = {
             "tokenizer": tokenizer.fingerprint,
             "seed": config.seed,
@@ -78,133 +153,43 @@ class SyntheticSamples(Samples):
             "seq_len": seq_len,
             "algorithm": _ALGORITHM,
         }
+        if self._shortest < seq_len:
+            self.identity |= {"probe_tokens": self._shortest, "alignment": alignment}
         self.fingerprint = fingerprint_of(self.identity)
-        self._filler = [tokenizer.encode(line) for line in _FILLER]
-        self._filler_lengths = np.array([line.size for line in self._filler])
 
     def at(self, index: int) -> PackedSample:
-        """Sample `index`; DataError when its task does not fit into `seq_len`."""
-        task = self._tasks[index % len(self._tasks)]
-        random = _Random(derive_key(self._seed, _SAMPLE, self._split, index))
-        facts, questions = _TASKS[task](random, self.seq_len)
-        encode = self._tokenizer.encode
-        # Each part is encoded for itself, so an answer has the same tokens where it is told and where it is asked.
-        told = [np.concatenate([encode(part) for part in fact]) for fact in facts]
-        asked: list[np.ndarray] = []
-        answers: list[tuple[int, int]] = []  # from the beginning of the questions
-        size = 0
-        for question, answer in questions:
-            parts = [encode(question), encode(answer), encode("\n")]
-            answers.append((size + parts[0].size, size + parts[0].size + parts[1].size))
-            size += sum(part.size for part in parts)
-            asked += parts
-        room = self.seq_len - 1 - size - sum(fact.size for fact in told)
-        if room < 0:
-            raise DataError(
-                f"data.tasks: {task} needs {self.seq_len - room} tokens and does not fit into seq_len={self.seq_len}; "
-                f"raise seq_len, or leave the task out"
-            )
-        body = self._hide(told, room, random)
-        end = np.array([self._tokenizer.eos_id])
-        text = np.concatenate([*body, *asked, end])
-        first = text.size - 1 - size
+        """Sample `index`; DataError when its task does not fit."""
+        random = Numbers(derive_key(self._seed, _SAMPLE, self._split, index))
         tokens = np.zeros(self.seq_len, dtype=np.int64)
         labels = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
-        tokens[: text.size] = text
-        for begin, stop in answers:
-            labels[first + begin - 1 : first + stop - 1] = text[first + begin : first + stop]
+        starts: list[int] = []
+        lengths: list[int] = []
+        start = 0
+        while start == 0 or self.seq_len - start >= self._shortest:
+            task = self._tasks[(index + len(starts)) % len(self._tasks)]
+            probe = self._writer.write(task, random, self._length(random, self.seq_len - start))
+            tokens[start : start + probe.tokens.size] = probe.tokens
+            for begin, stop in probe.answers:
+                labels[start + begin - 1 : start + stop - 1] = probe.tokens[begin:stop]
+            starts.append(start)
+            lengths.append(probe.tokens.size)
+            start += -(-probe.tokens.size // self._alignment) * self._alignment
         return PackedSample(
             tokens=tokens,
             labels=labels,
-            doc_starts=np.zeros(1, dtype=np.int64),
-            doc_lengths=np.array([text.size], dtype=np.int64),
-            continuation=np.zeros(1, dtype=bool),
+            doc_starts=np.array(starts, dtype=np.int64),
+            doc_lengths=np.array(lengths, dtype=np.int64),
+            continuation=np.zeros(len(starts), dtype=bool),
             index=index,
         )
 
-    def _hide(self, facts: list[np.ndarray], room: int, random: _Random) -> list[np.ndarray]:
-        """Filler of at most `room` tokens with the facts, in their order, between its lines."""
-        chosen = random.numbers(room // int(self._filler_lengths.min()) + 1, len(self._filler))
-        count = int(np.searchsorted(np.cumsum(self._filler_lengths[chosen]), room, side="right"))
-        lines = [self._filler[number] for number in chosen[:count].tolist()]
-        for depth, fact in reversed(list(zip(np.sort(random.numbers(len(facts), count + 1)).tolist(), facts))):
-            lines.insert(depth, fact)
-        return lines
-
-
-class _Random:
-    """Random numbers from a key, the same in every version of every library."""
-
-    def __init__(self, key: int) -> None:
-        self._key, self._taken = np.uint64(key), 0
-
-    def numbers(self, count: int, below: int) -> np.ndarray:
-        """int64 [count] in range(below)."""
-        counter = np.arange(self._taken, self._taken + count, dtype=np.uint64)
-        self._taken += count
-        return (mix64(counter ^ self._key) % np.uint64(below)).astype(np.int64)
-
-    def different(self, count: int, below: int) -> list[int]:
-        """Different numbers in range(below), in random order."""
-        found: dict[int, None] = {}
-        while len(found) < count:
-            found.update(dict.fromkeys(self.numbers(count, below).tolist()))
-        return list(found)[:count]
-
-
-def _word(number: int) -> str:
-    """A name of six letters, consonant and vowel in turn."""
-    letters = []
-    for alphabet in ("bcdfghjklmnprstvwz", "aeiou") * 3:
-        number, letter = divmod(number, len(alphabet))
-        letters.append(alphabet[letter])
-    return "".join(letters)
-
-
-_WORDS = (18 * 5) ** 3
-Parts = tuple[str, ...]
-Task = tuple[list[Parts], list[tuple[str, str]]]
-
-
-def _pairs(random: _Random, num_pairs: int, num_questions: int) -> Task:
-    keys = [_word(number) for number in random.different(num_pairs, _WORDS)]
-    values = [str(100_000 + number) for number in random.different(num_pairs, 900_000)]
-    facts: list[Parts] = [(f"The number of {key} is", f" {value}", ".\n") for key, value in zip(keys, values)]
-    asked = random.different(num_questions, num_pairs)
-    return facts, [(f"What is the number of {keys[n]}? The number of {keys[n]} is", f" {values[n]}") for n in asked]
-
-
-def _needle(random: _Random, seq_len: int) -> Task:
-    return _pairs(random, 1, 1)
-
-
-def _multikey(random: _Random, seq_len: int) -> Task:
-    num_pairs = min(max(seq_len // _PAIR_TOKENS, 2), _MOST_PAIRS)
-    return _pairs(random, num_pairs, min(_QUESTIONS, num_pairs))
-
-
-def _variables(random: _Random, seq_len: int) -> Task:
-    names = [_word(number) for number in random.different(_CHAINS * _HOPS, _WORDS)]
-    values = [str(100_000 + number) for number in random.different(_CHAINS, 900_000)]
-    chains = [names[n * _HOPS : (n + 1) * _HOPS] for n in range(_CHAINS)]
-    lines = []
-    for chain, value in zip(chains, values):
-        tellings = [value, *(f"VAR {name}" for name in chain)]
-        lines.append([(f"VAR {name} = {told}\n",) for name, told in zip(chain, tellings)])
-    # The lines of a chain keep their order, the chains are mixed.
-    facts: list[Parts] = []
-    while any(lines):
-        waiting = [chain for chain in lines if chain]
-        facts.append(waiting[int(random.numbers(1, len(waiting))[0])].pop(0))
-    asked = int(random.numbers(1, _CHAINS)[0])
-    return facts, [(f"Which variables hold {values[asked]}? They are", "".join(f" {name}" for name in chains[asked]))]
-
-
-_TASKS: dict[str, Callable[[_Random, int], Task]] = {
-    "needle": _needle,
-    "multikey": _multikey,
-    "variables": _variables,
-}
+    def _length(self, random: Numbers, room: int) -> int:
+        """Tokens of the next probe: the shortest, doubled at random, so that every length has as many probes."""
+        if self._shortest >= self.seq_len:
+            return room
+        doublings = (self.seq_len // self._shortest).bit_length()
+        length = self._shortest << int(random.numbers(1, doublings)[0])
+        return room if room - length < self._shortest else length
 
 
 def _train(config: DataConfig) -> str:
@@ -213,10 +198,10 @@ def _train(config: DataConfig) -> str:
     directory = Path(config.cache_dir) / f"tokenizer-synthetic-{fingerprint_of(request)[:16]}"
 
     def build(target: Path) -> None:
-        texts = ["".join(_FILLER)]
+        texts = ["".join(FILLER)]
         for number in range(300):
-            for task in _TASKS.values():
-                facts, questions = task(_Random(derive_key(_SAMPLE, number)), 1024)
+            for task in TASKS.values():
+                facts, questions = task(Numbers(derive_key(_SAMPLE, number)), 1024)
                 told = ["".join(fact) for fact in facts]
                 texts.append("".join([*told, *(f"{question}{answer}\n" for question, answer in questions)]))
         train_tokenizer(texts, target / "tokenizer.model", config.vocab_size, config.tokenizer_type)

@@ -96,6 +96,7 @@ class Attention(nn.Module):
         self.summary_query = tp.column(h, q, std) if own and layer.updates_summaries else None
         self.summary_key = tp.column(h, kv, std) if own and layer.projects_summaries else None
         self.summary_value = tp.column(h, kv, std) if own and layer.projects_summaries else None
+        self.own_share: torch.Tensor | None = None  # see `Decoder.anneal`
         self.output = tp.row(q, h, std / (2 * config.num_layers) ** 0.5)
         if config.qk_norm:
             # Every rank norms its own heads only.
@@ -127,11 +128,22 @@ class Attention(nn.Module):
             v=self._heads(self.value(text)),
         )
         if self.layer.projects_summaries:
-            heads.k_summary = self._heads((self.summary_key or self.key)(summary), "key_norm", rotary.summary)
-            heads.v_summary = self._heads((self.summary_value or self.value)(summary))
+            heads.k_summary = self._heads(self._of_summary("key", summary), "key_norm", rotary.summary)
+            heads.v_summary = self._heads(self._of_summary("value", summary))
         if self.layer.updates_summaries:
-            heads.q_summary = self._heads((self.summary_query or self.query)(summary), "query_norm", rotary.summary)
+            heads.q_summary = self._heads(self._of_summary("query", summary), "query_norm", rotary.summary)
         return heads
+
+    def _of_summary(self, name: str, rows: torch.Tensor | None) -> torch.Tensor:
+        """Summary rows through their own projection, text's, or a mean of both while their own is annealed away."""
+        assert rows is not None  # a layer that asks for them carries them
+        base, own = getattr(self, name), getattr(self, f"summary_{name}")
+        if own is None:
+            return base(rows)
+        if self.own_share is None:
+            return own(rows)
+        share = self.own_share.to(rows.dtype)
+        return share * own(rows) + (1 - share) * base(rows)
 
     @staticmethod
     def mix(attention: Attention, heads: Heads, layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -135,6 +135,29 @@ class SequenceLayout:
         return int(m * self.chunk_lengths.sum() + self.num_chunks * m * (m + 1) // 2)
 
 
+class TextLayout(SequenceLayout):
+    """A layout, whole or sharded, without its summary rows: what the same weights see as a full-attention model."""
+
+    def __init__(self, layout: SequenceLayout):
+        self._layout = layout
+        super().__init__(
+            num_text=layout.num_text,
+            chunk_size=layout.chunk_size,
+            summary_tokens=layout.summary_tokens,
+            chunk_lengths=layout.chunk_lengths,
+            first_chunks=layout.first_chunks,
+            text_positions=layout.text_positions,
+            summary_positions=layout.summary_positions[:0],
+        )
+
+    @property
+    def num_summary(self) -> int:
+        return 0
+
+    def full_ranges(self) -> KeyRanges:
+        return self._layout.full_ranges()
+
+
 class ShardedLayout(SequenceLayout):
     """One context rank's share of a layout: slices `rank` and `2*size - 1 - rank` of `2*size` equal slices.
 

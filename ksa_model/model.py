@@ -9,6 +9,8 @@ and documents separate samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from torch import nn
@@ -22,6 +24,9 @@ from ksa_model.tensor_parallel import TensorParallel
 
 IGNORE_INDEX = -100
 LOSS_ROWS = 1024  # rows of logits that exist at a time
+
+# (model, tokens, labels, layout) -> loss, summed over the rows that carry one
+Objective = Callable[["Decoder", torch.Tensor, torch.Tensor, SequenceLayout], torch.Tensor]
 
 
 class Decoder(nn.Module):
@@ -53,14 +58,23 @@ class Decoder(nn.Module):
             None if config.tie_embeddings else tp.column(config.hidden_size, config.padded_vocab_size, config.init_std)
         )
 
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        layout: SequenceLayout,
+        objective: Objective | None = None,
+    ) -> torch.Tensor:
         """tokens, labels: int64 [T] (`IGNORE_INDEX` where a row has no loss) -> sum of the rows' losses, fp32 scalar.
 
         A sum, not a mean: ranks and micro-batches hold unequal numbers of valid rows, so the division by their global
-        number happens once, outside.
+        number happens once, outside. `objective` replaces the loss; it runs inside this call because ZeRO-3 brings in
+        weights nowhere else.
         """
+        if objective is not None:
+            return objective(self, tokens, labels, layout)
         hidden = self.tp.gather(self.norm(self.hidden(tokens, layout)))
-        return _ChunkedCrossEntropy.apply(hidden, self._head_weight, labels, self._valid_columns)
+        return _ChunkedCrossEntropy.apply(hidden, self.head_weight, labels, self.valid_columns)
 
     def logits(
         self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None, rows: torch.Tensor | None = None
@@ -69,7 +83,7 @@ class Decoder(nn.Module):
         hidden = self.tp.gather(self.norm(self.hidden(tokens, layout, mix)))
         if rows is not None:
             hidden = hidden[rows]
-        local = nn.functional.linear(hidden, self._head_weight)
+        local = nn.functional.linear(hidden, self.head_weight)
         return gather_from_tensor_model_parallel_region(local, group=self.tp.group)[:, : self.config.vocab_size]
 
     def hidden(self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None) -> torch.Tensor:
@@ -78,7 +92,7 @@ class Decoder(nn.Module):
         x = self.embedding(tokens[None]).flatten(0, 1)
         if self.config.has_summaries:
             rows = self.tp.replicated(self.summary_embedding, meets_all=not self.tp.shards_rows)
-            x = torch.cat([x, rows.repeat(self.tp.local_rows(layout.num_chunks), 1)])
+            x = torch.cat([x, rows.repeat(self.tp.local_rows(layout.num_summary // self.config.summary_tokens), 1)])
         rotary = RotaryTables.build(layout, self.config.head_dim, self.config.rope_base, x.device)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -87,12 +101,24 @@ class Decoder(nn.Module):
                 x = block(x, layout, rotary, mix)
         return x
 
+    def anneal(self, own_share: float) -> None:
+        """Summary queries, keys and values become `own_share` of their own projection and the rest of text's.
+
+        1 is the model with projections of its own, at 0 they have no part any more (annealing of arXiv 2604.24432).
+        """
+        # A tensor on the host: kernels take it as a number without waiting, and it is no state of the model's.
+        share = None if own_share == 1 else torch.tensor(own_share, dtype=torch.float32)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.own_share = share
+
     @property
-    def _head_weight(self) -> torch.Tensor:
+    def head_weight(self) -> torch.Tensor:
+        """[V, h]: what turns hidden rows into scores."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     @property
-    def _valid_columns(self) -> int:
+    def valid_columns(self) -> int:
         """Columns of this rank's logits that are real tokens; the rest is vocabulary padding, always at the end."""
         assert self.config.vocab_size is not None
         local = self.config.padded_vocab_size // self.tp.size

@@ -121,7 +121,9 @@ class TensorParallel:
         """Inverse of `split_streams`."""
         if not self.shards_rows:
             return torch.cat([text, summary])
-        return torch.cat([x.view(self.size, -1, *x.shape[1:]) for x in (text, summary)], dim=1).flatten(0, 1)
+        return torch.cat(
+            [x.view(self.size, len(x) // self.size, *x.shape[1:]) for x in (text, summary)], dim=1
+        ).flatten(0, 1)
 
     def replicated(self, weight: torch.Tensor, meets_all: bool) -> torch.Tensor:
         """A weight that every tensor rank holds whole, ready for use.

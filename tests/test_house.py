@@ -56,7 +56,7 @@ def test_one_door(library, door):
 
 def test_no_host_sync_outside_metrics():
     """Waiting for the device between log steps would stall it; the places that may are few and named."""
-    may = {"train/metrics.py", "train/evaluate.py", "train/checkpoint.py", "train/generate.py", "train/report.py"}
+    may = {f"train/{name}.py" for name in ("metrics", "evaluate", "probes", "checkpoint", "generate", "report")}
     pattern = re.compile(r"\.item\(\)|\.cpu\(\)|torch\.cuda\.synchronize|\.nonzero\(")
     for package in ("ksa_model", "train"):
         for path in sources(package):
@@ -103,7 +103,7 @@ def test_every_config_key_is_read():
     from train.config import all_keys
 
     code = "\n".join(path.read_text(encoding="utf-8") for package in PACKAGES for path in sources(package))
-    sections = {"model", "data", "optim", "parallel", "run", "checkpoint", "logging"}
+    sections = {"model", "data", "optim", "parallel", "run", "checkpoint", "logging", "stage"}
     unread = [key for key in all_keys() if key not in sections and not re.search(rf"\.{key.split('.')[-1]}\b", code)]
     assert not unread
 

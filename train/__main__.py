@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from train import chain
 from train.config import USER_ERRORS, TrainConfig, all_keys, from_mapping, unknown_key, validate
 from train.parallel import environment_world
 from train.signals import BAD_INPUT, REQUEUE
@@ -33,15 +34,18 @@ def _run(composed: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # every point of a sweep has a run directory of its own
             values["run"]["name"] += "/" + _point_name()
         config = from_mapping(TrainConfig, values)
+        runs = chain.links(config) if config.stages else [config]
         if config.dry_run:
             from train.dry_run import describe
 
-            print(describe(config, config.dry_run_ranks or environment_world()[1], config.dry_run_gpu))
+            for run in runs:
+                print(describe(run, run.dry_run_ranks or environment_world()[1], run.dry_run_gpu))
             return
-        validate(config, environment_world()[1])
+        for run in runs:
+            validate(run, environment_world()[1])
         from train.trainer import train  # seconds of imports, which a refused configuration need not wait for
 
-        result = train(config)
+        result = chain.run(config) if config.stages else train(config)
     except USER_ERRORS as error:
         _exit_with(error)
     if result.interrupted:
@@ -52,6 +56,8 @@ def _run(composed: DictConfig) -> None:
 
 def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) -> str:
     """What the run wrote, where, and what to try next."""
+    if config.stages:
+        return f"\nAll {len(config.stages)} stages are done; the last is in {result.directory}.\n"
     directory, k = result.directory, config.model.chunk_size
     remote = config.checkpoint.dir
     checkpoints = f"{directory}/checkpoints" if remote is None else f"{remote}/{config.run.name}"

@@ -19,7 +19,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -29,10 +29,12 @@ import torch
 import torch.distributed as dist
 
 from train import checkpoint_files as files
+from train import checkpoint_parameters as parameters
 from train import checkpoint_tensors as tensors
 from train.checkpoint_files import MANIFEST, STATE, CheckpointError, Place, Saved
 from train.checkpoint_tensors import Pieces
 from train.parallel import World
+from train.stages import sources
 
 if TYPE_CHECKING:  # the command line does without DeepSpeed and its seconds of imports
     from train.config import CheckpointConfig
@@ -56,6 +58,13 @@ class Progress:
     tokens: int  # real tokens seen by all ranks
     loader: dict[str, Any]
     health: dict[str, Any] = field(default_factory=dict)
+
+
+Omit = Callable[[str], bool]
+
+
+def _nothing(name: str) -> bool:
+    return False
 
 
 class Checkpoints:
@@ -82,30 +91,31 @@ class Checkpoints:
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
-    def save(self, progress: Progress, facts: dict[str, Any]) -> float:
+    def save(self, progress: Progress, facts: dict[str, Any], omit: Omit = _nothing) -> float:
         """Begin to save; returns the seconds that training stood still, waiting for the save before included.
 
-        `facts` go into state.json as they are. With `checkpoint.asynchronous=false` it is written before this returns.
+        `facts` go into state.json as they are; parameters whose name `omit` accepts are left out. With
+        `checkpoint.asynchronous=false` it is written before this returns.
         A failure is reported, and the run goes on: the next save is the next attempt.
         """
         began = time.perf_counter()
         self.wait()
         state = self._describe(progress, facts)
         if self._config.asynchronous:
-            staged = self._stage(copy=True)
+            staged = self._stage(omit, copy=True)
             self._thread = threading.Thread(
                 target=self._write, args=(progress.step, staged, state), name="checkpoint", daemon=True
             )
             self._thread.start()
         else:
-            self._write(progress.step, self._stage(copy=False), state)
+            self._write(progress.step, self._stage(omit, copy=False), state)
         return time.perf_counter() - began
 
-    def save_last(self, progress: Progress, facts: dict[str, Any]) -> float:
+    def save_last(self, progress: Progress, facts: dict[str, Any], omit: Omit = _nothing) -> float:
         """Save and wait until it is written, trying twice. Raises `SaveError` on every rank."""
         began = time.perf_counter()
         for _ in range(2):
-            self.save(progress, facts)
+            self.save(progress, facts, omit)
             if self.wait() is None:
                 return time.perf_counter() - began
         raise SaveError(f"step {progress.step} could not be saved below {self.directory}: {self._error}")
@@ -135,21 +145,21 @@ class Checkpoints:
             **facts,
         }
 
-    def _stage(self, copy: bool) -> dict[str, Pieces]:
+    def _stage(self, omit: Omit, copy: bool) -> dict[str, Pieces]:
         """This rank's part of the state, on the host. With `copy` the training may go on at once."""
         staged: dict[str, Pieces] = {}
         group = self._world.data_context_group
         self._host.rewind()
         for i, owned in enumerate(self._engine.owned_state()):
-            if owned.replicated and i % group.size() != group.rank():
+            if omit(owned.name) or (owned.replicated and i % group.size() != group.rank()):
                 continue
             for kind, flat in owned.state.items():
                 there = self._host.take(flat) if copy or flat.device.type != "cpu" else flat
-                staged[f"{kind}/{owned.name}"] = _pieces(owned, there, self._world)
+                staged[f"{kind}/{owned.name}"] = parameters.pieces(owned, there, self._world)
         self._host.arrived()
-        staged["optimizer/steps"] = _whole(self._engine.optimizer_steps().to("cpu", torch.float32, copy=True))
+        staged["optimizer/steps"] = parameters.whole(self._engine.optimizer_steps().to("cpu", torch.float32, copy=True))
         for name, state in tensors.generators(self._world.device).items():
-            staged[f"rng/{self._world.rank}/{name}"] = _whole(state)
+            staged[f"rng/{self._world.rank}/{name}"] = parameters.whole(state)
         return staged
 
     def _write(self, step: int, staged: dict[str, Pieces], state: dict[str, Any]) -> None:
@@ -246,39 +256,69 @@ class Checkpoints:
         if "exp_avg" not in state.get("contains", ["exp_avg"]):
             raise CheckpointError(
                 f"{checkpoint} holds weights alone ({state.get('made_by', 'no optimizer state')}): it can be sampled "
-                "and exported, training needs one that a run wrote"
+                "and exported, and a run can begin with it (init_from=PATH); to resume, it takes one that a run wrote"
             )
+        self._read_tensors(checkpoint, state, seed)
+        known = {key: state[key] for key in ("step", "tokens", "loader")}
+        return Progress(**known, health=state.get("health", {})), state
+
+    def inherit(self, checkpoint: Place, moments: bool) -> dict[str, Any]:
+        """Begin with the weights of another run's checkpoint, and with its optimizer's `moments`; returns state.json.
+
+        What a model with summaries has and the checkpoint lacks begins as `train.stages.sources` says.
+        """
+        self._verify(checkpoint)
+        state = read_state(checkpoint)
+        has_moments = "exp_avg" in state.get("contains", ["exp_avg"])
+        self._read_tensors(checkpoint, state, None, moments=moments and has_moments)
+        return state
+
+    def _read_tensors(self, checkpoint: Place, state: dict[str, Any], seed: int | None, moments: bool = True) -> None:
+        """Read this rank's part of all that a run goes on with, or without a `seed` weights and `moments` alone."""
         error, finish = None, None
         try:
-            finish = self._read_tensors(checkpoint, state, seed)
+            held = tensors.shapes(checkpoint)
+            named = dict(self._engine.named_parameters())
+            names = sources(named, parameters.names(held), resuming=seed is not None, state=state)
+            parameters.check_shapes(checkpoint, held, named, self._world, names)
+            self._read_state(checkpoint, names, ("master", "exp_avg", "exp_avg_sq") if moments else ("master",))
+            finish = self._read_rest(checkpoint, held, state, seed, moments)
         except CheckpointError as problem:
             error = problem
         self._agree(error)
         assert finish is not None
         finish()
-        known = {key: state[key] for key in ("step", "tokens", "loader")}
-        return Progress(**known, health=state.get("health", {})), state
 
-    def _read_tensors(self, checkpoint: Place, state: dict[str, Any], seed: int) -> Callable[[], None]:
-        """Read this rank's part; returns what remains to be done once all ranks have theirs."""
-        held = tensors.shapes(checkpoint)
-        _check_shapes(checkpoint, held, dict(self._engine.named_parameters()), self._world)
-        wanted = {
-            f"{kind}/{owned.name}": _pieces(owned, flat, self._world)
-            for owned in self._engine.owned_state()
-            for kind, flat in owned.state.items()
-        }
-        steps = torch.full((1,), float(state["step"]))
-        if "optimizer/steps" in held:
-            wanted["optimizer/steps"] = _whole(steps)
-        generators = tensors.generators(self._world.device)
-        names = {name: f"rng/{self._world.rank}/{name}" for name in generators}
-        stored = {name: key for name, key in names.items() if held.get(key) == tuple(generators[name].shape)}
-        wanted |= {key: _whole(generators[name]) for name, key in stored.items()}
+    def _read_state(self, checkpoint: Place, names: dict[str, str | None], kinds: Collection[str]) -> None:
+        """Read parameters, each from what it is called there; two of them may have one source."""
+        left = [owned for owned in self._engine.owned_state() if names[owned.name] is not None]
+        while left:
+            now: dict[str | None, OwnedState] = {}
+            again = [owned for owned in left if now.setdefault(names[owned.name], owned) is not owned]
+            wanted = {
+                f"{kind}/{source}": parameters.pieces(owned, owned.state[kind], self._world)
+                for source, owned in now.items()
+                for kind in kinds
+            }
+            tensors.read(checkpoint, wanted)
+            left = again
+
+    def _read_rest(
+        self, checkpoint: Place, held: dict[str, Any], state: dict[str, Any], seed: int | None, moments: bool
+    ) -> Callable[[], None]:
+        """Read what are not parameters; returns what remains to be done once all ranks have theirs."""
+        steps = torch.full((1,), float(state["step"] if moments else 0))
+        wanted = {"optimizer/steps": parameters.whole(steps)} if moments and "optimizer/steps" in held else {}
+        generators = tensors.generators(self._world.device) if seed is not None else {}
+        keys = {name: f"rng/{self._world.rank}/{name}" for name in generators}
+        stored = {name: key for name, key in keys.items() if held.get(key) == tuple(generators[name].shape)}
+        wanted |= {key: parameters.whole(generators[name]) for name, key in stored.items()}
         tensors.read(checkpoint, wanted)
 
         def finish() -> None:
             self._engine.finish_loading(steps)
+            if seed is None:
+                return
             if stored.keys() == generators.keys():
                 tensors.set_generators(generators, self._world.device)
             else:
@@ -342,7 +382,7 @@ def complete(directory: str | os.PathLike | Place) -> list[Place]:
     return [saved.place for saved in files.finished(place)]
 
 
-def find(resume: str, own: str | os.PathLike | Place) -> Place | None:
+def find(resume: str, own: str | os.PathLike | Place, key: str = "resume") -> Place | None:
     """The checkpoint that `resume` (auto, never, or a path) means for a run that keeps its own in `own`; not verified.
 
     A path may be a checkpoint, or a run directory, which stands for its newest checkpoint. None: start afresh.
@@ -359,8 +399,9 @@ def find(resume: str, own: str | os.PathLike | Place) -> Place | None:
         if complete(directory):
             return complete(directory)[-1]
     raise CheckpointError(
-        f"resume={resume}: neither a checkpoint (a directory with {MANIFEST}) nor a run directory that holds one; "
-        "give such a path, or resume=auto to continue this run, or resume=never to start afresh"
+        f"{key}={resume}: neither a checkpoint (a directory with {MANIFEST}) nor a run directory that holds one; "
+        "give such a path"
+        + (", or resume=auto to continue this run, or resume=never to start afresh" if key == "resume" else "")
     )
 
 
@@ -386,57 +427,17 @@ def load_weights(checkpoint: Place, model: torch.nn.Module, world: World) -> Non
     files.verify(checkpoint)
     read_state(checkpoint)
     named = dict(model.named_parameters())
-    _check_shapes(checkpoint, tensors.shapes(checkpoint), named, world)
+    parameters.check_shapes(checkpoint, tensors.shapes(checkpoint), named, world)
     flats = {name: torch.empty(p.numel()) for name, p in named.items()}
-    tensors.read(checkpoint, {f"master/{n}": _share(p, tuple(p.shape), flats[n], 0, world) for n, p in named.items()})
+    tensors.read(
+        checkpoint, {f"master/{n}": parameters.share(p, tuple(p.shape), flats[n], 0, world) for n, p in named.items()}
+    )
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(flats[name].view(parameter.shape))
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
-
-
-def _pieces(owned: OwnedState, flat: torch.Tensor, world: World) -> Pieces:
-    return _share(owned.parameter, owned.shape, flat, owned.start, world)
-
-
-def _share(
-    parameter: torch.nn.Parameter, shape: tuple[int, ...], flat: torch.Tensor, start: int, world: World
-) -> Pieces:
-    """Pieces of a parameter's full tensor for elements start ... of this tensor rank's share of it."""
-    full, offset, dim = list(shape), [0] * len(shape), _partition_dim(parameter)
-    if dim is not None:
-        full[dim] *= world.tensor_group.size()
-        offset[dim] = shape[dim] * world.tensor_rank
-    return Pieces(full, flat, shape=shape, start=start, offset=offset)
-
-
-def _whole(tensor: torch.Tensor) -> Pieces:
-    return Pieces((tensor.numel(),), tensor.view(-1))
-
-
-def _partition_dim(parameter: torch.nn.Parameter) -> int | None:
-    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
-
-
-def _check_shapes(
-    checkpoint: Place, held: dict[str, tuple[int, ...]], named: dict[str, torch.nn.Parameter], world: World
-) -> None:
-    """Name the first tensor in which the checkpoint and this model differ, instead of a loader's stack trace."""
-    wanted = {}
-    for name, parameter in named.items():
-        shape, dim = list(getattr(parameter, "ds_shape", parameter.shape)), _partition_dim(parameter)
-        if dim is not None:
-            shape[dim] *= world.tensor_group.size()
-        wanted[name] = tuple(shape)
-    there = {name.removeprefix("master/"): shape for name, shape in held.items() if name.startswith("master/")}
-    for name in sorted(wanted.keys() | there.keys()):
-        if wanted.get(name) != there.get(name):
-            raise CheckpointError(
-                f"{checkpoint} is of another model: {name} is {there.get(name, 'absent')} there and "
-                f"{wanted.get(name, 'absent')} here; use the model settings it was trained with"
-            )
 
 
 def _versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from ksa_model.config import ModelConfig, ModelConfigError, check_tensor_paralle
 from ksa_model.layout import check_context_parallel
 from train.optim import OptimConfig, OptimConfigError
 from train.parallel import ParallelConfig, ParallelConfigError
+from train.stages import StageConfig, StageError
 
 
 class ConfigError(ValueError):
@@ -26,7 +27,7 @@ class ConfigError(ValueError):
 
 
 # What a user's mistake looks like, wherever it is found: printed as one line, exit code 2.
-USER_ERRORS = (ConfigError, ModelConfigError, ParallelConfigError, OptimConfigError, DataError)
+USER_ERRORS = (ConfigError, ModelConfigError, ParallelConfigError, OptimConfigError, StageError, DataError)
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,9 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    stages: tuple[dict[str, Any], ...] = ()  # several runs in a row: see train/chain.py
+    init_from: str | None = None  # weights to begin with where nothing is resumed: another run, or a checkpoint
     resume: str = "auto"  # auto | never | path of a checkpoint or of another run's directory
     dry_run: bool = False  # print the layout, memory and exchanges of a rank, and stop
     dry_run_ranks: int | None = None  # the world to plan for; null: this one
@@ -146,6 +150,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
             f"document_alignment={config.alignment} is not a multiple of model.chunk_size={model.chunk_size}: "
             "documents start on chunk boundaries"
         )
+    config.stage.check(model, config.run.steps, config.init_from)
     _check_seq_len(config)
     check_context_parallel(config.seq_len, model.chunk_size, model.halo_rows, parallel.context)
     if parallel.context > 1 and model.attention_backend == "reference":
@@ -224,6 +229,14 @@ def to_mapping(config: TrainConfig) -> dict[str, Any]:
     return plain(asdict(config))
 
 
+def flatten(mapping: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Nested values -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat.update(flatten(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value})
+    return flat
+
+
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """`value` as YAML gives it -> the type the dataclass declares, or `ConfigError`."""
     if is_dataclass(hint):
@@ -241,6 +254,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             if (typing.get_origin(member) is tuple) == wants_tuple:
                 return _convert(member, value, key)
         raise ConfigError(f"{key}={value!r} is not of type {' or '.join(map(_type_name, members))}")
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value!r} must be a group of keys")
+        return dict(value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or (args[-1] is not ... and len(value) != len(args)):
             raise ConfigError(

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -43,11 +43,13 @@ class Engine:
         *,
         precision: str,
         micro_batches: int,
+        trains: Callable[[str], bool] = lambda name: True,
     ):
+        """Parameters whose name `trains` refuses stay as they are: they get no gradient and no update."""
         self.module = model if parallel.zero == 3 else model.to(world.device)  # stage 3 moves one shard at a time
         self._mpu, self._device = world.mpu(), world.device
         self._own_clip = optim.grad_clip if parallel.zero == 0 and precision == "fp32" else None
-        groups = parameter_groups(self.module, optim.weight_decay)
+        groups = parameter_groups(self.module, optim.weight_decay, trains)
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         with _quiet():
             self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
@@ -57,9 +59,16 @@ class Engine:
                 dist_init_required=False,
                 config=_deepspeed_config(optim, parallel, precision, micro_batches),
             )
+        for name, parameter in self.module.named_parameters():
+            # Only now: DeepSpeed would leave them out of the state that is saved and handed on.
+            parameter.requires_grad_(trains(name))
         self._skip: torch.Tensor | None = None
         self._norm: torch.Tensor | float | None = None
         sharded_state.inner(self._optimizer).register_step_pre_hook(self._veto)
+
+    def anneal(self, own_share: float) -> None:
+        """See `ksa_model.model.Decoder.anneal`."""
+        self.module.anneal(own_share)  # type: ignore[operator]
 
     def __call__(self, *arguments) -> torch.Tensor:
         """The model's forward. Stage 3 brings in weights only for calls that come through here."""
@@ -77,7 +86,7 @@ class Engine:
         Where the norm is not finite, or `skip` (0-d fp32, alike on all ranks) is 1, nothing is updated.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = 0.0 if group["frozen"] else lr
         self._skip = skip
         if self._own_clip is not None:  # DeepSpeed clips here too, but keeps the norm to itself
             limit = self._own_clip or float("inf")

@@ -1,16 +1,38 @@
-"""Loss on held-out documents."""
+"""Loss on held-out documents, and `python -m train.evaluate RUN [KEY=VALUE ...]`: what a trained model remembers.
+
+    python -m train.evaluate runs/default                                everything, at the training length, 2x and 4x
+    python -m train.evaluate runs/default tasks=needle,multikey lengths=2048,8192 samples=32 depths=11
+
+Tasks are `perplexity` (by position, on held-out documents), `insight` (how much weight text gives to summaries) and the
+probes of `data_pipeline.probe_tasks`. Everything runs through the training forward, several documents at a time. Writes
+`evaluation.json` and pictures into the run's directory, or into `out=`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 
-from data_pipeline import Loader, Samples
+from data_pipeline import Loader, Samples, Tokenizer, open_data
+from data_pipeline.config import TASKS
 from ksa_model.config import ModelConfig
+from ksa_model.model import Decoder
+from train import parallel
 from train.batches import Batch, batch_maker
+from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, unknown_key
 from train.parallel import World
+from train.signals import BAD_INPUT
+
+ALL_TASKS = ("perplexity", *TASKS, "insight")
 
 
 class HeldOut:
@@ -50,3 +72,138 @@ class HeldOut:
                 sums[1] += weight * batch.num_labels
         dist.all_reduce(sums, group=self._world.data_context_group)
         return (sums[0] / sums[1]).item()
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate, and where to write it."""
+
+    tasks: tuple[str, ...] = ALL_TASKS
+    lengths: tuple[int, ...] = ()  # empty: the training length, two and four times that
+    samples: int = 16  # probes of each task and length, packs of held-out documents of each length
+    depths: int = 5  # places of the needle, from the beginning to the end
+    rows: int = 32768  # text rows of one forward
+    seed: int = 0
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task not in ALL_TASKS:
+                raise ConfigError(f"tasks={','.join(self.tasks)}: {task!r} is not one of {', '.join(ALL_TASKS)}")
+        for name in ("samples", "depths", "rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if any(length < 1 for length in self.lengths):
+            raise ConfigError(f"lengths={','.join(map(str, self.lengths))} must be at least 1")
+
+
+def evaluate(
+    model: Decoder, tokenizer: Tokenizer, run: TrainConfig, config: EvaluateConfig, device: torch.device
+) -> dict[str, Any]:
+    """Everything that `config` asks for, as plain values; accuracies are shares of 1, losses nats per token."""
+    from train import probes  # it imports this module's neighbours, not the trainer's
+
+    unit = run.alignment
+    lengths = config.lengths or tuple(factor * run.seq_len for factor in (1, 2, 4))
+    for length in lengths:
+        if length % unit:
+            raise ConfigError(f"lengths={length} is not a multiple of {unit}, on which documents start")
+    chosen = [task for task in config.tasks if task in TASKS]
+    result: dict[str, Any] = {
+        "parameters": model.config.num_parameters()["total"],
+        "layer_pattern": model.config.layer_pattern,
+        "chunk_size": model.config.chunk_size,
+        "summary_tokens": model.config.summary_tokens,
+        "trained_at": run.seq_len,
+        "lengths": list(lengths),
+        "cache_bytes": {str(length): model.config.cache_bytes(length) for length in lengths},
+        "chance": 1 / tokenizer.vocab_size,
+    }
+    scorer = probes.Scorer(model, tokenizer, device, config.rows)
+    if chosen:
+        result["tasks"] = {
+            task: {str(n): scorer.score(task, n, config.samples, config.seed, config.depths) for n in lengths}
+            for task in chosen
+        }
+    if "perplexity" in config.tasks or "insight" in config.tasks:
+        result |= _on_documents(model, run, config, lengths, device)
+    return result
+
+
+def _on_documents(
+    model: Decoder, run: TrainConfig, config: EvaluateConfig, lengths: tuple[int, ...], device: torch.device
+) -> dict[str, Any]:
+    from train import probes
+
+    data = open_data(run.data)
+    maker = batch_maker(model.config)
+    result: dict[str, Any] = {}
+    for length in lengths:
+        held_out = data.samples("validation", length, run.alignment)
+        if held_out is None:
+            raise ConfigError(
+                "tasks: perplexity and insight need held-out documents, and the run's data has none; leave them out"
+            )
+        packs = [maker(held_out.at(i)).to(device) for i in range(min(config.samples, held_out.num_samples))]
+        if "perplexity" in config.tasks:
+            result.setdefault("perplexity", {})[str(length)] = probes.loss_by_position(model, packs)
+        if "insight" in config.tasks and model.config.has_summaries:
+            result.setdefault("insight", {})[str(length)] = probes.weight_of_summaries(model, packs)
+    return result
+
+
+def load(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainConfig]:
+    """The newest checkpoint of a run, its tokenizer and its configuration, ready to be evaluated."""
+    from train.generate import load_run, run_config
+
+    config = run_config(directory)
+    model, tokenizer = load_run(directory, world)
+    if world.device.type == "cuda" and config.run.precision == "bf16":
+        model = model.to(torch.bfloat16)  # as it was trained
+    # Whether the data were prepared here or elsewhere, the tokenizer that the run kept is theirs.
+    data = dataclasses.replace(config.data, tokenizer=config.data.tokenizer or str(directory / "tokenizer.model"))
+    return model, tokenizer, dataclasses.replace(config, data=data)
+
+
+def _parse(arguments: list[str]) -> tuple[Path, EvaluateConfig]:
+    names = EvaluateConfig.__dataclass_fields__
+    if not arguments or "=" in arguments[0]:
+        keys = " ".join(f"[{name}=...]" for name in names)
+        raise ConfigError(f"usage: python -m train.evaluate RUN_DIRECTORY {keys}")
+    values: dict[str, Any] = {}
+    for argument in arguments[1:]:
+        key, _, value = argument.partition("=")
+        if key not in names:
+            raise unknown_key(key, list(names))
+        if key in ("tasks", "lengths"):
+            values[key] = [yaml.safe_load(item) for item in value.strip("[]").split(",") if item]
+        else:
+            values[key] = yaml.safe_load(value)
+    return Path(arguments[0]), from_mapping(EvaluateConfig, values)
+
+
+def main() -> int:
+    try:
+        directory, config = _parse(sys.argv[1:])
+        world = parallel.initialize(parallel.ParallelConfig(), parallel.pick_device("auto"))
+        try:
+            model, tokenizer, run = load(directory, world)
+            result = evaluate(model, tokenizer, run, config, world.device)
+        finally:
+            parallel.shutdown()
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    from train import evaluation_plots as plots
+
+    out = Path(config.out or directory)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "evaluation.json").write_text(json.dumps({"run": str(directory), **result}, indent=1) + "\n")
+    print(plots.table(result))
+    for path in [out / "evaluation.json", *plots.draw(result, out)]:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

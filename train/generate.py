@@ -16,6 +16,7 @@ import yaml
 from data_pipeline import Tokenizer
 from ksa_model import cache
 from ksa_model.cache import Sampling
+from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
 from train import checkpoint, parallel
@@ -37,18 +38,28 @@ class GenerateConfig:
         return Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed, (stop_token,))
 
 
+def run_config(directory: Path) -> TrainConfig:
+    """What the run in `directory` was told."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: {directory} is not the directory of a run")
+    return from_mapping(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
 def load_run(directory: Path, world: parallel.World) -> tuple[Decoder, Tokenizer]:
     """The newest checkpoint of a run as a bare fp32 model, and the run's tokenizer."""
-    config_path, tokenizer_path = directory / "config.yaml", directory / "tokenizer.model"
-    for path in (config_path, tokenizer_path):
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing: {directory} is not the directory of a run")
-    config = from_mapping(TrainConfig, yaml.safe_load(config_path.read_text(encoding="utf-8")))
-    model = Decoder(config.model, TensorParallel(world.tensor_group)).to(world.device).eval()
+    config, tokenizer_path = run_config(directory), directory / "tokenizer.model"
+    if not tokenizer_path.is_file():
+        raise ConfigError(f"{tokenizer_path} is missing: {directory} is not the directory of a run")
     own = checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name)
     found = checkpoint.find(str(own), own)
     assert found is not None
+    state = checkpoint.read_state(found)
+    # The model as it was saved: annealing takes away some of what the run began with.
+    settings = from_mapping(ModelConfig, state["config"]["model"], "model.")
+    model = Decoder(settings, TensorParallel(world.tensor_group)).to(world.device).eval()
     checkpoint.load_weights(found, model, world)
+    model.anneal(state.get("own_share", 1.0) if settings.independent_qkv else 1.0)
     return model, Tokenizer(tokenizer_path)
 
 

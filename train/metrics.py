@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -112,6 +112,7 @@ class StepSums:
         """
         dist.all_reduce(self._loss, group=self._world.data_context_group)
         loss, (labels, tokens, flops, skipped) = self._loss.item(), self._counts.tolist()
+        self._labels = labels
         seconds = time.perf_counter() - self._began
         record: dict[str, Any] = {"tokens": self.tokens}
         if skipped < self._steps:
@@ -126,6 +127,14 @@ class StepSums:
             record["mfu"] = round(flops / seconds / (self._peak * self._world.size), 4)
         self._start()
         return record
+
+    def read_parts(self, sums: torch.Tensor | None, names: Sequence[str]) -> dict[str, float]:
+        """Means per label of an objective's `sums` (this rank's, [len(names)]) over the steps of the last `read`.
+        Collective."""
+        if sums is None:
+            return {}
+        dist.all_reduce(sums, group=self._world.data_context_group)
+        return {f"loss_{name}": value / max(1.0, self._labels) for name, value in zip(names, sums.tolist())}
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +55,18 @@ class OptimConfig:
         return self.lr
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices decay; norm gains and embeddings (text and summary) do not."""
-    decay: list[torch.nn.Parameter] = []
-    keep: list[torch.nn.Parameter] = []
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, trains: Callable[[str], bool] = lambda name: True
+) -> list[dict]:
+    """Matrices decay; norm gains and embeddings (text and summary) do not. What `trains` refuses by name is in groups
+    of its own, marked `frozen`: it is state of the run, to be saved and handed on, that no step changes."""
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        ndim = parameter.ndim
-        (keep if ndim < 2 or "embedding" in name else decay).append(parameter)
-    return [dict(params=decay, weight_decay=weight_decay), dict(params=keep, weight_decay=0.0)]
+        decays = parameter.ndim >= 2 and "embedding" not in name
+        groups.setdefault((trains(name), decays), []).append(parameter)
+    return [
+        dict(params=groups[trained, decays], weight_decay=weight_decay if decays else 0.0, frozen=not trained)
+        for trained in (True, False)
+        for decays in (True, False)
+        if (trained, decays) in groups
+    ]

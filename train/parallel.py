@@ -151,8 +151,7 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
     timeout = timedelta(minutes=config.timeout_minutes)
     store: dist.Store = dist.HashStore()
     if "MASTER_ADDR" in os.environ:
-        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        store.set_timeout(timeout)
+        store = _job_store(rank, size, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, timeout=timeout, rank=rank, world_size=size, store=dist.PrefixStore("groups", store)
@@ -176,6 +175,20 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
         data_group=parallel_state.get_data_parallel_group(),
         data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+
+
+_rendezvous: list[dist.Store] = []  # of this process: it outlives a job, and jobs of one process are told apart
+_jobs = 0
+
+
+def _job_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store that all ranks of the environment share, with names that no earlier job of these processes has used."""
+    global _jobs
+    if not _rendezvous:
+        _rendezvous.append(next(dist.rendezvous("env://", rank, size, timeout=timeout))[0])
+    _rendezvous[0].set_timeout(timeout)
+    _jobs += 1
+    return dist.PrefixStore(f"job{_jobs}", _rendezvous[0])
 
 
 def shutdown() -> None:

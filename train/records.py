@@ -16,7 +16,7 @@ import yaml
 from ksa_model import layout
 from ksa_model.config import ModelConfig, ModelConfigError
 from train.batches import model_flops
-from train.config import ConfigError, from_mapping
+from train.config import ConfigError, flatten, from_mapping
 
 CONTEXT = 131_072  # tokens: where cache sizes are compared
 # Keys that name a run or say where it wrote, not what it was.
@@ -197,20 +197,13 @@ def _distinct(runs: list[Run]) -> list[Run]:
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Configuration keys that are not the same in all runs -> the value of each run."""
-    flat = [_flatten(r.config) for r in runs]
+    flat = [flatten(r.config) for r in runs]
     keys = sorted({key for f in flat for key in f})
     return {
         key: [f.get(key) for f in flat]
         for key in keys
         if not key.startswith(NAMES) and len({repr(f.get(key)) for f in flat}) > 1
     }
-
-
-def _flatten(mapping: dict[str, Any], place: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flat.update(_flatten(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value})
-    return flat
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -21,12 +21,13 @@ import data_pipeline
 from data_pipeline import Loader, TrainingData
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import ModelConfig
-from ksa_model.model import Decoder
+from ksa_model.distillation import PARTS
+from ksa_model.model import Decoder, Objective
 from ksa_model.tensor_parallel import TensorParallel
-from train import checkpoint, parallel
+from train import checkpoint, parallel, stages
 from train.batches import Batch, batch_maker
 from train.checkpoint import CheckpointError, Checkpoints, Place, Progress
-from train.config import ConfigError, TrainConfig, to_mapping, validate
+from train.config import ConfigError, TrainConfig, flatten, to_mapping, validate
 from train.engine import Engine
 from train.evaluate import HeldOut
 from train.health import MAX_ROLLBACKS, BadSteps, SpikeDetector, bad_norm, bad_steps_message, next_sample, not_finite
@@ -41,6 +42,7 @@ CHANGEABLE = (
     "checkpoint",
     "parallel",
     "resume",
+    "init_from",
     "dry_run",
     "dry_run_ranks",
     "dry_run_gpu",
@@ -87,7 +89,9 @@ def train(config: TrainConfig) -> RunResult:
     directory = Path(config.run.root) / config.run.name
     check_run_directory(directory, config)
     # A wrong path must not wait for the data.
-    checkpoint.find(config.resume, checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name))
+    own = checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name)
+    if checkpoint.find(config.resume, own) is None:
+        _find_inherited(config)
     with StopRequest(config.run.max_minutes) as request:
         data = data_pipeline.open_data(config.data, progress=rank == 0 and config.logging.progress)
         config = dataclasses.replace(config, model=with_vocabulary(config.model, data.vocab_size))
@@ -129,7 +133,8 @@ def _train(
                 watch.progress(step, "training")
                 lr = config.optim.lr_at(step - 1, config.run.steps)
                 wishes = dict(stop=request.is_due, save=run.save_is_due)
-                grad_norm = train_step(run.engine, batches, world, run.sums, lr, **wishes)
+                run.engine.anneal(config.stage.own_share(step - 1, config.run.steps))
+                grad_norm = train_step(run.engine, batches, world, run.sums, lr, objective=run.objective, **wishes)
                 agreed = run.sums.agreed()
                 run.check_bad_steps(step, agreed)
                 stopping = agreed.stop
@@ -176,10 +181,13 @@ def train_step(
     sums: StepSums,
     lr: float,
     *,
+    objective: Objective | None = None,
     stop: bool = False,
     save: bool = False,
 ) -> torch.Tensor | float:
     """One optimizer step over this rank's micro-batches; returns the global gradient norm before clipping.
+
+    `objective` replaces the language-model loss.
 
     `stop`, `save`: this rank was asked to end the run, or finds that a checkpoint is due; all ranks then learn it from
     `StepSums.agreed`.
@@ -193,7 +201,7 @@ def train_step(
     scale = (world.data_context_group.size() / counts[0].clamp(min=1)).float()
     loss_sum = torch.zeros((), dtype=torch.float32, device=world.device)
     for batch in batches:
-        loss = engine(batch.tokens, batch.labels, batch.layout)
+        loss = engine(batch.tokens, batch.labels, batch.layout, objective)
         engine.backward(loss * scale)
         loss_sum += loss.detach()
     bad_loss = not_finite(loss_sum)
@@ -211,6 +219,7 @@ class _Run:
         self.loader = make_loader(config, data, world)
         self.held_out = _held_out(config, data, world)
         self.engine = build_engine(config, world)
+        self.objective = config.stage.objective()
         self.validation_loss: float | None = None
         self.tokenizer_sha256 = hashlib.sha256(Path(data.tokenizer_path).read_bytes()).hexdigest()
         self.spikes = SpikeDetector(config.run.spike_factor)
@@ -233,6 +242,9 @@ class _Run:
         found = self.checkpoints.choose(config.resume)
         if found is not None:
             progress = self._load(found)
+        elif (inherited := _find_inherited(config)) is not None:
+            self._inherit(inherited)
+            progress = Progress(step=0, tokens=0, loader=self.loader.state())
         self.checkpoints.abandon_after(progress.step)
         self.sums = StepSums(self.world, progress.tokens)
         self.log = _open_log(config, self.world, self.directory, progress.step)
@@ -252,6 +264,15 @@ class _Run:
         self.loader.load_state(progress.loader)
         self.spikes = SpikeDetector(self.config.run.spike_factor, progress.health.get("recent_losses", ()))
         return progress
+
+    def _inherit(self, found: Place) -> None:
+        """Begin with another run's weights; where the data are the same, with those that it has not seen."""
+        stage = self.config.stage
+        state = self.checkpoints.inherit(found, stage.inherits_moments)
+        self._say(stages.what_is_inherited(stage, str(found), state, flatten(to_mapping(self.config))))
+        if state.get("loader", {}).get("fingerprint") == self.loader.state()["fingerprint"]:
+            self.loader.load_state(state["loader"])
+            self._say(f"the data are the same: going on at sample {state['loader']['next_sample']}")
 
     def _say(self, text: str) -> None:
         """To the log, which opens once it is known where the run goes on."""
@@ -285,6 +306,8 @@ class _Run:
                 f"step {step}: skipped {record['skipped_steps']} step(s) since the last report, loss or gradient was "
                 "not finite"
             )
+        if self.objective is not None:
+            record |= self.sums.read_parts(self.objective.take(), PARTS)
         self.log.record({"step": step, **record, "lr": lr})
         if "loss" not in record or not self.spikes.sees(record["loss"]):
             self._healthy_step = step
@@ -321,6 +344,7 @@ class _Run:
 
     def evaluate(self, step: int) -> None:
         with self.sums.clock_stopped():
+            self.engine.anneal(self.config.stage.own_share(step, self.config.run.steps))
             self.validation_loss = self.held_out.loss(self.engine)
             if self.validation_loss is not None:
                 self.log.record({"step": step, "tokens": self.sums.tokens, "validation_loss": self.validation_loss})
@@ -349,15 +373,20 @@ class _Run:
         if step == self._saved_step and (not last or self.checkpoints.wait() is None):
             return
         with self.sums.clock_stopped():
+            share = self.config.stage.own_share(step, self.config.run.steps)
+            model = dataclasses.replace(
+                self.config.model, independent_qkv=self.config.model.independent_qkv and share > 0
+            )
             facts = {
-                "config": to_mapping(self.config),
+                "config": to_mapping(dataclasses.replace(self.config, model=model)),
+                "own_share": share,
                 "data_fingerprint": self.data.fingerprint,
                 "tokenizer_sha256": self.tokenizer_sha256,
             }
             health = {"recent_losses": self.spikes.recent}
             progress = Progress(step, self.sums.tokens, self.loader.state(), health)
             save = self.checkpoints.save_last if last else self.checkpoints.save
-            seconds = round(save(progress, facts), 4)
+            seconds = round(save(progress, facts, partial(stages.is_dropped, own_share=share)), 4)
             self.log.record({"step": step, "tokens": progress.tokens, "checkpoint_seconds": seconds})
         self._saved_at, self._saved_step = time.monotonic(), step
 
@@ -383,6 +412,7 @@ def build_engine(config: TrainConfig, world: World) -> Engine:
         world,
         precision=config.run.precision,
         micro_batches=config.run.samples_per_step // world.data_size,
+        trains=config.stage.trains,
     )
 
 
@@ -412,8 +442,8 @@ def check_run_directory(directory: Path, config: TrainConfig) -> None:
     path = directory / "config.yaml"
     if not path.exists():
         return
-    before = _flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
-    now = _flatten(to_mapping(config))
+    before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = flatten(to_mapping(config))
     before["model.vocab_size"] = now["model.vocab_size"]  # filled in from the tokenizer
     changed = [
         key
@@ -429,11 +459,15 @@ def check_run_directory(directory: Path, config: TrainConfig) -> None:
         )
 
 
-def _flatten(mapping: dict, place: str = "") -> dict:
-    flat: dict[str, object] = {}
-    for key, value in mapping.items():
-        flat.update(_flatten(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value})
-    return flat
+def _find_inherited(config: TrainConfig) -> Place | None:
+    """The checkpoint that `init_from` means, if it suits the model; not verified."""
+    if config.init_from is None:
+        return None
+    found = checkpoint.find(config.init_from, "", key="init_from")
+    assert found is not None
+    before = checkpoint.read_state(found).get("config", {}).get("model", {})
+    stages.check_inherited(config.stage, config.model, str(found), before)
+    return found
 
 
 def _write_run_directory(directory: Path, config: TrainConfig, data: TrainingData) -> None:

@@ -1,10 +1,13 @@
 import hashlib
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from data_pipeline import IGNORE_INDEX, DataConfig, DataError, Loader, Tokenizer, open_data
+from data_pipeline.probe_tasks import FILLER, TASKS, Numbers
+from data_pipeline.synthetic import evaluation_probes
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +94,110 @@ def test_one_task_a_foreign_tokenizer_and_what_does_not_fit(model_path, tmp_path
         data.samples("train", 64, 8).at(0)
     with pytest.raises(DataError, match="seq_len=60 must be a multiple of alignment=8"):
         data.samples("train", 60, 8)
-    with pytest.raises(DataError, match=r"data.tasks=.* must be a list of needle, multikey, variables"):
+    with pytest.raises(DataError, match=r"data.tasks=.* must be a list of needle, multikey, multiquery"):
         DataConfig(source="synthetic", tasks=["haystack"])
 
 
 def test_the_random_numbers_are_frozen(data):
-    from data_pipeline.synthetic import _multikey, _needle, _Random, _variables
-
-    told = repr([task(_Random(42), 1024) for task in (_needle, _multikey, _variables)])
+    told = repr([TASKS[task](Numbers(42), 1024) for task in ("needle", "multikey", "variables")])
     assert hashlib.sha256(told.encode()).hexdigest()[:16] == "0c88a7dc251d4874"
+
+
+def solve(text):
+    """Answers to all questions of a probe, from its text alone."""
+    body, found = text, []
+    numbers = dict(re.findall(r"The number of (\w+) is (\d{6})\.\n", body))
+    several: dict[str, list[str]] = {}
+    for name, number in re.findall(r"A number of (\w+) is (\d{6})\.\n", body):
+        several.setdefault(name, []).append(number)
+    counts = Counter(word for line in re.findall(r"Words: (.*)\.\n", body) for word in line.split(", "))
+    holds: dict[str, str] = {}
+    for name, told in re.findall(r"VAR (\w+) = (\d{6}|VAR \w+)\n", body):
+        holds[name] = told if told.isdigit() else holds[told[4:]]
+    for line in body.split("\n"):
+        if match := re.match(r"What is the number of (\w+)\?", line):
+            found.append([numbers[match[1]]])
+        elif match := re.match(r"Which are the numbers of (\w+)\?", line):
+            found.append(several[match[1]])
+        elif match := re.match(r"Which variables hold (\d+)\?", line):
+            found.append([name for name, value in holds.items() if value == match[1]])
+        elif line.startswith("Which three words are the most common"):
+            found.append(sorted(word for word, _ in counts.most_common(3)))
+        elif line.startswith("Which three words are the most frequent"):
+            found.append([word for word, _ in counts.most_common(3)])
+            assert len({count for _, count in counts.most_common(4)}) == 4
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_answer_is_the_one_that_a_solver_finds(data, task):
+    for num_tokens in (512, 1000, 3000):
+        for probe in evaluation_probes(data.tokenizer, task, num_tokens, 3, seed=5):
+            text = data.tokenizer.decode(probe.tokens[:-1])
+            answers = [data.tokenizer.decode(probe.tokens[begin:end]).split() for begin, end in probe.answers]
+            assert answers == solve(text) and num_tokens - 40 < probe.tokens.size <= num_tokens
+            # Before an answer, as far back as its distance says, stands the last token of a fact.
+            for (begin, _), distance in zip(probe.answers, probe.distances):
+                before = data.tokenizer.decode(probe.tokens[: begin - distance])
+                assert before.endswith("\n") and not before.endswith(tuple(FILLER))
+    expected = {"multikey": 4, "multiquery": 16}.get(task, 1)
+    assert len(probe.answers) == expected
+
+
+def test_a_needle_goes_where_it_is_put(data):
+    for depth in (0.0, 0.3, 1.0):
+        (probe,) = evaluation_probes(data.tokenizer, "needle", 4096, 1, seed=0, depth=depth)
+        (begin, _), (distance,) = probe.answers[0], probe.distances
+        assert (begin - distance) / begin == pytest.approx(depth, abs=0.02)
+
+
+def test_evaluation_and_training_have_no_probe_in_common(data):
+    trained = {
+        data.samples(split, 512, 8).at(i).tokens.tobytes() for split in ("train", "validation") for i in range(9)
+    }
+    asked = evaluation_probes(data.tokenizer, "needle", 512, 9, seed=0)
+    assert not trained & {np.pad(probe.tokens, (0, 512 - probe.tokens.size)).tobytes() for probe in asked}
+
+
+def test_packs_of_shorter_probes(data, tmp_path):
+    config = dict(source="synthetic", tokenizer=str(data.tokenizer_path), cache_dir=str(tmp_path))
+    packed = open_data(DataConfig(**config, tasks=["multiquery"], probe_tokens=128)).samples("train", 2048, 16)
+    lengths = Counter()
+    for index in range(40):
+        sample = packed.at(index)
+        assert not (sample.doc_starts % 16).any() and sample.doc_starts[-1] + sample.doc_lengths[-1] > 2048 - 128 - 40
+        for start, length in zip(sample.doc_starts, sample.doc_lengths):
+            tokens, labels = sample.tokens[start : start + length], sample.labels[start : start + length]
+            lengths[1 << (int(length) + 60).bit_length() - 1] += 1
+            answers = np.flatnonzero(labels != IGNORE_INDEX)
+            assert answers.size and np.array_equal(labels[answers], tokens[answers + 1])
+            text = data.tokenizer.decode(tokens[:-1])
+            told = "".join(word for answer in solve(text) for word in answer)
+            assert data.tokenizer.decode(labels[answers]).replace(" ", "") == told
+    assert {128, 256, 512, 1024} <= set(lengths)
+    with pytest.raises(DataError, match=r"data.probe_tokens=0 must be a length or null"):
+        DataConfig(source="synthetic", probe_tokens=0)
+
+
+def test_probes_are_part_of_a_mixture(model_path, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(30):
+        (text / f"{number}.txt").write_text(f"document {number} " * 200)
+    corpora = [
+        dict(name="text", source="text", path=str(text), weight=0.75, validation_fraction=0.2),
+        dict(name="probes", source="synthetic", weight=0.25, tasks=["multikey"], probe_tokens=256),
+    ]
+    config = dict(source="mixture", tokenizer=str(model_path), cache_dir=str(tmp_path / "cache"))
+    data = open_data(DataConfig(**config, corpora=corpora))
+    samples = data.samples("train", 512, 8)
+    asked = [
+        b"What is the number" in data.corpora["text"].tokenizer.decode(samples.at(i).tokens).encode() for i in range(64)
+    ]
+    assert 8 <= sum(asked) <= 24  # of 16 expected
+    held_out = data.samples("validation", 512, 8)
+    texts = [data.corpora["text"].tokenizer.decode(held_out.at(i).tokens) for i in range(held_out.num_samples)]
+    assert not any("What is the number" in text for text in texts)
+    assert any("probes" in line for line in data.report())
+    with pytest.raises(DataError, match=r"data.corpora\[probes\]: probes have no size: give a weight"):
+        DataConfig(source="mixture", corpora=[dict(name="probes", source="synthetic")])

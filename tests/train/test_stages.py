@@ -1,0 +1,184 @@
+"""Stages: what each trains and hands on, alone and in chains."""
+
+import json
+
+import pytest
+import torch
+
+from tests.ranks import run_on_ranks
+from tests.train.runs import losses, make_config, newest_tensors
+
+CHAIN = [
+    {"name": "full", "run.steps": 4, "model.layer_pattern": "F", "optim.decay_steps": 0},
+    {"name": "distill", "stage": "distill", "run.steps": 4, "model.layer_pattern": "KKKF"},
+    {"name": "anneal", "stage": "anneal", "run.steps": 5, "stage.anneal_from": 1, "stage.anneal_to": 4},
+    {"name": "extend", "stage": "extend", "tokens": 3 * 4 * 512, "seq_len": 512, "model.rope_base": 5e4},
+]
+
+
+def run_chain(corpus: str, root: str, changes: dict) -> dict:
+    """Run a chain on this rank; (step, records of every stage)."""
+    from pathlib import Path
+
+    from train import chain
+    from train.metrics import read_records
+
+    config = make_config(Path(corpus), Path(root), **changes)
+    result = chain.run(config)
+    names = [link.run.name for link in chain.links(config)]
+    return {"step": result.step, "records": {n: read_records(Path(root) / n / "metrics.jsonl") for n in names}}
+
+
+def state_of(run):
+    return json.loads((sorted((run / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def chain(corpus, tmp_path_factory):
+    root = tmp_path_factory.mktemp("chain")
+    (outcome,) = run_on_ranks(1, run_chain, str(corpus), str(root), dict(stages=CHAIN))
+    return root / "default", outcome
+
+
+def test_a_chain_runs_every_stage_to_its_end(chain):
+    root, outcome = chain
+    assert [len(losses(r)) for r in outcome["records"].values()] == [4, 4, 5, 3]
+    assert [p.name for p in sorted(root.iterdir())] == ["0-full", "1-distill", "2-anneal", "3-extend"]
+    distilled = [r for r in outcome["records"]["default/1-distill"] if "loss_kl" in r]
+    for record in distilled:
+        total = record["loss_lm"] + 5 * record["loss_kl"] + 5 * record["loss_attention"]
+        assert record["loss"] == pytest.approx(total, rel=1e-5)
+    assert len(distilled) == 4
+
+
+def test_distillation_trains_summary_parameters_alone(chain):
+    root, _ = chain
+    before, after = newest_tensors(root / "0-full"), newest_tensors(root / "1-distill")
+    for name, tensor in after.items():
+        if not name.startswith("master/"):
+            continue
+        if "summary" not in name:
+            assert torch.equal(tensor, before[name]), name
+        elif ".summary_" in name:  # began as text's projection
+            assert not torch.equal(tensor, before[name.replace(".summary_", ".")]), name
+            torch.testing.assert_close(tensor, before[name.replace(".summary_", ".")], rtol=0, atol=0.1)
+    assert "master/summary_embedding" in after and "master/blocks.0.attention.summary_query.weight" in after
+
+
+def test_annealed_projections_are_dropped(chain):
+    root, _ = chain
+    after = newest_tensors(root / "2-anneal")
+    assert "master/summary_embedding" in after and not [name for name in after if ".summary_" in name]
+    state = state_of(root / "2-anneal")
+    assert state["own_share"] == 0 and state["config"]["model"]["independent_qkv"] is False
+    assert state_of(root / "3-extend")["config"]["model"]["independent_qkv"] is False
+
+
+def test_extension_changes_what_it_says_and_nothing_else(chain, corpus, tmp_path):
+    root, _ = chain
+    before, after = state_of(root / "2-anneal")["config"], state_of(root / "3-extend")["config"]
+    changed = {key for key in after if after[key] != before[key]}
+    assert changed == {"seq_len", "model", "run", "stage", "init_from"}
+    assert {k for k in after["model"] if after["model"][k] != before["model"][k]} == {"rope_base"}
+    assert (after["run"]["steps"], after["seq_len"]) == (3, 512)
+    # Without a step of its own it is the same weights and moments, bit for bit.
+    changes = dict(
+        init_from=str(root / "2-anneal"), stage__kind="extend", seq_len=512, model__layer_pattern="KKKF",
+        model__independent_qkv=False, model__rope_base=5e4, optim__lr=1e-30, optim__weight_decay=0.0, run__steps=1,
+    )  # fmt: skip
+    run_on_ranks(1, one_run, str(corpus), str(tmp_path), changes)
+    kept, there = newest_tensors(tmp_path / "default"), newest_tensors(root / "2-anneal")
+    assert kept.keys() == there.keys()
+    assert all(torch.equal(kept[name], there[name]) for name in kept if name.startswith("master/"))
+    # After one step the second moment is 0.95 of what it was and 0.05 of the squared gradient.
+    name = "exp_avg_sq/blocks.0.mlp.gate.weight"
+    assert (kept[name] >= 0.9499 * there[name]).all() and there[name].max() > 0
+
+
+def one_run(corpus: str, root: str, changes: dict):
+    from tests.train.runs import run_training
+
+    return run_training(corpus, root, changes)
+
+
+def test_a_chain_stopped_in_any_stage_goes_on_to_the_same_end(chain, corpus, tmp_path):
+    """Three calls: ended in the second stage, in the middle of annealing, and left to finish, on two ranks."""
+    _, outcome = chain
+    for stop in ({"stages": [CHAIN[0], CHAIN[1] | {"run.stop_at_step": 2}]}, {}):
+        links = stop.get("stages") or [*CHAIN[:2], CHAIN[2] | {"run.stop_at_step": 2}, CHAIN[3]]
+        (stopped,) = run_on_ranks(1, run_chain, str(corpus), str(tmp_path), dict(stages=links))
+        assert stopped["step"] == 2
+    assert not (tmp_path / "default/3-extend").exists()
+    assert state_of(tmp_path / "default/2-anneal")["own_share"] == pytest.approx(2 / 3)
+    for links in (CHAIN, CHAIN):  # and once more, with nothing left to do
+        end = run_on_ranks(2, run_chain, str(corpus), str(tmp_path), dict(stages=links))[0]
+    for name, records in outcome["records"].items():
+        assert losses(end["records"][name]) == pytest.approx(losses(records), rel=2e-5), name
+
+
+def test_frozen_weights_stay_under_every_zero_stage(chain, corpus, tmp_path):
+    root, outcome = chain
+    before = newest_tensors(root / "0-full")
+    for zero in (0, 2, 3):
+        changes = dict(
+            init_from=str(root / "0-full"), stage__kind="distill", model__layer_pattern="KKKF", run__steps=4,
+            parallel__zero=zero, run__name=f"zero{zero}", optim__decay_steps=0,
+        )  # fmt: skip
+        records = run_on_ranks(2, one_run, str(corpus), str(tmp_path), changes)[0]
+        assert losses(records) == pytest.approx(losses(outcome["records"]["default/1-distill"]), rel=2e-5)
+        after = newest_tensors(tmp_path / f"zero{zero}")
+        frozen = [name for name in after if name.startswith("master/") and "summary" not in name]
+        assert all(torch.equal(after[name], before[name]) for name in frozen)
+
+
+def test_an_annealed_model_is_loaded_as_it_was_saved(chain, world):
+    from train.generate import load_run
+
+    root, _ = chain
+    model, _ = load_run(root / "2-anneal", world)
+    assert not model.config.independent_qkv and model.blocks[0].attention.own_share is None
+
+
+def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
+    from train import chain as chains
+    from train.config import ConfigError, validate
+    from train.stages import StageError
+    from train.trainer import train
+
+    root, _ = chain
+
+    def config(**changes):
+        return make_config(corpus, tmp_path, **changes)
+
+    for changes, message in (
+        (dict(stage__kind="extend"), "stage.kind=extend goes on from an earlier run: give init_from=runs/NAME"),
+        (dict(stage__kind="distill", init_from="x", model__layer_pattern="F"), "'F' has no K layer"),
+        (dict(stage__kind="anneal", init_from="x", model__independent_qkv=False), "nothing to anneal away"),
+        (dict(stage__kind="anneal", init_from="x", stage__anneal_from=5), "no step of run.steps=5"),
+        (dict(stage__train="summary"), "stage.train=summary leaves the other weights"),
+    ):
+        with pytest.raises(StageError, match=message):
+            validate(config(**changes), 1)
+    with pytest.raises(StageError, match=r"stage.kind='melt' is not one of scratch, distill"):
+        config(stage__kind="melt")
+    extend = dict(stage__kind="extend", init_from=str(root / "3-extend"), model__layer_pattern="KKKF")
+    with pytest.raises(StageError, match=r"model.chunk_size was 4 in .* and is now 8"):
+        train(config(**extend, model__rope_base=1.0, model__independent_qkv=False, model__chunk_size=8))
+    own = dict(init_from=str(root / "1-distill"), stage__kind="extend", model__layer_pattern="KKKF")
+    with pytest.raises(StageError, match=r"has summary projections of its own .* anneal them first"):
+        train(config(**own, model__independent_qkv=False))
+    with pytest.raises(ConfigError, match=r"init_from=nowhere: neither a checkpoint"):
+        train(config(init_from="nowhere"))
+    for stages, message in (
+        ([{"name": "a"}], r"stages\[0\] \(a\): give its length as either tokens or run.steps"),
+        ([{"name": "a b", "tokens": 1}], "name='a b' must be a word"),
+        ([{"name": "a", "tokens": "many"}], "tokens='many' must be a number"),
+        (
+            [{"name": "a", "run.steps": 1, "optim.lrr": 1}],
+            "optim.lrr is not a configuration key; did you mean optim.lr",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            chains.links(config(stages=stages))
+    with pytest.raises(ConfigError, match="resume=runs/x cannot say which of 1 stages"):
+        chains.links(config(stages=CHAIN[:1], resume="runs/x"))

@@ -1,0 +1,122 @@
+"""Pictures and a table of `train.evaluate`'s results, of one run or of several side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_COLOURS = ["#b3412e", "#2c6e9b", "#4b8b3b", "#8a5a9e", "#c78a1b", "#55606b", "#c05f8f", "#2f9a97", "#7b6a3a"]
+
+
+def table(result: dict[str, Any]) -> str:
+    """Token accuracy by task and length, losses, cache bytes."""
+    lengths = [str(n) for n in result["lengths"]]
+    rows = [["", *lengths]]
+    for task, scores in result.get("tasks", {}).items():
+        rows.append([task, *(f"{scores[n]['token_accuracy']:.3f}" for n in lengths)])
+    if "perplexity" in result:
+        rows.append(["held-out loss", *(f"{result['perplexity'][n]['loss']:.3f}" for n in lengths)])
+    rows.append(["cache bytes", *(f"{result['cache_bytes'][n]:,}" for n in lengths)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows
+    )
+
+
+def draw(result: dict[str, Any], directory: Path) -> list[Path]:
+    """The pictures of one run, below `directory`; returns their paths."""
+    made = []
+    tasks = result.get("tasks", {})
+    if "needle" in tasks:
+        made.append(_needle_map(tasks["needle"], result["lengths"], directory / "needle.png"))
+    if tasks:
+        made.append(recall_by_distance({"": result}, directory / "distance.png"))
+    if tasks and len(result["lengths"]) > 1:
+        made.append(recall_by_cache({"": result}, directory / "cache.png"))
+    if "insight" in result:
+        made.append(_insight(result, directory / "summaries.png"))
+    return made
+
+
+def recall_by_distance(results: dict[str, dict[str, Any]], path: Path) -> Path:
+    """Token accuracy of all tasks together against the distance of the furthest fact; a line per run."""
+    figure, axes = _axes("tokens between a fact and the answer", "share of answer tokens right")
+    for number, (name, result) in enumerate(results.items()):
+        sums: dict[int, list[float]] = {}
+        for scores in result["tasks"].values():
+            for score in scores.values():
+                for distance, accuracy, count in score["by_distance"]:
+                    total = sums.setdefault(max(1, distance), [0.0, 0.0])
+                    total[0] += accuracy * count
+                    total[1] += count
+        points = [(distance, total[0] / total[1]) for distance, total in sorted(sums.items())]
+        axes.plot(*zip(*points), marker="o", markersize=3, color=_COLOURS[number % len(_COLOURS)], label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(-0.02, 1.02)
+    return _save(figure, axes, path, legend=len(results) > 1)
+
+
+def recall_by_cache(results: dict[str, dict[str, Any]], path: Path) -> Path:
+    """Mean token accuracy over tasks against cache bytes; a line per run, a point per length."""
+    figure, axes = _axes("bytes of the decoding cache", "share of answer tokens right, mean of tasks")
+    for number, (name, result) in enumerate(results.items()):
+        points = []
+        for length in map(str, result["lengths"]):
+            accuracies = [scores[length]["token_accuracy"] for scores in result["tasks"].values()]
+            points.append((result["cache_bytes"][length], sum(accuracies) / len(accuracies)))
+        axes.plot(*zip(*points), marker="o", color=_COLOURS[number % len(_COLOURS)], label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(-0.02, 1.02)
+    return _save(figure, axes, path, legend=len(results) > 1)
+
+
+def _needle_map(scores: dict[str, Any], lengths: list[int], path: Path) -> Path:
+    figure, axes = _axes("tokens of the sample", "depth of the needle")
+    depths = [depth for depth, _ in scores[str(lengths[0])]["by_depth"]]
+    values = [[scores[str(n)]["by_depth"][i][1] for n in lengths] for i in range(len(depths))]
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.grid(False)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    figure.colorbar(image, ax=axes, label="share of answer tokens right")
+    return _save(figure, axes, path, legend=False)
+
+
+def _insight(result: dict[str, Any], path: Path) -> Path:
+    figure, axes = _axes("tokens back to the chunk", "share of a text row's attention on its summaries")
+    longest = str(max(result["lengths"]))
+    for number, (layer, points) in enumerate(result["insight"][longest].items()):
+        axes.plot(
+            *zip(*points), marker="o", markersize=3, color=_COLOURS[number % len(_COLOURS)], label=f"layer {layer}"
+        )
+    axes.set_xscale("log", base=2)
+    return _save(figure, axes, path, legend=True)
+
+
+def _axes(x: str, y: str) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, path: Path, legend: bool) -> Path:
+    from matplotlib import pyplot
+
+    if legend:
+        axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
