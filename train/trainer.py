@@ -23,7 +23,7 @@ from ksa_model.collectives import ContextParallel
 from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
-from train import checkpoint, parallel
+from train import checkpoint, import_hf, parallel
 from train.batches import Batch, batch_maker
 from train.checkpoint import CheckpointError, Checkpoints, Place, Progress
 from train.config import ConfigError, TrainConfig, to_mapping, validate
@@ -88,6 +88,7 @@ def train(config: TrainConfig) -> RunResult:
     check_run_directory(directory, config)
     # A wrong path must not wait for the data.
     checkpoint.find(config.resume, checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name))
+    import_hf.check(config)
     with StopRequest(config.run.max_minutes) as request:
         data = data_pipeline.open_data(config.data, progress=rank == 0 and config.logging.progress)
         config = dataclasses.replace(config, model=with_vocabulary(config.model, data.vocab_size))
@@ -233,6 +234,8 @@ class _Run:
         found = self.checkpoints.choose(config.resume)
         if found is not None:
             progress = self._load(found)
+        elif config.init_from is not None:
+            self._say(import_hf.initialise(self.engine, self.world, config))
         self.checkpoints.abandon_after(progress.step)
         self.sums = StepSums(self.world, progress.tokens)
         self.log = _open_log(config, self.world, self.directory, progress.step)
