@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,7 @@ def _write_weights(run: Run, directory: Path, config: ExportConfig) -> None:
     size = sum(math.prod(shape) for _, shape in wanted.values())
     with tqdm(total=size, unit=" elements", unit_scale=True, desc=directory.name, file=sys.stderr) as bar:
         tensors = [
-            (
-                theirs if config.format == "hf" else ours,
-                shape,
-                lambda name=theirs, shape=shape: source.read(name, [0] * len(shape), shape),
-            )
+            (theirs if config.format == "hf" else ours, shape, partial(source.read, theirs, [0] * len(shape), shape))
             for ours, (theirs, shape) in wanted.items()
         ]
         write_safetensors(directory, tensors, _DTYPES[config.dtype], bar.update)
@@ -169,7 +166,9 @@ def _model_card(run: Run, tokenizer: Tokenizer | None) -> str:
         "began with": origin,
         "optimizer steps": f"{run.state['step']:,}",
         "tokens": f"{run.state['tokens']:,}",
-        "held-out loss": f"{losses[-1]['validation_loss']:.4f} nats a token, step {losses[-1]['step']}" if losses else "-",
+        "held-out loss": f"{losses[-1]['validation_loss']:.4f} nats a token, step {losses[-1]['step']}"
+        if losses
+        else "-",
         "sequence length": f"{run.config.seq_len:,}",
         "data": f"{run.config.data.source} {run.config.data.path or ''}".strip(),
         "data fingerprint": str(run.state.get("data_fingerprint", "-")),
@@ -180,7 +179,11 @@ def _model_card(run: Run, tokenizer: Tokenizer | None) -> str:
         "saved": str(run.state.get("saved_at", "-")),
         "versions": ", ".join(f"{name} {version}" for name, version in run.state.get("versions", {}).items()) or "-",
     }
-    trust = "" if is_plain(model) and (tokenizer is None or tokenizer.kind != "SentencePiece") else ", trust_remote_code=True"
+    trust = (
+        ""
+        if is_plain(model) and (tokenizer is None or tokenizer.kind != "SentencePiece")
+        else ", trust_remote_code=True"
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -223,7 +226,9 @@ def _json(path: Path, content: dict[str, Any]) -> None:
 def _parse(arguments: list[str]) -> tuple[Path, ExportConfig]:
     known = list(ExportConfig.__dataclass_fields__)
     if not arguments or "=" in arguments[0] or not any(a.startswith("out=") for a in arguments):
-        raise ConfigError("usage: python -m train.export RUN out=DIR [format=hf|safetensors] [step=N] [dtype=bf16|fp32]")
+        raise ConfigError(
+            "usage: python -m train.export RUN out=DIR [format=hf|safetensors] [step=N] [dtype=bf16|fp32]"
+        )
     values = {}
     for argument in arguments[1:]:
         key, _, value = argument.partition("=")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class HfDirectory:
             raise HfError(f"{file} needs the package safetensors: pip install 'ksa-train[hf]' ({error})") from error
         try:
             with safe_open(file, "pt") as tensors:
-                return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+                return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
         except (OSError, SafetensorError) as error:
             raise HfError(f"{file} cannot be read as safetensors ({error}); copy the checkpoint again") from error
 
@@ -128,7 +128,7 @@ def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
 
 def write_safetensors(
     directory: Path,
-    tensors: list[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]],
+    tensors: Sequence[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]],
     dtype: torch.dtype,
     progress: Callable[[int], object] = lambda _: None,
     shard_bytes: int = SHARD_BYTES,
@@ -146,7 +146,8 @@ def write_safetensors(
         shards[-1].append((name, shape, read))
         filled, total = filled + size, total + size
     many = len(shards) > 1
-    paths, weight_map = [], {}
+    paths: list[Path] = []
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         path = directory / (f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else WEIGHTS)
         _write_shard(path, shard, dtype, progress)

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,7 +125,9 @@ class Weights:
         for _, name in origin.terms:
             there = self._tensors.shape(name)
             rows = origin.mean_rows or (origin.repeated_row or 0) + 1 if single else origin.rows or shape[0]
-            enough = there[0] >= origin.first_row + rows if single or origin.rows or origin.first_row else there == shape
+            enough = (
+                there[0] >= origin.first_row + rows if single or origin.rows or origin.first_row else there == shape
+            )
             if not enough or there[1:] != shape[1:]:
                 wanted = (origin.first_row + rows, *shape[1:])
                 raise HfError(f"{name} is of shape {there}, this model needs {wanted}: config.json and tensors differ")
@@ -154,16 +156,16 @@ def check(config: TrainConfig) -> None:
 
 
 def initialise(engine: Any, world: World, config: TrainConfig) -> str:
-    """Fill the fp32 weights that this rank owns, on any layout; moments stay zero. Collective. Returns a line to log."""
+    """Fill the fp32 weights that this rank owns, on any layout; moments stay zero. Collective. Returns a log line."""
     assert config.init_from is not None
     weights = _weights(config.init_from, config.model, config.init_summary_from)
     if not config.init_from.startswith(HF_PREFIX):
         _verify(config.init_from, world)
     dims = {name: dim for name, (_, dim) in config.model.parameter_shapes().items()}
     for owned in engine.owned_state():
-        shift = [0] * len(owned.shape)
-        if dims[owned.name] is not None:
-            shift[dims[owned.name]] = owned.shape[dims[owned.name]] * world.tensor_rank
+        shift, dim = [0] * len(owned.shape), dims[owned.name]
+        if dim is not None:
+            shift[dim] = owned.shape[dim] * world.tensor_rank
         flat, taken = owned.state["master"], 0
         for at, size in boxes(owned.shape, owned.start, owned.start + flat.numel()):
             count = torch.Size(size).numel()
@@ -247,16 +249,17 @@ def import_run(hf_directory: str, out: Path, model: ModelConfig, summary_from: s
         "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "config": to_mapping(config),
     }
-    stored = {
-        f"master/{name}": checkpoint_tools.StoredTensor(shape, torch.float32, lambda n=name: weights.whole(n).contiguous())  # type: ignore[misc]
-        for name, shape in weights.shapes.items()
-    }
+    stored = {f"master/{name}": _stored(weights, name) for name in weights.shapes}
     made = checkpoint_tools.write(Place(out / "checkpoints"), state, stored, 1)
     (out / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
     tokenizer = find_tokenizer(Path(hf_directory))
     if tokenizer is not None:
         shutil.copyfile(tokenizer, out / "tokenizer.model")
     return made
+
+
+def _stored(weights: Weights, name: str) -> checkpoint_tools.StoredTensor:
+    return checkpoint_tools.StoredTensor(weights.shapes[name], torch.float32, lambda: weights.whole(name).contiguous())
 
 
 def find_tokenizer(directory: Path) -> Path | None:
@@ -267,7 +270,9 @@ def find_tokenizer(directory: Path) -> Path | None:
 def overrides(model: ModelConfig) -> str:
     """The settings of a model as command-line overrides."""
     values = {f.name: getattr(model, f.name) for f in fields(model) if f.name != "attention_backend"}
-    shown = {key: json.dumps(list(value) if isinstance(value, tuple) else value).strip('"') for key, value in values.items()}
+    shown = {
+        key: json.dumps(list(value) if isinstance(value, tuple) else value).strip('"') for key, value in values.items()
+    }
     return " ".join(f"model.{key}={value}".replace(" ", "") for key, value in shown.items())
 
 
@@ -294,7 +299,9 @@ def _run(arguments: list[str]) -> str:
     if not options["out"]:
         return overrides(model)
     made = import_run(directory, Path(options["out"]), model, options["summary_from"], options["allow_pickle"])
-    return f"wrote {made}; sample it: python -m train.generate {options['out']}; train from it: init_from={options['out']}"
+    return (
+        f"wrote {made}; sample it: python -m train.generate {options['out']}; train from it: init_from={options['out']}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -175,7 +175,9 @@ def _published(config: Mapping[str, Any]) -> Source:
     }
     for key, (default, computed) in required.items():
         if config.get(key, default) != computed:
-            raise ModelConfigError(f"config.json says {key}={config.get(key, default)!r}; computed here is {computed!r}")
+            raise ModelConfigError(
+                f"config.json says {key}={config.get(key, default)!r}; computed here is {computed!r}"
+            )
     chunk, m = int(config["summary_chunk_size"]), int(config["summary_token_num"])
     pattern, windows, updates = _published_layers(config, shape["num_layers"], chunk)
     independent = config.get("summary_independent_qkv")

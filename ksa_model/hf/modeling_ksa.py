@@ -15,14 +15,14 @@ Requests of a batch may be padded left or right, as `attention_mask` says; chunk
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# Releases of transformers differ in what they call it.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 ROWS_PER_BLOCK = 512  # query rows whose scores exist at a time
 
 
@@ -89,16 +89,6 @@ class KsaConfig(PretrainedConfig):
         one = self.window_chunks
         per_letter = [one] * len(self.layer_pattern) if isinstance(one, int) else list(one)
         return per_letter * (self.num_hidden_layers // len(self.layer_pattern))
-
-
-@dataclass
-class KsaOutput(ModelOutput):
-    """`past_key_values` and `cache` are the same object: releases of transformers differ in what they call it."""
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: KsaCache | None = None
-    cache: KsaCache | None = None
 
 
 class KsaCache:
@@ -481,7 +471,7 @@ class KsaForCausalLM(KsaPreTrainedModel, GenerationMixin):
         logits, loss = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden), None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        output = KsaOutput(loss=loss, logits=logits, past_key_values=cache, cache=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(
@@ -489,7 +479,8 @@ class KsaForCausalLM(KsaPreTrainedModel, GenerationMixin):
     ):
         cache = past_key_values if cache is None else cache
         seen = 0 if cache is None else cache.get_seq_length()
-        inputs = dict(input_ids=input_ids[:, seen:], attention_mask=attention_mask, cache=cache, use_cache=use_cache)
+        inputs = {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "use_cache": use_cache}
+        inputs[CACHE] = cache
         if "logits_to_keep" in kwargs:
             inputs["logits_to_keep"] = kwargs["logits_to_keep"]
         return inputs
