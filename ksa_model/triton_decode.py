@@ -185,10 +185,10 @@ def attend(q: torch.Tensor, buffer: torch.Tensor, visible: torch.Tensor, stops: 
     shares = triton.next_power_of_2(max(1, min(MOST_SPLITS, PROGRAMS // pairs)))
     parts = torch.empty(pairs, shares, group, d, dtype=torch.float32, device=q.device)
     weights = torch.empty(pairs, shares, group, dtype=torch.float32, device=q.device)
-    out, block_d = torch.empty_like(q), triton.next_power_of_2(d)
+    out, block_d, rows_q = torch.empty_like(q), triton.next_power_of_2(d), max(16, triton.next_power_of_2(group))
     _attend_share[(pairs, shares)](
         q.contiguous(), buffer[0], buffer[1], visible.contiguous().view(torch.uint8), stops, parts, weights,
-        buffer.shape[3], visible.shape[1], kv_heads, d**-0.5, GROUP=group, ROWS_Q=max(16, triton.next_power_of_2(group)),
+        buffer.shape[3], visible.shape[1], kv_heads, d**-0.5, GROUP=group, ROWS_Q=rows_q,
         D=d, BLOCK_D=max(16, block_d), BLOCK=BLOCK_ROWS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     _merge_shares[(pairs, group)](parts, weights, out, GROUP=group, SHARES=shares, D=d, BLOCK_D=block_d)
