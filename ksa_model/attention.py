@@ -6,8 +6,10 @@ h hidden size. Rows enter and leave in the sharded state of `TensorParallel`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -32,10 +34,24 @@ class RotaryTables:
 
         def table(positions) -> tuple[torch.Tensor, torch.Tensor]:
             # Angles in float64: at position 10^6 a float32 product is off by 0.06 radians.
-            angles = torch.from_numpy(positions).to(device)[:, None, None] * inverse
+            angles = torch.as_tensor(positions, device=device)[:, None, None] * inverse
             return angles.cos().float(), angles.sin().float()
 
         return RotaryTables(table(layout.text_positions), table(layout.summary_positions))
+
+
+def forward_only(x: torch.Tensor) -> ModuleType | None:
+    """The kernels for passes without gradients, where x is part of one on a GPU: one launch instead of many."""
+    return None if not x.is_cuda or torch.is_grad_enabled() else _triton_decode()
+
+
+@functools.cache
+def _triton_decode() -> ModuleType | None:
+    try:
+        from ksa_model import triton_decode
+    except ImportError:  # a torch that came without Triton
+        return None
+    return triton_decode
 
 
 def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -57,6 +73,8 @@ class RMSNorm(nn.Module):
         self.eps, self.tp, self.meets_all = eps, tp, meets_all
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (fast := forward_only(x)) is not None:
+            return fast.rms_norm(x, self.weight, self.eps)
         weight = self.tp.replicated(self.weight, self.meets_all)
         return nn.functional.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
 
@@ -165,6 +183,9 @@ class Attention(nn.Module):
     def _heads(self, x: torch.Tensor, norm: str | None = None, table=None) -> torch.Tensor:
         """[rows, heads*d] -> [rows, heads, d], normed and rotated where asked."""
         x = x.unflatten(-1, (-1, self.config.head_dim))
+        if table is not None and (fast := forward_only(x)) is not None:
+            gain = getattr(self, norm).weight if norm is not None and self.config.qk_norm else None
+            return fast.norm_rotate(x, gain, self.config.norm_eps, *table)
         if norm is not None and self.config.qk_norm:
             x = getattr(self, norm)(x)
         return x if table is None else rotate(x, table)

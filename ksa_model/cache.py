@@ -9,6 +9,9 @@ step of their own. Requests of a batch may have any lengths; none is padded to t
 
 The model code is the training code: prefill is the training forward over all prompts packed as documents, a decoding
 step is the same forward over B rows, with the cache in the place of the attention kernels.
+
+A step reads positions from the device and has one of two shapes, with and without summaries, which the host tells apart
+from lengths it knows anyway. So nothing waits for the device, and on a GPU each shape is recorded once as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ksa_model import kernels, layout
-from ksa_model.attention import Attention, Heads
+from ksa_model import layout
+from ksa_model.attention import Attention, Heads, forward_only
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError
 from ksa_model.layout import SequenceLayout
 from ksa_model.model import Decoder
@@ -43,119 +46,163 @@ class LayerCache:
         self._buffer = empty
 
     @property
+    def rows(self) -> int:
+        """Rows allocated for each request."""
+        return self._buffer.shape[3]
+
+    @property
     def allocated_bytes(self) -> int:
         return self._buffer.numel() * self._buffer.element_size()
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for requests of up to `num_tokens` tokens, exactly. Where none of them can ever look past the text
         window, summaries are not kept."""
-        rows = num_tokens if self.ring_rows is None else min(num_tokens, self.ring_rows)
-        self.keeps_summaries = self.layer.mixer == "K" and num_tokens > rows
-        if self.keeps_summaries:
-            rows += num_tokens // self._config.chunk_size * self._config.summary_tokens
-        self._resize(rows)
+        self.keeps_summaries = self.layer.mixer == "K" and self.ring_rows is not None and num_tokens > self.ring_rows
+        self._resize(self._rows_for(num_tokens))
 
-    def _resize(self, rows: int) -> None:
-        have = self._buffer.shape[3]
-        if rows > have:
-            bigger = self._buffer.new_zeros(*self._buffer.shape[:3], rows, self._buffer.shape[4])
-            bigger[:, :, :, :have] = self._buffer
-            self._buffer = bigger
+    def ensure(self, num_tokens: int) -> bool:
+        """Make room for `num_tokens` tokens and some more; returns whether the buffer is a new one."""
+        need, have = self._rows_for(num_tokens), self.rows
+        return self._resize(max(need, have + have // GROWTH)) if need > have else False
 
-    def write(self, requests: np.ndarray, slots: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _rows_for(self, num_tokens: int) -> int:
+        if self.keeps_summaries:  # the chunk that is open has its place too: a step may fill it before it closes
+            assert self.ring_rows is not None
+            return self.ring_rows + -(-num_tokens // self._config.chunk_size) * self._config.summary_tokens
+        return num_tokens if self.ring_rows is None else min(num_tokens, self.ring_rows)
+
+    def _resize(self, rows: int) -> bool:
+        have = self.rows
+        if rows <= have:
+            return False
+        bigger = self._buffer.new_zeros(*self._buffer.shape[:3], rows, self._buffer.shape[4])
+        bigger[:, :, :, :have] = self._buffer
+        self._buffer = bigger
+        return True
+
+    def write(self, requests: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put k, v [n, G, d] into `slots` [n] of `requests` [n]."""
-        if not len(slots):
-            return
-        have, need = self._buffer.shape[3], int(slots.max()) + 1
-        if need > have:
-            self._resize(max(need, have + have // GROWTH))
-        at = torch.from_numpy(requests).to(k.device), slice(None), torch.from_numpy(slots).to(k.device)
+        at = requests, slice(None), slots
         self._buffer[0][at], self._buffer[1][at] = k, v
 
-    def text_slots(self, positions: np.ndarray) -> np.ndarray:
+    def append(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put one row a request, k, v [B, G, d], into `slots` [B]."""
+        if (fast := forward_only(k)) is not None:
+            fast.store_rows(self._buffer, slots, k, v)
+        else:
+            self.write(torch.arange(len(slots), device=slots.device), slots, k, v)
+
+    def text_slots(self, positions):
+        """Slots of text `positions`, an array or a tensor of any shape."""
         return positions if self.ring_rows is None else positions % self.ring_rows
 
-    def summary_slots(self, index: np.ndarray) -> np.ndarray:
+    def summary_slots(self, index):
         return (self.ring_rows or 0) + index
 
-    def read(self, requests: np.ndarray, slots: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [n, G, d] at `slots` [n] of `requests` [n]."""
-        device = self._buffer.device
-        at = torch.from_numpy(requests).to(device), slice(None), torch.from_numpy(slots).to(device)
-        return self._buffer[0][at], self._buffer[1][at]
+    def read(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, G, n, d] at `slots` [B, n]; those beyond the buffer give any row."""
+        at = slots.clamp(max=self.rows - 1)[None, :, None, :, None]
+        rows = self._buffer.gather(3, at.expand(2, -1, self._buffer.shape[2], -1, self._buffer.shape[4]))
+        return rows[0], rows[1]
 
-    def attend(self, q: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """q [B, H, d] over the rows that `visible` [B, rows] names -> [B, H, d]."""
+    def attend(self, q: torch.Tensor, visible: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
+        """q [B, H, d] over the rows that `visible` [B, rows] names, none from `stops` [B] on -> [B, H, d]."""
+        if (fast := forward_only(q)) is not None:
+            return fast.attend(q, self._buffer, visible, stops)
         k, v = self._buffer[:, :, :, : visible.shape[1]]
-        grouped = q.shape[1] != k.shape[1]
+        # Query heads that share a key/value head are rows of one product, so that no key is ever copied.
         out = torch.nn.functional.scaled_dot_product_attention(
-            q[:, :, None], k, v, attn_mask=visible[:, None, None], enable_gqa=grouped
+            q.unflatten(1, (k.shape[1], -1)), k, v, attn_mask=visible[:, None, None]
         )
-        return out[:, :, 0]
+        return out.flatten(1, 2)
 
 
 class Step(SequenceLayout):
-    """The rows of one decoding step: a text row for each request, and the summaries of chunks that closed before it.
+    """The rows of one decoding step: a text row for each request and, in a `closing` step, the summaries of the chunk
+    that holds the token before, likewise for each. Positions live on the device.
 
-    Worked example, k=4: request 0 is at position 8, so its second chunk has just closed and rides along; request 1 is
-    at position 6. Rows: [text of 0 | text of 1 | summary of chunk 1 of request 0].
+    Only where that chunk has just closed are its summaries final; elsewhere they fill a place that nobody looks at and
+    that is filled again when the chunk closes. So the shapes depend on B alone.
+
+    Worked example, k=4, closing: request 0 is at position 8, so its second chunk has just closed; request 1 is at
+    position 6. Rows: [text of 0 | text of 1 | summary of chunk 1 of 0, final | summary of chunk 1 of 1, provisional].
     """
 
-    def __init__(self, config: ModelConfig, positions: np.ndarray, prefilled: np.ndarray):
-        """`positions` [B] of the tokens fed now; chunks below `prefilled` [B] tokens are summarised already."""
-        k, m = config.chunk_size, config.summary_tokens
-        closes = (positions % k == 0) & (positions > prefilled) & config.has_summaries
-        self.positions = positions
-        self.closing = np.flatnonzero(closes)  # requests whose last chunk has closed
-        self.closed_chunks = positions[self.closing] // k - 1
-        ends = [(a + 1) * k // m - 1 for a in range(m)]
-        summary_positions = (self.closed_chunks[:, None] * k + np.maximum(ends, 0)[None, :]).reshape(-1)
+    def __init__(self, config: ModelConfig, position: torch.Tensor, closing: bool, longest: int | None):
+        """`position` int64 [B] of the tokens fed now. `longest`: an upper bound of their lengths where the host may use
+        it to read less; None: every allocated row may be looked at, always the same number."""
+        k, m, batch = config.chunk_size, config.summary_tokens, len(position)
+        self.position, self.closing, self._longest = position, closing, longest
+        self.chunk = (position - 1) // k
+        ends = ((torch.arange(m, device=position.device) + 1) * k // m - 1).clamp(min=0)
+        summary_positions = (self.chunk[:, None] * k + ends).flatten()
         super().__init__(
-            num_text=len(positions),
+            num_text=batch,
             chunk_size=k,
             summary_tokens=m,
-            chunk_lengths=np.full(len(self.closing), k),
-            first_chunks=np.arange(len(self.closing)),
-            text_positions=positions,
-            summary_positions=summary_positions,
+            chunk_lengths=np.full(batch if closing else 0, k),
+            first_chunks=np.arange(batch if closing else 0),
+            text_positions=position,  # type: ignore[arg-type]  # on the device already
+            summary_positions=summary_positions if closing else summary_positions[:0],  # type: ignore[arg-type]
         )
 
     @property
     def num_chunks(self) -> int:
-        return len(self.closing)
+        return len(self.chunk_lengths)
 
-    def visible(self, cache: LayerCache, device: torch.device) -> torch.Tensor:
-        """bool [B, rows]: which of a layer's cached rows each request's token sees; the same for layers alike."""
-        layer, ring = cache.layer, cache.ring_rows
-        return self.cached((layer.mixer, layer.window_chunks, ring), lambda: self._visible(layer, ring, device))
+    def inside_chunk(self) -> torch.Tensor:
+        """Positions [B, k] of the text of the chunk that is summarised."""
+        inside = torch.arange(self.chunk_size, device=self.position.device)
+        return self.chunk[:, None] * self.chunk_size + inside
 
-    def _visible(self, layer: LayerConfig, ring: int | None, device: torch.device) -> torch.Tensor:
-        position = torch.from_numpy(self.positions).to(device)[:, None]
+    def summary_index(self) -> torch.Tensor:
+        """Numbers [B*m] of that chunk's summaries within their requests."""
+        index = torch.arange(self.summary_tokens, device=self.position.device)
+        return (self.chunk[:, None] * self.summary_tokens + index).flatten()
+
+    def visible(self, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """bool [B, rows]: which of a layer's cached rows each request's token sees; int64 [B]: where the last of them
+        ends. The same for layers alike."""
+        key = cache.layer.mixer, cache.layer.window_chunks, cache.ring_rows, cache.rows
+        return self.cached(key, lambda: self._visible(cache))
+
+    def _visible(self, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
+        layer, ring, position = cache.layer, cache.ring_rows, self.position[:, None]
+        text_rows = cache.rows if ring is None else min(ring, cache.rows)
+        slot = torch.arange(self._bound(text_rows), device=position.device)[None, :]
+        stop = (self.position + 1).clamp(max=text_rows)
         if ring is None:
-            return torch.arange(int(self.positions.max()) + 1, device=device)[None, :] <= position
-        slot = torch.arange(min(ring, int(self.positions.max()) + 1), device=device)[None, :]
+            return slot <= position, stop
         held = position - (position - slot) % ring  # the position whose row stands in the slot now
         if layer.mixer == "S":
-            return held >= 0
-        first_near = self.positions // self.chunk_size - layer.window_chunks  # the oldest chunk still seen as text
-        oldest = torch.from_numpy(np.maximum(first_near, 0)).to(device)[:, None] * self.chunk_size
-        near = held >= oldest
-        summaries = np.maximum(first_near, 0) * self.summary_tokens
-        if layer.mixer == "C" or not summaries.max():
-            return near
+            return held >= 0, stop
+        first_near = position // self.chunk_size - layer.window_chunks  # the oldest chunk still seen as text
+        near = held >= first_near.clamp(min=0) * self.chunk_size
+        far_rows = cache.rows - ring if layer.mixer == "K" and cache.keeps_summaries else 0
+        if self._longest is not None:
+            oldest = max(0, (self._longest - 1) // self.chunk_size - layer.window_chunks)
+            far_rows = min(far_rows, oldest * self.summary_tokens)
+        if far_rows <= 0:
+            return near, stop
         near = torch.nn.functional.pad(near, (0, ring - near.shape[1]))
-        index = torch.arange(int(summaries.max()), device=device)[None, :]
-        return torch.cat([near, index < torch.from_numpy(summaries).to(device)[:, None]], dim=1)
+        summaries = first_near * self.summary_tokens
+        index = torch.arange(far_rows, device=position.device)[None, :]
+        stop = torch.where(summaries[:, 0] > 0, ring + summaries[:, 0], stop)
+        return torch.cat([near, index < summaries], dim=1), stop
+
+    def _bound(self, rows: int) -> int:
+        return rows if self._longest is None else min(rows, self._longest)
 
 
 class DecodingCache:
     """Everything B requests have said so far, for one model.
 
     `logits = prefill(prompts)`, then `logits = step(tokens)` as often as wanted; both give [B, vocab_size] for the next
-    token. `max_tokens` (prompt and continuation) reserves memory exactly; without it buffers grow as needed.
+    token, which the next call overwrites. `max_tokens` (prompt and continuation) reserves memory exactly; without it
+    buffers grow as needed. `graphs`: record steps as CUDA graphs; None: where that is possible.
     """
 
-    def __init__(self, model: Decoder, num_requests: int, max_tokens: int | None = None):
+    def __init__(self, model: Decoder, num_requests: int, max_tokens: int | None = None, graphs: bool | None = None):
         if model.tp.shards_rows or (model.context is not None and model.context.size > 1):
             raise ModelConfigError("decoding runs without sequence and context parallelism")
         config, weight = model.config, model.embedding.weight
@@ -170,6 +217,9 @@ class DecodingCache:
                 layer.reserve(max_tokens)
         self._lengths = np.zeros(num_requests, np.int64)
         self._prefilled = np.zeros(num_requests, np.int64)
+        self._position = torch.zeros(num_requests, dtype=torch.int64, device=self._device)
+        can = weight.is_cuda and model.tp.size == 1 and forward_only(weight.detach()) is not None
+        self._recorder = _Recorder(num_requests, self._device) if (can if graphs is None else graphs) else None
 
     @property
     def lengths(self) -> list[int]:
@@ -202,47 +252,113 @@ class DecodingCache:
         closed = lengths // k * m  # summary rows of closed chunks; that of an open chunk is made again when it closes
         summary_request = np.repeat(np.arange(len(lengths)), closed)
         summary_index = np.concatenate([np.arange(count) for count in closed])
+        self._make_room(int(lengths.max()))
 
         def mix(attention: Attention, heads: Heads, whole: SequenceLayout):
             cache = self._layers[attention.layer.index]
             # Of a ring only the newest position of each slot stays.
             kept = position >= (lengths[request] - (cache.ring_rows or lengths.max()))
-            row = torch.from_numpy((starts[request] + position)[kept]).to(self._device)
-            cache.write(request[kept], cache.text_slots(position[kept]), heads.k[row], heads.v[row])
+            row = self._upload((starts[request] + position)[kept])
+            slots = self._upload(cache.text_slots(position[kept]))
+            cache.write(self._upload(request[kept]), slots, heads.k[row], heads.v[row])
             if cache.keeps_summaries:
                 assert heads.k_summary is not None and heads.v_summary is not None
-                row = torch.from_numpy(starts[summary_request] // k * m + summary_index).to(self._device)
-                slots = cache.summary_slots(summary_index)
-                cache.write(summary_request, slots, heads.k_summary[row], heads.v_summary[row])
+                row = self._upload(starts[summary_request] // k * m + summary_index)
+                slots = self._upload(cache.summary_slots(summary_index))
+                cache.write(self._upload(summary_request), slots, heads.k_summary[row], heads.v_summary[row])
             return Attention.mix(attention, heads, whole)
 
         self._lengths, self._prefilled = lengths, lengths.copy()
-        last = torch.from_numpy(starts + lengths - 1).to(self._device)
-        return self._model.logits(torch.from_numpy(tokens).to(self._device), pack, mix, rows=last)
+        self._position.copy_(torch.from_numpy(lengths))
+        last = self._upload(starts + lengths - 1)
+        return self._model.logits(self._upload(tokens), pack, mix, rows=last)
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feed one token a request, int64 [B] -> [B, vocab_size]."""
-        step = Step(self._config, self._lengths.copy(), self._prefilled)
-        logits = self._model.logits(tokens, step, self._mix_step)
+        at_a_start = (self._lengths % self._config.chunk_size == 0) & (self._lengths > self._prefilled)
+        closing = self._config.has_summaries and bool(at_a_start.any())
+        longest = int(self._lengths.max()) + 1
+        if self._make_room(longest) and self._recorder is not None:
+            self._recorder.forget()
         self._lengths += 1
+        if self._recorder is None:
+            return self._forward(tokens, closing, longest)
+        return self._recorder.run(closing, tokens, lambda given: self._forward(given, closing, None))
+
+    def _forward(self, tokens: torch.Tensor, closing: bool, longest: int | None) -> torch.Tensor:
+        logits = self._model.logits(tokens, Step(self._config, self._position, closing, longest), self._mix_step)
+        self._position += 1
         return logits
 
     def _mix_step(self, attention: Attention, heads: Heads, step: SequenceLayout):
         assert isinstance(step, Step)
-        cache, k, m = self._layers[attention.layer.index], step.chunk_size, step.summary_tokens
-        out_summary = heads.q_summary
-        if len(step.closing):
+        cache, out_summary = self._layers[attention.layer.index], None
+        if step.closing and heads.k_summary is not None and heads.v_summary is not None:
             if heads.q_summary is not None:  # before this token may take a slot of the chunk
-                inside = step.closed_chunks[:, None] * k + np.arange(k)[None, :]
-                text = cache.read(np.repeat(step.closing, k), cache.text_slots(inside.reshape(-1)))
-                out_summary = kernels.summary_attention(heads.q_summary, *text, heads.k_summary, heads.v_summary, step)
+                text = cache.read(cache.text_slots(step.inside_chunk()))
+                out_summary = _summarise(heads.q_summary, *text, heads.k_summary, heads.v_summary)
             if cache.keeps_summaries:
-                assert heads.k_summary is not None and heads.v_summary is not None
-                index = (step.closed_chunks[:, None] * m + np.arange(m)[None, :]).reshape(-1)
-                cache.write(np.repeat(step.closing, m), cache.summary_slots(index), heads.k_summary, heads.v_summary)
-        cache.write(np.arange(step.num_text), cache.text_slots(step.positions), heads.k, heads.v)
-        return cache.attend(heads.q, step.visible(cache, self._device)), out_summary
+                request = torch.arange(step.num_text, device=self._device).repeat_interleave(step.summary_tokens)
+                cache.write(request, cache.summary_slots(step.summary_index()), heads.k_summary, heads.v_summary)
+        cache.append(cache.text_slots(step.position), heads.k, heads.v)
+        return cache.attend(heads.q, *step.visible(cache)), out_summary
+
+    def _make_room(self, num_tokens: int) -> bool:
+        return any([layer.ensure(num_tokens) for layer in self._layers])
+
+    def _upload(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _summarise(q: torch.Tensor, k_text, v_text, k_own, v_own) -> torch.Tensor:
+    """One whole chunk a request: q [B*m, H, d] over text [B, G, k, d] and summaries [B*m, G, d] up to itself.
+
+    `kernels.summary_attention` for rows that stand in a cache; every chunk is full, so that its mask is a constant.
+    """
+    batch, kv_heads, size = k_text.shape[:3]
+    m = len(q) // batch
+
+    def own(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(0, (batch, m)).transpose(1, 2)
+
+    keys, values = torch.cat([k_text, own(k_own)], dim=2), torch.cat([v_text, own(v_own)], dim=2)
+    queries = q.unflatten(0, (batch, m)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, G, group, m, d]
+    group = queries.shape[2]
+    seen = None  # a single summary sees all of it
+    if m > 1:
+        seen = torch.ones(m, size + m, dtype=torch.bool, device=q.device).tril(size).repeat(group, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(queries.flatten(2, 3), keys, values, attn_mask=seen)
+    return out.unflatten(2, (group, m)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+
+
+class _Recorder:
+    """Runs a step of each shape as it is the first time, records it the second time, and replays it from then on.
+
+    A recording holds addresses: it is good as long as the cache's buffers stay where they are.
+    """
+
+    def __init__(self, num_requests: int, device: torch.device):
+        self._tokens = torch.zeros(num_requests, dtype=torch.int64, device=device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._recorded: dict[bool, tuple[torch.cuda.CUDAGraph, torch.Tensor] | None] = {}
+
+    def forget(self) -> None:
+        self._recorded.clear()
+
+    def run(self, shape: bool, tokens: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        if shape not in self._recorded:
+            self._recorded[shape] = None
+            return forward(tokens)
+        recorded = self._recorded[shape]
+        if recorded is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                logits = forward(self._tokens)
+            recorded = self._recorded[shape] = graph, logits
+        self._tokens.copy_(tokens)
+        recorded[0].replay()
+        return recorded[1]
 
 
 @dataclass(frozen=True)

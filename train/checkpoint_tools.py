@@ -97,7 +97,7 @@ def reshape(source: Place, out: Place, num_files: int, moments: bool) -> Place:
     state |= {"format": FORMAT, "made_by": "python -m train.checkpoint reshape"}
     state["contains"] = ["master", "exp_avg", "exp_avg_sq"] if moments else ["master"]
     stored = {name: _of(source, name) for name in kept}
-    return _write(out, state, stored, num_files)
+    return write(out, state, stored, num_files)
 
 
 def average(sources: list[Place], out: Place) -> Place:
@@ -125,7 +125,7 @@ def average(sources: list[Place], out: Place) -> Place:
         "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     stored = {n: StoredTensor(s, torch.float32, lambda n=n: mean(n)) for n, s in shapes[0].items()}  # type: ignore[misc]
-    return _write(out, state, stored, 1)
+    return write(out, state, stored, 1)
 
 
 def _of(source: Place, name: str) -> StoredTensor:
@@ -133,7 +133,8 @@ def _of(source: Place, name: str) -> StoredTensor:
     return StoredTensor(tuple(entry.size), entry.properties.dtype, lambda: tensors.copy_of(source, name))
 
 
-def _write(out: Place, state: dict[str, Any], stored: dict[str, StoredTensor], num_files: int) -> Place:
+def write(out: Place, state: dict[str, Any], stored: dict[str, StoredTensor], num_files: int) -> Place:
+    """Write a finished checkpoint below `out`, one tensor in memory at a time; its step is that of `state`."""
     aside = files.begin(out, state["step"])
     size = sum(tensor.size().numel() for tensor in stored.values())
     with tqdm(total=size, unit=" elements", unit_scale=True, desc=aside.name, file=sys.stderr) as bar:

@@ -123,6 +123,8 @@ class TrainConfig:
     stages: tuple[dict[str, Any], ...] = ()  # several runs in a row: see train/chain.py
     init_from: str | None = None  # weights to begin with where nothing is resumed: another run, or a checkpoint
     resume: str = "auto"  # auto | never | path of a checkpoint or of another run's directory
+    init_from: str | None = None  # weights to begin with: hf:DIRECTORY, or another run; where nothing is resumed
+    init_summary_from: str = "mean"  # summary embedding that they lack: mean of the vocabulary, or a token (id or text)
     dry_run: bool = False  # print the layout, memory and exchanges of a rank, and stop
     dry_run_ranks: int | None = None  # the world to plan for; null: this one
     dry_run_gpu: str = "h100-80gb"

@@ -24,7 +24,7 @@ from ksa_model.config import ModelConfig
 from ksa_model.distillation import PARTS
 from ksa_model.model import Decoder, Objective
 from ksa_model.tensor_parallel import TensorParallel
-from train import checkpoint, parallel, stages
+from train import checkpoint, import_hf, parallel, stages
 from train.batches import Batch, batch_maker
 from train.checkpoint import CheckpointError, Checkpoints, Place, Progress
 from train.config import ConfigError, TrainConfig, flatten, to_mapping, validate
@@ -92,6 +92,7 @@ def train(config: TrainConfig) -> RunResult:
     own = checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name)
     if checkpoint.find(config.resume, own) is None:
         _find_inherited(config)
+        import_hf.check(config)
     with StopRequest(config.run.max_minutes) as request:
         data = data_pipeline.open_data(config.data, progress=rank == 0 and config.logging.progress)
         config = dataclasses.replace(config, model=with_vocabulary(config.model, data.vocab_size))
@@ -245,6 +246,8 @@ class _Run:
         elif (inherited := _find_inherited(config)) is not None:
             self._inherit(inherited)
             progress = Progress(step=0, tokens=0, loader=self.loader.state())
+        elif config.init_from is not None:
+            self._say(import_hf.initialise(self.engine, self.world, config))
         self.checkpoints.abandon_after(progress.step)
         self.sums = StepSums(self.world, progress.tokens)
         self.log = _open_log(config, self.world, self.directory, progress.step)
@@ -460,8 +463,8 @@ def check_run_directory(directory: Path, config: TrainConfig) -> None:
 
 
 def _find_inherited(config: TrainConfig) -> Place | None:
-    """The checkpoint that `init_from` means, if it suits the model; not verified."""
-    if config.init_from is None:
+    """The run's checkpoint that `init_from` means, if it suits the model; not verified."""
+    if config.init_from is None or config.init_from.startswith(import_hf.HF_PREFIX):
         return None
     found = checkpoint.find(config.init_from, "", key="init_from")
     assert found is not None

@@ -1,0 +1,256 @@
+"""config.json of Hugging Face checkpoints <-> `ModelConfig`. Pure: mappings in, mappings out.
+
+Three kinds are read: `Qwen3ForCausalLM`; what this project exports (`ksa`); and the published KSA checkpoints, whose
+keys say `use_summary_attention`, `summary_chunk_size`, `summary_sliding_chunk_num` and so on.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ksa_model.config import ModelConfig, ModelConfigError
+
+MODELING_FILE, TOKENIZER_FILE = "modeling_ksa.py", "tokenization_ksa.py"
+_MOST_LAYERS = 4096
+_OWN_KEYS = ("layer_pattern", "chunk_size", "summary_tokens", "window_tokens", "independent_qkv",
+             "full_layers_update_summaries", "qk_norm")  # fmt: skip
+# What must agree for the tensors of a checkpoint to be those of a model; the rest is the model's own choice.
+_SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "qk_norm",
+          "norm_eps")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face checkpoint in our words.
+
+    `mix`: the share of the summaries' own projections (1: nothing but them). `summary_row`: the vocabulary row that
+    holds the summary embedding where that has no tensor of its own.
+    """
+
+    kind: str
+    config: ModelConfig
+    max_positions: int
+    mix: float = 1.0
+    summary_row: int | None = None
+
+
+def read_config(config: Mapping[str, Any]) -> Source:
+    """config.json -> what it describes. Raises `ModelConfigError` for an architecture this project does not compute."""
+    architecture = (config.get("architectures") or ["none"])[0]
+    if config.get("model_type") == "ksa":
+        own = {key: config[key] for key in _OWN_KEYS if key in config}
+        window = config.get("window_chunks", 128)
+        own["window_chunks"] = tuple(window) if isinstance(window, list) else window
+        return Source("a KSA export", ModelConfig(**_shape(config), **own), _positions(config))
+    if config.get("use_summary_attention"):
+        return _published(config)
+    if architecture == "Qwen3ForCausalLM" or (architecture == "none" and config.get("model_type") == "qwen3"):
+        return Source("Qwen3ForCausalLM", ModelConfig(**_shape(config), layer_pattern="F"), _positions(config))
+    raise ModelConfigError(
+        f"config.json says architectures={architecture}, model_type={config.get('model_type')}; known are "
+        "Qwen3ForCausalLM, published KSA checkpoints (use_summary_attention) and exports of this project (ksa)"
+    )
+
+
+def check_same_shape(source: Source, target: ModelConfig) -> None:
+    """Raise `ModelConfigError` unless `target` has the shape of `source`; patterns, chunks and windows may differ."""
+    differ = {n: getattr(source.config, n) for n in _SHAPE if getattr(source.config, n) != getattr(target, n)}
+    if differ:
+        raise ModelConfigError(
+            "the checkpoint is of another shape: "
+            + ", ".join(f"{name} is {there} there and {getattr(target, name)} here" for name, there in differ.items())
+            + "; set " + " ".join(f"model.{name}={str(there).lower()}" for name, there in differ.items())
+        )  # fmt: skip
+    if target.tie_embeddings and not source.config.tie_embeddings:
+        raise ModelConfigError(
+            "the checkpoint has a head of its own and model.tie_embeddings=true has no place for it; set "
+            "model.tie_embeddings=false"
+        )
+    summaries = source.config.has_summaries and target.has_summaries
+    if summaries and source.config.summary_tokens != target.summary_tokens:
+        raise ModelConfigError(
+            f"the checkpoint has {source.config.summary_tokens} summaries a chunk, the model "
+            f"model.summary_tokens={target.summary_tokens}"
+        )
+
+
+def exported_config(config: ModelConfig, max_positions: int, eos_token: int | None, dtype: str) -> dict[str, Any]:
+    """config.json of an export: plain `Qwen3ForCausalLM` where every layer is full attention, else with our code."""
+    assert config.vocab_size is not None
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_base,
+        "max_position_embeddings": max_positions,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": eos_token,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # what releases before 4.56 read
+    }
+    if is_plain(config):
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            **shared,
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "use_sliding_window": False,
+        }
+    window = config.window_chunks
+    return {
+        "architectures": ["KsaForCausalLM"],
+        "model_type": "ksa",
+        "auto_map": {"AutoConfig": "modeling_ksa.KsaConfig", "AutoModelForCausalLM": "modeling_ksa.KsaForCausalLM"},
+        **shared,
+        **{key: getattr(config, key) for key in _OWN_KEYS},
+        "window_chunks": list(window) if isinstance(window, tuple) else window,
+    }
+
+
+def is_plain(config: ModelConfig) -> bool:
+    """Whether stock transformers computes this model."""
+    return set(config.layer_pattern) == {"F"} and config.qk_norm
+
+
+def parse_pattern(value: Any, key: str, num_layers: int) -> list[int]:
+    """One integer for each layer, from an integer, a list, or an expression such as `([128]*3+[16768])*9`.
+
+    The expression is parsed, never evaluated: lists of integers, `+` of lists and `*` of a list and an integer.
+    """
+    if isinstance(value, str):
+        try:
+            value = _walk(ast.parse(value.strip(), mode="eval").body)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ModelConfigError(
+                f"{key}={value!r} is not a pattern: lists of integers, + and * only ({error})"
+            ) from None
+    layers = [value] * num_layers if isinstance(value, int) else value
+    if not isinstance(layers, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in layers):
+        raise ModelConfigError(f"{key}={value!r} must be an integer, a list of integers or a pattern of them")
+    if len(layers) != num_layers:
+        raise ModelConfigError(f"{key} names {len(layers)} layers, num_hidden_layers={num_layers}")
+    return layers
+
+
+def _walk(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_walk(item) for item in node.elts]
+    if isinstance(node, ast.BinOp):
+        left, right = _walk(node.left), _walk(node.right)
+        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+            result = left + right
+        elif isinstance(node.op, ast.Mult) and isinstance(left, list) != isinstance(right, list):
+            items, times = (left, right) if isinstance(left, list) else (right, left)
+            result = items * min(times, _MOST_LAYERS)
+        else:
+            raise ValueError("an operator that patterns do not have")
+        if len(result) > _MOST_LAYERS:
+            raise ValueError(f"more than {_MOST_LAYERS} layers")
+        return result
+    raise ValueError(f"it holds a {type(node).__name__}")
+
+
+def _published(config: Mapping[str, Any]) -> Source:
+    shape = _shape(config)
+    required = {
+        "summary_chunk_position_ids_type": ("inner_chunk", "origin"),
+        "summary_token_position_ids_type": ("zeros", "last_chunk_slice_right"),
+        "summary_independent_attention_layernorm": (False, False),
+        "summary_independent_qk_norm": (False, False),
+    }
+    for key, (default, computed) in required.items():
+        if config.get(key, default) != computed:
+            raise ModelConfigError(
+                f"config.json says {key}={config.get(key, default)!r}; computed here is {computed!r}"
+            )
+    chunk, m = int(config["summary_chunk_size"]), int(config["summary_token_num"])
+    pattern, windows, updates = _published_layers(config, shape["num_layers"], chunk)
+    independent = config.get("summary_independent_qkv")
+    if independent is None:
+        independent = config.get("summary_independent_parameters", False)
+    mix = float(config.get("mix_coeff", 1.0))
+    row = config.get("summary_token_begin")
+    if row is not None and row + m == shape["vocab_size"]:
+        shape["vocab_size"] = row  # the summaries' rows end the vocabulary; they are no tokens here
+    model = ModelConfig(
+        **shape,
+        layer_pattern=pattern,
+        window_chunks=windows,
+        chunk_size=chunk,
+        summary_tokens=m,
+        independent_qkv=bool(independent) and mix > 0,
+        full_layers_update_summaries=updates,
+    )
+    return Source("a published KSA checkpoint", model, _positions(config), mix, row)
+
+
+def _published_layers(config: Mapping[str, Any], n: int, chunk: int) -> tuple[str, int | tuple[int, ...], bool]:
+    """(pattern, windows, whether full layers update summaries). A window as wide as the positions is a full layer."""
+    windows = parse_pattern(config.get("summary_sliding_chunk_num", 0), "summary_sliding_chunk_num", n)
+    frequency = config.get("summary_layer_freq", 0)
+    if isinstance(frequency, int):
+        treats = [frequency == 0 or i % frequency == 0 for i in range(n)]
+    else:
+        treats = [bool(x) for x in parse_pattern(frequency, "summary_layer_freq", n)]
+    wide = [window * chunk >= _positions(config) for window in windows]
+    letters = ["K" if t and not w else "F" for t, w in zip(treats, wide)]
+    last = max((i for i, letter in enumerate(letters) if letter == "K"), default=0)
+    full = {t for t, letter in zip(treats[:last], letters) if letter == "F"}
+    if len(full) > 1:
+        raise ModelConfigError(
+            "config.json has full-attention layers that update summaries (a window as wide as the context) and others "
+            "that pass them by (summary_layer_freq); one model has either"
+        )
+    pairs = [(letter, window if letter == "K" else 0) for letter, window in zip(letters, windows)]
+    period = next(p for p in range(1, n + 1) if n % p == 0 and pairs == pairs[:p] * (n // p))
+    unit = pairs[:period]
+    of_ksa = {window for letter, window in unit if letter == "K"}
+    one = of_ksa.pop() if len(of_ksa) == 1 else None
+    return "".join(letter for letter, _ in unit), tuple(w for _, w in unit) if one is None else one, full != {False}
+
+
+def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that all kinds share; refuses what no kind of layer here computes."""
+    for key, computed in (("attention_bias", False), ("hidden_act", "silu"), ("use_sliding_window", False)):
+        if config.get(key, computed) != computed:
+            raise ModelConfigError(f"config.json says {key}={config[key]!r}; computed here is {computed!r}")
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or rope
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise ModelConfigError(f"config.json scales its positions ({scaling}); only plain RoPE is computed here")
+    try:
+        heads = int(config["num_attention_heads"])
+        return dict(
+            hidden_size=config["hidden_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or 128,
+            ffn_size=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_base=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+            init_std=float(config.get("initializer_range", 0.02)),
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+    except KeyError as error:
+        raise ModelConfigError(f"config.json lacks {error.args[0]}") from None
+
+
+def _positions(config: Mapping[str, Any]) -> int:
+    return int(config.get("max_position_embeddings", 32768))

@@ -1,0 +1,113 @@
+"""Kernels of forward passes without gradients: by Triton's interpreter on the CPU, for real and as graphs on a GPU."""
+
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
+pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[test]'")
+
+from ksa_model import triton_decode  # noqa: E402
+from ksa_model.attention import rotate  # noqa: E402
+from ksa_model.cache import DecodingCache, Sampling, generate  # noqa: E402
+from ksa_model.model import Decoder  # noqa: E402
+from ksa_model.tensor_parallel import TensorParallel  # noqa: E402
+from tests.ksa_model.test_cache import model_for  # noqa: E402
+from tests.ksa_model.test_model import small_config  # noqa: E402
+
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("rows, size", [(1, 8), (5, 48), (3, 1000), (0, 8)])
+def test_rms_norm(rows, size):
+    x, weight = draw(rows, size), draw(size, seed=1)
+    want = torch.nn.functional.rms_norm(x, (size,), weight, 1e-6)
+    torch.testing.assert_close(triton_decode.rms_norm(x, weight, 1e-6), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("rows, heads, d", [(1, 4, 16), (5, 3, 24), (0, 2, 8)])
+def test_norm_rotate(rows, heads, d, normed):
+    x, weight = draw(rows, heads, d), draw(d, seed=1) if normed else None
+    angles = draw(rows, 1, d // 2, seed=2) * 10
+    table = angles.cos(), angles.sin()
+    want = rotate(torch.nn.functional.rms_norm(x, (d,), weight, 1e-6) if normed else x, table)
+    torch.testing.assert_close(triton_decode.norm_rotate(x, weight, 1e-6, *table), want, rtol=1e-5, atol=1e-5)
+
+
+def test_swiglu():
+    gate, up = draw(3, 1111), draw(3, 1111, seed=1)
+    torch.testing.assert_close(triton_decode.swiglu(gate, up), torch.nn.functional.silu(gate) * up)
+
+
+def test_store_rows():
+    buffer, k, v = torch.zeros(2, 3, 2, 7, 20, device=DEVICE), draw(3, 2, 20), draw(3, 2, 20, seed=1)
+    slots = torch.tensor([6, 0, 3], device=DEVICE)
+    want = buffer.clone()
+    for i, slot in enumerate(slots.tolist()):
+        want[0, i, :, slot], want[1, i, :, slot] = k[i], v[i]
+    triton_decode.store_rows(buffer, slots, k, v)
+    assert torch.equal(buffer, want)
+
+
+@pytest.mark.parametrize("heads, kv_heads, d", [(4, 2, 16), (8, 1, 24), (2, 2, 64)])
+@pytest.mark.parametrize("rows, stops", [(1, [1, 1, 1]), (70, [70, 1, 33]), (300, [130, 299, 64])])
+def test_attend(monkeypatch, heads, kv_heads, d, rows, stops):
+    monkeypatch.setattr(triton_decode, "PROGRAMS", 24)  # several shares each, some of them empty
+    q, buffer = draw(3, heads, d), draw(2, 3, kv_heads, rows + 2, d, seed=1)
+    visible = torch.rand(3, rows, generator=torch.Generator().manual_seed(4)).to(DEVICE) < 0.6
+    visible[:, 0] = True
+    stop = torch.tensor(stops, device=DEVICE)
+    real = visible & (torch.arange(rows, device=DEVICE) < stop[:, None])
+    for i, count in enumerate(stops):
+        buffer[:, i, :, count:] = float("nan")  # nothing beyond may be read
+    group = heads // kv_heads
+    k, v = (x.nan_to_num()[:, :, :rows].repeat_interleave(group, dim=1) for x in buffer)
+    want = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=real[:, None, None])[:, :, 0]
+    torch.testing.assert_close(triton_decode.attend(q, buffer, visible, stop), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(layer_pattern="KSCF", window_chunks=0, summary_tokens=2)], ids=str)
+def test_a_whole_model_with_these_kernels(world, monkeypatch, changes):
+    """Decoding through them, as on a GPU: rows for every shape a step has, read to the last allocated one."""
+    decoder = model_for(world, **changes)
+    prompts = [[7], [5, 9, 11, 2], list(range(13))]
+    want, _ = generate(decoder, prompts, Sampling(max_tokens=10))
+    monkeypatch.setattr(triton_decode, "PROGRAMS", 12)  # the interpreter takes milliseconds for each
+    for module in ("attention", "model", "cache"):
+        monkeypatch.setattr(f"ksa_model.{module}.forward_only", lambda x: None if x.requires_grad else triton_decode)
+    forward = DecodingCache._forward
+    monkeypatch.setattr(
+        DecodingCache, "_forward", lambda self, tokens, closing, _: forward(self, tokens, closing, None)
+    )
+    with torch.no_grad():
+        got, _ = generate(decoder.to(DEVICE), prompts, Sampling(max_tokens=10))
+    assert got == want
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "pattern, k, window, m", [("KKKF", 8, 5, 1), ("KSCF", 3, 0, 2), ("F", 8, 0, 1), ("K", 1, 1, 1)]
+)
+def test_graphs_say_what_the_cpu_says(world, pattern, k, window, m):
+    config = small_config(layer_pattern=pattern, chunk_size=k, window_chunks=window, summary_tokens=m)
+    on_cpu = model_for(world, layer_pattern=pattern, chunk_size=k, window_chunks=window, summary_tokens=m)
+    prompts = [[7], [5, 9, 11, 2], list(range(40))]
+    want, _ = generate(on_cpu, prompts, Sampling(max_tokens=300))
+    on_gpu = Decoder(config, TensorParallel(world.tensor_group)).cuda().eval()
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    got, _ = generate(on_gpu, prompts, Sampling(max_tokens=300))
+    assert got == want
+    # Without room reserved the buffers grow, and a recording of their old place must not be used.
+    growing = DecodingCache(on_gpu, 3)
+    logits = growing.prefill(prompts)
+    for i in range(300):
+        assert logits.argmax(-1).tolist() == [tokens[i] for tokens in want]
+        logits = growing.step(logits.argmax(-1))

@@ -1,0 +1,317 @@
+"""Weights to begin with: from a Hugging Face checkpoint or from another run, for any layout.
+
+    python -m train.import_hf HF_DIR                        the model settings that fit it, as overrides
+    python -m train.import_hf HF_DIR out=RUN [layer_pattern=KKKF chunk_size=8 ...] [summary_from=mean]
+                              [allow_pickle=false]          a run directory: sample it, export it, init_from=RUN
+
+Training reads a checkpoint directly, without this command: `init_from=hf:HF_DIR`, each rank its own slices.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from ksa_model.config import ModelConfig
+from ksa_model.hf import naming
+from ksa_model.hf.configs import Source, check_same_shape, read_config
+from train import checkpoint, checkpoint_files, checkpoint_tensors, checkpoint_tools
+from train.checkpoint_files import CheckpointError, Place
+from train.checkpoint_tensors import Pieces, boxes
+from train.config import USER_ERRORS, ConfigError, RunConfig, TrainConfig, from_mapping, to_mapping, unknown_key
+from train.hf_files import HfDirectory, HfError
+from train.parallel import World
+from train.signals import BAD_INPUT
+
+MEAN = "mean"
+HF_PREFIX = "hf:"
+_MEAN_ROWS = 8192  # rows of the embedding in memory at a time
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # in the order in which they are taken
+
+
+class Tensors(Protocol):
+    """Tensors under their Hugging Face names, any box of them as fp32."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor: ...
+
+
+class RunTensors:
+    """The weights of one of our checkpoints, seen through Hugging Face names. Vocabulary padding is visible."""
+
+    def __init__(self, place: Place):
+        self._place = place
+        held = checkpoint_tensors.shapes(place)
+        ours = [name.removeprefix("master/") for name in held if name.startswith("master/")]
+        self._ours = {naming.hf_name(name): f"master/{name}" for name in ours}
+        self._shapes = {theirs: held[name] for theirs, name in self._ours.items()}
+
+    def names(self) -> list[str]:
+        return sorted(self._ours)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        box = torch.empty(tuple(size))
+        pieces = Pieces(self._shapes[name], box.view(-1), shape=tuple(size), offset=tuple(offset))
+        checkpoint_tensors.read(self._place, {self._ours[name]: pieces})
+        return box
+
+
+class Weights:
+    """Every parameter of `model`, made of the tensors of a checkpoint; boxes of our full tensors on request.
+
+    Raises one of `USER_ERRORS` that names what does not fit: the shape, a missing tensor, one too many.
+    """
+
+    def __init__(self, tensors: Tensors, source: Source, model: ModelConfig, summary_row: int | None = None):
+        check_same_shape(source, model)
+        self.source, self._tensors = source, tensors
+        if summary_row is not None and not 0 <= summary_row < (model.vocab_size or 0):
+            raise ConfigError(f"summary token {summary_row} is not in the vocabulary of {model.vocab_size}")
+        self._origins = naming.origins(source, model, set(tensors.names()), summary_row)
+        self._means: dict[str, torch.Tensor] = {}
+        self.shapes = {name: shape for name, (shape, _) in model.parameter_shapes().items()}
+        for name, origin in self._origins.items():
+            self._check(origin, self.shapes[name])
+
+    def box(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        """fp32 elements of our tensor `name` at `offset`."""
+        origin = self._origins[name]
+        if origin.mean_rows is not None or origin.repeated_row is not None:
+            row = self._row(origin)[offset[1] : offset[1] + size[1]]
+            return row.expand(tuple(size))
+        real = size[0] if origin.rows is None else max(0, min(size[0], origin.rows - offset[0]))
+        box = torch.zeros(tuple(size))
+        if real:
+            at, taken = (offset[0] + origin.first_row, *offset[1:]), (real, *size[1:])
+            parts = [weight * self._tensors.read(name, at, taken) for weight, name in origin.terms]
+            box[:real] = sum(parts[1:], start=parts[0])
+        return box
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self.box(name, [0] * len(self.shapes[name]), self.shapes[name])
+
+    def _row(self, origin: naming.Origin) -> torch.Tensor:
+        ((_, name),) = origin.terms
+        columns = self._tensors.shape(name)[1]
+        if origin.repeated_row is not None:
+            return self._tensors.read(name, (origin.repeated_row, 0), (1, columns))[0]
+        assert origin.mean_rows is not None
+        if name not in self._means:
+            total = torch.zeros(columns, dtype=torch.float64)
+            for first in range(0, origin.mean_rows, _MEAN_ROWS):
+                rows = min(_MEAN_ROWS, origin.mean_rows - first)
+                total += self._tensors.read(name, (first, 0), (rows, columns)).sum(0, dtype=torch.float64)
+            self._means[name] = (total / origin.mean_rows).float()
+        return self._means[name]
+
+    def _check(self, origin: naming.Origin, shape: tuple[int, ...]) -> None:
+        single = origin.mean_rows is not None or origin.repeated_row is not None
+        for _, name in origin.terms:
+            there = self._tensors.shape(name)
+            rows = origin.mean_rows or (origin.repeated_row or 0) + 1 if single else origin.rows or shape[0]
+            enough = (
+                there[0] >= origin.first_row + rows if single or origin.rows or origin.first_row else there == shape
+            )
+            if not enough or there[1:] != shape[1:]:
+                wanted = (origin.first_row + rows, *shape[1:])
+                raise HfError(f"{name} is of shape {there}, this model needs {wanted}: config.json and tensors differ")
+
+
+def open_source(location: str, allow_pickle: bool = False) -> tuple[Tensors, Source]:
+    """`hf:DIR`, a run directory or one of its checkpoints -> its tensors and what they are. Not verified."""
+    if location.startswith(HF_PREFIX):
+        directory = HfDirectory(location.removeprefix(HF_PREFIX), allow_pickle)
+        return directory, read_config(directory.config)
+    try:
+        place = checkpoint.find(location, location)
+    except CheckpointError:
+        raise ConfigError(
+            f"init_from={location} is neither a run with a checkpoint nor hf:DIRECTORY of a Hugging Face checkpoint"
+        ) from None
+    assert place is not None
+    config = from_mapping(TrainConfig, checkpoint.read_state(place)["config"])
+    return RunTensors(place), Source("a run", config.model, config.seq_len)
+
+
+def check(config: TrainConfig) -> None:
+    """Raise one of `USER_ERRORS` where `init_from=hf:...` cannot serve this run; reads no tensor."""
+    if config.init_from is not None and config.init_from.startswith(HF_PREFIX):
+        _weights(config.init_from, config.model, config.init_summary_from)
+
+
+def initialise(engine: Any, world: World, config: TrainConfig) -> str:
+    """Fill the fp32 weights that this rank owns, on any layout; moments stay zero. Collective. Returns a log line."""
+    assert config.init_from is not None
+    weights = _weights(config.init_from, config.model, config.init_summary_from)
+    if not config.init_from.startswith(HF_PREFIX):
+        _verify(config.init_from, world)
+    dims = {name: dim for name, (_, dim) in config.model.parameter_shapes().items()}
+    for owned in engine.owned_state():
+        shift, dim = [0] * len(owned.shape), dims[owned.name]
+        if dim is not None:
+            shift[dim] = owned.shape[dim] * world.tensor_rank
+        flat, taken = owned.state["master"], 0
+        for at, size in boxes(owned.shape, owned.start, owned.start + flat.numel()):
+            count = torch.Size(size).numel()
+            part = weights.box(owned.name, [a + s for a, s in zip(at, shift)], size)
+            flat[taken : taken + count].copy_(part.reshape(-1))
+            taken += count
+    engine.finish_loading(engine.optimizer_steps())
+    theirs, ours = weights.source.config.rope_base, config.model.rope_base
+    note = "" if theirs == ours else f"; model.rope_base={ours:g} here, {theirs:g} there"
+    return f"weights from {config.init_from}, {weights.source.kind}{note}"
+
+
+def load_model(directory: str, model: torch.nn.Module, weights: Weights, world: World) -> None:
+    """Fill a bare model with a Hugging Face checkpoint's weights, this tensor rank's share of them."""
+    dims = {name: dim for name, (_, dim) in model.config.parameter_shapes().items()}  # type: ignore[union-attr,operator]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            offset = [0] * parameter.ndim
+            if dims[name] is not None:
+                offset[dims[name]] = parameter.shape[dims[name]] * world.tensor_rank
+            parameter.copy_(weights.box(name, offset, parameter.shape))
+
+
+def _weights(location: str, model: ModelConfig, summary_from: str, allow_pickle: bool = False) -> Weights:
+    tensors, source = open_source(location, allow_pickle)
+    return Weights(tensors, source, model, _summary_row(summary_from, location))
+
+
+def _summary_row(summary_from: str, location: str) -> int | None:
+    """`mean`, the id of a token, or how the checkpoint's tokenizer writes it -> a vocabulary row, or None for mean."""
+    if summary_from == MEAN:
+        return None
+    if summary_from.isdigit():
+        return int(summary_from)
+    path = Path(location.removeprefix(HF_PREFIX)) / "tokenizer.json"
+    if path.is_file():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = held.get("model", {}).get("vocab", {})
+        ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+        ids |= {token["content"]: token["id"] for token in held.get("added_tokens", [])}
+        if summary_from in ids:
+            return ids[summary_from]
+    raise ConfigError(
+        f"init_summary_from={summary_from!r} is neither mean, nor a token id, nor a token of {path}; give one of them"
+    )
+
+
+def _verify(location: str, world: World) -> None:
+    """The files of a checkpoint of ours against its manifest, each rank a share; all ranks learn what is wrong."""
+    place, error = checkpoint.find(location, location), None
+    assert place is not None
+    try:
+        checkpoint_files.verify(place, world.rank, world.size)
+    except CheckpointError as problem:
+        error = str(problem)
+    errors: list[str | None] = [None] * world.size
+    dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise CheckpointError(found)
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+
+
+def import_run(hf_directory: str, out: Path, model: ModelConfig, summary_from: str, allow_pickle: bool) -> Place:
+    """Write a run directory at step 0 with the weights of `hf_directory`; one tensor is in memory at a time."""
+    weights = _weights(HF_PREFIX + hf_directory, model, summary_from, allow_pickle)
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"out={out} is not empty: choose a directory that does not exist yet")
+    seq_len = max(model.chunk_size, weights.source.max_positions // model.chunk_size * model.chunk_size)
+    run = RunConfig(name=out.name, root=str(out.parent))
+    config = TrainConfig(model=model, seq_len=seq_len, run=run)
+    state = {
+        "format": checkpoint.FORMAT,
+        "step": 0,
+        "tokens": 0,
+        "loader": {},
+        "contains": ["master"],
+        "made_by": f"python -m train.import_hf, from {weights.source.kind}",
+        "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "config": to_mapping(config),
+    }
+    stored = {f"master/{name}": _stored(weights, name) for name in weights.shapes}
+    made = checkpoint_tools.write(Place(out / "checkpoints"), state, stored, 1)
+    (out / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+    tokenizer = find_tokenizer(Path(hf_directory))
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, out / "tokenizer.model")
+    return made
+
+
+def _stored(weights: Weights, name: str) -> checkpoint_tools.StoredTensor:
+    return checkpoint_tools.StoredTensor(weights.shapes[name], torch.float32, lambda: weights.whole(name).contiguous())
+
+
+def find_tokenizer(directory: Path) -> Path | None:
+    """The tokenizer file of a Hugging Face directory that `data_pipeline.Tokenizer` reads."""
+    return next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
+
+
+def overrides(model: ModelConfig) -> str:
+    """The settings of a model as command-line overrides."""
+    values = {f.name: getattr(model, f.name) for f in fields(model) if f.name != "attention_backend"}
+    shown = {
+        key: json.dumps(list(value) if isinstance(value, tuple) else value).strip('"') for key, value in values.items()
+    }
+    return " ".join(f"model.{key}={value}".replace(" ", "") for key, value in shown.items())
+
+
+def _run(arguments: list[str]) -> str:
+    if not arguments or "=" in arguments[0]:
+        raise ConfigError(
+            "usage: python -m train.import_hf HF_DIR [out=RUN] [layer_pattern=... and other model keys] "
+            "[summary_from=mean] [allow_pickle=false]"
+        )
+    directory, known = arguments[0], {f.name for f in fields(ModelConfig)}
+    changes: dict[str, Any] = {}
+    options: dict[str, Any] = {"out": "", "summary_from": MEAN, "allow_pickle": False}
+    for argument in arguments[1:]:
+        key, _, value = argument.partition("=")
+        if key in options:
+            options[key] = value == "true" if key == "allow_pickle" else value
+        elif key in known:
+            changes[key] = yaml.safe_load(value)
+        else:
+            raise unknown_key(key, sorted(known | options.keys()))
+    source = read_config(HfDirectory(directory, options["allow_pickle"]).config)
+    values = {f.name: getattr(source.config, f.name) for f in fields(ModelConfig)} | changes
+    model = from_mapping(ModelConfig, values, "model.")
+    if not options["out"]:
+        return overrides(model)
+    made = import_run(directory, Path(options["out"]), model, options["summary_from"], options["allow_pickle"])
+    return (
+        f"wrote {made}; sample it: python -m train.generate {options['out']}; train from it: init_from={options['out']}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        print(_run(sys.argv[1:] if arguments is None else arguments))
+    except (*USER_ERRORS, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
