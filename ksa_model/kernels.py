@@ -7,8 +7,8 @@ on its own and merged by its log-sum-exp, and backward hands every part the *mer
 the parts' gradients add up exactly (the identity behind ring attention, arXiv 2310.01889): for joint weights
 P = exp(s - lse), dS = P * (dP - rowsum(dO * O)) needs nothing of the other parts but lse and O.
 
-Two modules compute parts, with the same names inside: `blocked` in plain torch on any device, `fused` on CUDA. Both
-accumulate in fp32 and keep nothing larger than their operands.
+Three modules compute parts, with the same names inside: `blocked` in plain torch on any device, `fused` on CUDA,
+`flash_cpu` on the CPU. All accumulate in fp32 and keep nothing larger than their operands.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ksa_model import blocked, reference
+from ksa_model import blocked, flash_cpu, reference
 from ksa_model.collectives import Arrived, ContextParallel, Exchange, Pending, gather, halo
 from ksa_model.config import ModelConfigError
 from ksa_model.layout import SequenceLayout
@@ -79,6 +79,8 @@ def text_attention(
 
 def choose(q: torch.Tensor, backend: str) -> ModuleType:
     """The module that computes parts for `backend` `auto`, `blocked` or `fused`. Raises `ModelConfigError`."""
+    if backend == "auto" and q.device.type == "cpu":
+        return flash_cpu
     if backend == "blocked" or (backend == "auto" and not q.is_cuda):
         return blocked
     try:

@@ -29,7 +29,7 @@ class KeyRanges:
     @property
     def visible_keys(self) -> int:
         """Query-key pairs that exist, for FLOP counts."""
-        return self._cached("visible", lambda: int((self.end - self.start).sum()))
+        return self.cached("visible", lambda: int((self.end - self.start).sum()))
 
     def blocks(self, rows_per_block: int) -> list[Block]:
         """The rows cut into blocks, each with the slice of keys it needs; blocks without keys are left out."""
@@ -38,7 +38,7 @@ class KeyRanges:
             blocks = (self._block(first, rows_per_block) for first in range(0, len(self.start), rows_per_block))
             return [block for block in blocks if block is not None]
 
-        return self._cached(rows_per_block, compute)
+        return self.cached(rows_per_block, compute)
 
     def _block(self, first: int, rows_per_block: int) -> Block | None:
         start, end = self.start[first : first + rows_per_block], self.end[first : first + rows_per_block]
@@ -54,7 +54,7 @@ class KeyRanges:
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`start` and `end` as int32 tensors on `device`, copied once."""
-        return self._cached(("tensors", device), lambda: (to_device(self.start, device), to_device(self.end, device)))
+        return self.cached(("tensors", device), lambda: (to_device(self.start, device), to_device(self.end, device)))
 
     # -- tiles ------------------------------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ class KeyRanges:
             full_hi = _by_tile(np.minimum, np.where(empty, 0, self.end), rows_per_tile)
             return np.stack([np.minimum(lo, hi), hi, np.minimum(full_lo, hi), full_hi], axis=1)
 
-        return self._cached(("row tiles", rows_per_tile), compute)
+        return self.cached(("row tiles", rows_per_tile), compute)
 
     def key_tiles(self, num_keys: int, keys_per_tile: int) -> np.ndarray:
         """int64 [tiles, 4]: rows [lo, hi) between which lie all rows that see some key of a tile, and rows
@@ -89,7 +89,7 @@ class KeyRanges:
             full_hi = _by_tile(np.minimum, np.where(unseen | ~whole, 0, last), keys_per_tile)
             return np.stack([np.minimum(lo, hi), hi, np.minimum(full_lo, hi), full_hi], axis=1)
 
-        return self._cached(("key tiles", num_keys, keys_per_tile), compute)
+        return self.cached(("key tiles", num_keys, keys_per_tile), compute)
 
     def _rows_by_key(self, num_keys: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For every key: first row that sees it, one behind the last, and whether all rows in between see it too."""
@@ -113,7 +113,7 @@ class KeyRanges:
 
     def tile_tensor(self, tiles: np.ndarray, key: tuple, device: torch.device) -> torch.Tensor:
         """`row_tiles` or `key_tiles` as an int32 tensor on `device`, copied once for every `key`."""
-        return self._cached(("tiles", device, *key), lambda: to_device(tiles, device))
+        return self.cached(("tiles", device, *key), lambda: to_device(tiles, device))
 
     # -- long causal stretches --------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class KeyRanges:
         16 values an octave, unless the run fills the sample or one of its two context-parallel slices, whose length is
         the same in every step. What rounding leaves over stays in the remaining ranges.
         """
-        return self._cached(("runs", min_steps), lambda: self._causal_split(min_steps))
+        return self.cached(("runs", min_steps), lambda: self._causal_split(min_steps))
 
     def _causal_split(self, min_steps: int) -> tuple[list[CausalRun], KeyRanges]:
         if self.growth is None:
@@ -178,7 +178,8 @@ class KeyRanges:
             triangle_key=base,
         )
 
-    def _cached(self, key, compute):
+    def cached(self, key, compute):
+        """What `compute()` gives, kept with the ranges under `key`."""
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]

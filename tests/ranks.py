@@ -18,7 +18,31 @@ from typing import Any
 
 import torch
 
-PRELOAD = ["ksa_model", "torch", "megatron.core.tensor_parallel", "deepspeed", "tests.ranks"]
+# All that a training run imports, also what it imports late: matplotlib draws the loss, DeepSpeed looks at every model.
+PRELOAD = [
+    "train.trainer",
+    "train.dry_run",
+    "hydra.main",
+    "matplotlib.pyplot",
+    "matplotlib.backends.backend_agg",
+    "PIL.PngImagePlugin",
+    "sentencepiece",
+    "torch.distributed.checkpoint",
+    "torch.utils.checkpoint",
+    "torch.profiler",
+    "deepspeed.module_inject",
+    "deepspeed.runtime.engine",
+    "fsspec.implementations.local",
+    "tests.ranks",
+    "tests.train.runs",
+]
+
+
+def server() -> Any:
+    """The multiprocessing context whose processes are forked from a server that has imported all of `PRELOAD`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
@@ -27,8 +51,7 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeo
     `function` must be importable (defined at module level); its result must pickle. A rank's exception is raised here
     with its traceback.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = server()
     port = free_port()
     pipes, processes = [], []
     for rank in range(num_ranks):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.ranks import PRELOAD, free_port
+from tests.ranks import free_port, server
 from tests.train.runs import make_config
 from train.metrics import read_records
 
@@ -26,8 +25,7 @@ class World:
         root.mkdir(parents=True, exist_ok=True)
         self.root, self.directory = root, root / changes.get("run__name", "default")
         self._said_before = self._read_log()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = server()
         port = free_port()
         self.processes = [
             context.Process(

@@ -20,6 +20,7 @@ PACKS = {
     "m=3 short chunk": ([26, 3], 5, 3, 0),
     "m larger than the chunk": ([7, 4], 2, 3, 0),
     "more rows than a block": ([300, 17, 150], 8, 1, 0),
+    "causal stretches and a rest": ([600, 30, 5, 520], 8, 1, 2),
     "only padding": ([], 4, 1, 3),
 }
 WINDOWS = [0, 1, 3, 1000]
@@ -62,24 +63,27 @@ def assert_same(fast, slow, inputs, pack, rows):
         torch.testing.assert_close(got, want.expand_as(got), rtol=5e-5, atol=5e-5)
 
 
+# On a CPU `auto` is `flash_cpu`.
+@pytest.mark.parametrize("backend", ["auto", "blocked"])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", PACKS)
-def test_ksa_attention_matches_reference(name, window):
+def test_ksa_attention_matches_reference(name, window, backend):
     pack = make_layout(*PACKS[name])
     inputs = [x.detach().float().requires_grad_() for x in random_inputs(pack)]
-    fast = kernels.ksa_attention(*inputs, pack, window)
+    fast = kernels.ksa_attention(*inputs, pack, window, backend)
     slow = reference.ksa_attention(*inputs, pack, window)
     assert_same(fast, slow, inputs, pack, torch.from_numpy(pack.text_is_real))
     assert (fast[~torch.from_numpy(pack.text_is_real)] == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "blocked"])
 @pytest.mark.parametrize("mixer", ["F", "S", "C"])
 @pytest.mark.parametrize("name", PACKS)
-def test_text_mixers_match_reference(name, mixer):
+def test_text_mixers_match_reference(name, mixer, backend):
     pack = make_layout(*PACKS[name])
     inputs = [x.detach().float().requires_grad_() for x in random_inputs(pack)[:3]]
     for size in (1, 7) if mixer == "S" else (0, 2):
-        fast = kernels.text_attention(*inputs, pack, mixer, size, size)
+        fast = kernels.text_attention(*inputs, pack, mixer, size, size, backend)
         slow = reference.text_attention(*inputs, pack, mixer, size, size)
         assert_same(fast, slow, inputs, pack, torch.from_numpy(pack.text_is_real))
 

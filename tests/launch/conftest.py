@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import run_on_ranks
 from tests.train.runs import write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STEPS = 240
+STEPS = 200  # enough that a run still trains when Slurm gets round to taking its nodes away
+LOCAL_STEPS = 80
 MODEL = (
     "seq_len=256 model.hidden_size=32 model.num_layers=4 model.num_heads=2 model.num_kv_heads=2 model.head_dim=16 "
     "model.ffn_size=64 model.chunk_size=4 model.window_chunks=4 data=jsonl data.vocab_size=400 "
@@ -32,19 +35,20 @@ def small(tmp_path_factory) -> list[str]:
     return [*MODEL, f"data.path={home / 'corpus.jsonl'}", f"data.cache_dir={home / 'cache'}"]
 
 
-@pytest.fixture(scope="session")
-def two_ranks(small) -> list[str]:
+def two_ranks(small: list[str], steps: int) -> list[str]:
     """The training of two ranks that tests disturb in several ways."""
-    return [*small, "run.samples_per_step=2", f"run.steps={STEPS}", "checkpoint.every_steps=20"]
+    return [*small, "run.samples_per_step=2", f"run.steps={steps}", "checkpoint.every_steps=20"]
 
 
-@pytest.fixture(scope="session")
-def undisturbed_run(two_ranks, tmp_path_factory) -> Path:
-    """The same on two local agents that nobody disturbs: the losses that the others must end with."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    done = python("launch", "target=local", "nodes=2", "--", *two_ranks, f"run.root={root}", "run.name=quiet")
-    assert done.returncode == 0, done.stderr
+def undisturbed(overrides: list[str], root: Path) -> Path:
+    """Run the same on two ranks that nobody disturbs; its losses are those that the others must end with."""
+    run_on_ranks(2, _train, [*overrides, f"run.root={root}", "run.name=quiet"])
     return root / "quiet"
+
+
+def _train(overrides: list[str]) -> None:
+    sys.argv = ["train", *overrides]
+    runpy.run_module("train", run_name="__main__", alter_sys=True)
 
 
 def python(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
@@ -80,4 +84,4 @@ def wait_for(condition: Callable[[], object], what: str, timeout: float = 240) -
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout:.0f} s for {what}"
-        time.sleep(0.1)
+        time.sleep(0.05)

@@ -8,7 +8,7 @@ import pytest
 
 from launch.agent import exit_code
 from launch.processes import descendants
-from tests.launch.conftest import STEPS, losses, python, start, wait_for
+from tests.launch.conftest import LOCAL_STEPS, losses, python, start, two_ranks, undisturbed, wait_for
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,11 @@ def command_line(pid: int) -> bytes:
 
 
 @pytest.mark.slow
-def test_two_agents_one_is_killed_the_job_continues(two_ranks, undisturbed_run, tmp_path):
+def test_two_agents_one_is_killed_the_job_continues(small, tmp_path):
     """A node's agent dies by SIGKILL and leaves its rank behind; all is started again and ends as if undisturbed."""
     run, log = tmp_path / "disturbed", tmp_path / "log"
-    command = ["launch", "target=local", "nodes=2", "--", *two_ranks, f"run.root={tmp_path}", "run.name=disturbed"]
+    training = two_ranks(small, LOCAL_STEPS)
+    command = ["launch", "target=local", "nodes=2", "--", *training, f"run.root={tmp_path}", "run.name=disturbed"]
     launcher = start(*command, log=log)
     wait_for(lambda: max(losses(run), default=0) >= 25, "25 steps")
     agents, ranks = agents_of(launcher.pid), ranks_of(launcher.pid)
@@ -60,13 +61,15 @@ def test_two_agents_one_is_killed_the_job_continues(two_ranks, undisturbed_run, 
     assert launcher.wait(timeout=280) == 0, log.read_text()
     assert "attempt 1 of 4 failed; starting again" in log.read_text()
     assert "resumed from" in log.read_text()
-    assert losses(run) == losses(undisturbed_run) and len(losses(run)) == STEPS
+    want = losses(undisturbed(training, tmp_path))
+    assert losses(run) == want and len(want) == LOCAL_STEPS
     assert not [pid for pid in agents + ranks if b"launch" in command_line(pid) or b"train" in command_line(pid)]
 
 
 @pytest.mark.slow
 def test_asked_to_stop_it_saves_and_the_same_command_continues(small, tmp_path):
-    command = ["launch", "target=local", "--", *small, f"run.root={tmp_path}", "run.name=r", "run.steps=100000"]
+    target = ["launch", "target=local", "launch.check=false", "--"]
+    command = [*target, *small, f"run.root={tmp_path}", "run.name=r", "run.steps=100000"]
     log = tmp_path / "log"
     launcher = start(*command, log=log)
     wait_for(lambda: max(losses(tmp_path / "r"), default=0) >= 5, "five steps")

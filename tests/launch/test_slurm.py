@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import ROOT, STEPS, losses, wait_for
+from tests.launch.conftest import ROOT, STEPS, losses, two_ranks, undisturbed, wait_for
 from tests.launch.slurm.cluster import Cluster, install, missing
 
 pytestmark = pytest.mark.slurm
@@ -32,9 +32,14 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_nodes(two_ranks, root) -> list[str]:
+def two_nodes(small, root) -> list[str]:
     """Training overrides of the two-node job that the tests disturb."""
-    return [*two_ranks, f"run.root={hydra(root)}"]
+    return [*two_ranks(small, STEPS), f"run.root={hydra(root)}"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_run(small, tmp_path_factory) -> Path:
+    return undisturbed(two_ranks(small, STEPS), tmp_path_factory.mktemp("undisturbed"))
 
 
 def hydra(text: object) -> str:
@@ -85,7 +90,7 @@ def test_preempted_requeued_and_resumed_bitwise(cluster, two_nodes, undisturbed_
     """A job of higher priority takes the nodes; the run saves, makes way, comes back and ends with the same losses."""
     run = root / "preempted"
     launch(cluster, "nodes=2", "--", *two_nodes, "run.name=preempted")
-    wait_for(lambda: max(losses(run), default=0) >= 25, "25 steps")
+    wait_for(lambda: max(losses(run), default=0) >= 10, "10 steps")
     urgent = cluster.run(
         "sbatch", "--parsable", "-p", "high", "-N", "3", "-c", "2", "--output=/dev/null", "--wrap", "sleep 1"
     )
@@ -95,7 +100,7 @@ def test_preempted_requeued_and_resumed_bitwise(cluster, two_nodes, undisturbed_
     said = history(run)
     assert "asked to stop" in said and "ended with 75" in said and "start 1.0" in said, said
     saved = int(re.search(r"saved step (\d+)", launch(cluster, "logs", str(run)).stdout)[1])
-    assert 25 <= saved < STEPS and saved % 20, "it stopped where it was told to, not at a periodic checkpoint"
+    assert 10 <= saved < STEPS and saved % 20, "it stopped where it was told to, not at a periodic checkpoint"
     assert losses(run) == losses(undisturbed_run) and len(losses(run)) == STEPS
     assert {p.name.split("-")[-1] for p in (run / "launch/logs").glob("*-node*.log")} >= {"node1.log", "node2.log"}
     assert "finished of" in launch(cluster, "status", str(run)).stdout

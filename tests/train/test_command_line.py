@@ -1,4 +1,7 @@
-"""`python -m train` as people type it: bad input, help, signals, torchrun, multirun."""
+"""`python -m train` as people type it: bad input, help, signals, torchrun, multirun.
+
+Help, torchrun and multirun start a new interpreter, as a user would; the others are forked: see tests/commands.py.
+"""
 
 import json
 import os
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import commands
 from tests.train.runs import BASE, losses
 from train.__main__ import main
 from train.metrics import read_records
@@ -151,12 +155,14 @@ def test_help_and_cfg_are_useful():
             assert text in shown.stdout
 
 
+STEPS = 24
+
+
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
     root = tmp_path_factory.mktemp("undisturbed")
-    process = start(small_overrides(corpus, root, run__steps=40, logging__wandb="offline"))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    code, out, err = commands.run("train", *small_overrides(corpus, root, run__steps=STEPS, logging__wandb="offline"))
+    assert code == 0, err
     return out, root / "default"
 
 
@@ -164,11 +170,11 @@ def test_what_a_run_leaves_behind(undisturbed):
     out, directory = undisturbed
     records = read_records(directory / "metrics.jsonl")
     assert {"step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds"} <= records[0].keys()
-    for name in ("config.yaml", "loss.png", "tokenizer.model", "checkpoints/step-00000040/manifest.json"):
+    for name in ("config.yaml", "loss.png", "tokenizer.model", "checkpoints/step-00000024/manifest.json"):
         assert (directory / name).stat().st_size > 0
     assert list((directory / "wandb").glob("offline-run-*/*.wandb"))
     assert yaml.safe_load((directory / "config.yaml").read_text())["model"]["vocab_size"] > 256
-    for text in ("Step 40 of 40", "metrics.jsonl", "run.steps=80", "model.chunk_size=8", "python -m train.generate"):
+    for text in ("Step 24 of 24", "metrics.jsonl", "run.steps=48", "model.chunk_size=8", "python -m train.generate"):
         assert text in out
 
 
@@ -180,30 +186,27 @@ def test_loss_picture_is_not_blank(undisturbed):
 
 
 def test_a_signal_saves_and_asks_to_be_requeued(corpus, tmp_path, undisturbed):
-    arguments = small_overrides(corpus, tmp_path, run__steps=40, logging__wandb="off")
-    process = start(arguments)
+    arguments = small_overrides(corpus, tmp_path, run__steps=STEPS, logging__wandb="off")
+    command = commands.Command("train", *arguments)
     metrics = tmp_path / "default" / "metrics.jsonl"
     deadline = time.monotonic() + 100
-    while len(read_records(metrics)) < 5 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == REQUEUE, err
-    assert "asked to stop (SIGUSR1)" in err
+    while len(read_records(metrics)) < 3 and time.monotonic() < deadline and command.is_running:
+        time.sleep(0.01)
+    command.send_signal(signal.SIGUSR1)
+    assert command.wait() == REQUEUE, command.stderr
+    assert "asked to stop (SIGUSR1)" in command.stderr
     stopped_at = read_records(metrics)[-1]["step"]
-    assert 5 <= stopped_at < 40
+    assert 3 <= stopped_at < STEPS
     assert (tmp_path / "default" / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
-    again = start(arguments)
-    _, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err
+    code, _, err = commands.run("train", *arguments)
+    assert code == 0, err
     assert f"at step {stopped_at}" in err
     assert losses(read_records(metrics)) == losses(read_records(undisturbed[1] / "metrics.jsonl"))
 
 
 def test_time_limit_does_the_same(corpus, tmp_path):
-    process = start(small_overrides(corpus, tmp_path, run__steps=100000, run__max_minutes=0.02))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == REQUEUE and "asked to stop (run.max_minutes)" in err
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path, run__steps=100000, run__max_minutes=0.01))
+    assert code == REQUEUE and "asked to stop (run.max_minutes)" in err
 
 
 def test_torchrun(corpus, tmp_path, undisturbed):
@@ -240,26 +243,20 @@ def test_multirun_gives_every_point_its_own_directory(corpus, tmp_path):
     assert all(len(losses(read_records(c.parent / "metrics.jsonl"))) == 2 for c in configs)
 
 
-def generate(*arguments, **kwargs):
-    return subprocess.run(
-        [sys.executable, "-m", "train.generate", *map(str, arguments)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        **kwargs,
-    )
+def generate(*arguments, stdin=""):
+    code, out, err = commands.run("train.generate", *arguments, stdin=stdin)
+    assert code == 0, err
+    return out, err
 
 
 def test_generate(undisturbed):
-    one = generate(undisturbed[1], "prompt=def f(", "max_tokens=12", "seed=3")
-    assert one.returncode == 0, one.stderr
-    assert one.stdout.startswith("def f(") and "tokens/s" in one.stderr
+    out, err = generate(undisturbed[1], "prompt=def f(", "max_tokens=12", "seed=3")
+    assert out.startswith("def f(") and "tokens/s" in err
     # The stream shows what decoding all at once gives, and a batch of two the same text for the same prompt.
-    greedy = generate(undisturbed[1], "prompt=def f(", "max_tokens=12", "temperature=0")
-    both = generate(undisturbed[1], "prompt=def f(", "prompt=class Point", "max_tokens=12", "temperature=0")
-    assert both.stdout.startswith(greedy.stdout.rstrip("\n"))
-    typed = generate(undisturbed[1], "max_tokens=12", "temperature=0", input="def f(\n")
-    assert typed.stdout == greedy.stdout
+    greedy, _ = generate(undisturbed[1], "prompt=def f(", "max_tokens=12", "temperature=0")
+    both, _ = generate(undisturbed[1], "prompt=def f(", "prompt=class Point", "max_tokens=12", "temperature=0")
+    assert both.startswith(greedy.rstrip("\n"))
+    assert generate(undisturbed[1], "max_tokens=12", "temperature=0", stdin="def f(\n")[0] == greedy
 
 
 def test_generate_refuses_bad_input(undisturbed, tmp_path):
@@ -268,5 +265,5 @@ def test_generate_refuses_bad_input(undisturbed, tmp_path):
         ([tmp_path, "prompt=x"], "is not the directory of a run"),
         ([undisturbed[1], "prompt=x", "top_p=0"], "top_p=0.0 above 0"),
     ]:
-        shown = generate(*arguments)
-        assert shown.returncode == BAD_INPUT and message in shown.stderr
+        code, _, err = commands.run("train.generate", *arguments)
+        assert code == BAD_INPUT and message in err

@@ -1,19 +1,16 @@
 """The dry run's arithmetic against what is really built, kept and sent."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import commands
 from tests.ranks import run_on_ranks
 from tests.train.runs import make_config
 from train import dry_run
 from train.config import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 # Wide enough that rows of features outweigh the odd per-row number.
 WIDE = dict(
     model__hidden_size=128, model__head_dim=32, model__ffn_size=320, model__num_kv_heads=2, model__vocab_size=400,
@@ -112,21 +109,15 @@ def test_zero_shards_what_it_says():
     assert sizes[1]["gradients"] == 6 * p and sizes[2]["gradients"] == 2 * p / 8
 
 
-def dry_run_command(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run([sys.executable, "-m", "train", "dry_run=true", *arguments], cwd=ROOT, text=True,
-                          capture_output=True, env=environment)  # fmt: skip
-
-
 def test_command_plans_four_thousand_ranks(tmp_path):
-    shown = dry_run_command(
-        "model=hybrid_1b9", "model.vocab_size=151936", "seq_len=1048576", "run.precision=bf16", "run.recompute=true",
-        "parallel.tensor=2", "parallel.sequence=true", "parallel.context=64", "dry_run_ranks=4096",
-        "run.samples_per_step=32", f"run.root={tmp_path}",
+    code, out, err = commands.run(
+        "train", "dry_run=true", "model=hybrid_1b9", "model.vocab_size=151936", "seq_len=1048576",
+        "run.precision=bf16", "run.recompute=true", "parallel.tensor=2", "parallel.sequence=true",
+        "parallel.context=64", "dry_run_ranks=4096", "run.samples_per_step=32", f"run.root={tmp_path}",
     )  # fmt: skip
-    assert shown.returncode == 0, shown.stderr
+    assert code == 0, err
     for text in ("4096 ranks = tensor 2 + sequence x context 64 x data 32", "rank 4095", "fits", "summaries"):
-        assert text in shown.stdout
+        assert text in out
     assert not list(tmp_path.iterdir())
 
 

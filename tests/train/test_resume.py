@@ -22,9 +22,11 @@ def run(ranks, corpus, root, **changes):
     return run_on_ranks(ranks, run_training, str(corpus), str(root), STEPS | changes, timeout=150)[0]
 
 
-def without_clocks(records):
-    times = ("tokens_per_second", "step_seconds", "checkpoint_seconds")
-    return [{key: value for key, value in record.items() if key not in times} for record in records]
+def without_saves(records):
+    """What was computed: no clocks, and no records that only tell of a checkpoint."""
+    clocks = ("tokens_per_second", "step_seconds", "checkpoint_seconds")
+    kept = [{key: value for key, value in record.items() if key not in clocks} for record in records]
+    return [record for record in kept if record.keys() - {"step", "tokens"}]
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +35,40 @@ def straight(corpus, tmp_path_factory):
     return run(1, corpus, root), newest_tensors(root / "default")
 
 
+# ranks, what differs from one rank; those marked run by default, all of them with --whole-matrix
+LAYOUTS = {
+    "one": (1, {}, True),
+    "TP2+SPxDP2": (4, layout(tensor=2), False),
+    "TP2+SPxDP2 bf16": (4, layout(tensor=2, run__precision="bf16"), True),
+    "CP2xDP2": (4, layout(context=2), True),
+    "ZeRO-0": (2, layout(zero=0), True),
+    "ZeRO-2": (2, layout(zero=2), True),
+    "TP2+SPxDP2 ZeRO-3": (4, layout(tensor=2, zero=3), True),
+}
+
+
+def pytest_generate_tests(metafunc):
+    whole = metafunc.config.getoption("--whole-matrix")
+    if "parallel_layout" in metafunc.fixturenames:
+        metafunc.parametrize("parallel_layout", [name for name, (*_, always) in LAYOUTS.items() if whole or always])
+    if "chain" in metafunc.fixturenames:
+        metafunc.parametrize("chain", [CHAIN if whole else SHORT_CHAIN], ids=["whole" if whole else "short"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "ranks, changes",
-    [
-        (1, {}),
-        (4, layout(tensor=2)),
-        (4, layout(tensor=2, run__precision="bf16")),
-        (4, layout(context=2)),
-        (2, layout(zero=0)),
-        (2, layout(zero=2)),
-        (4, layout(tensor=2, zero=3)),
-    ],
-    ids=["one", "TP2+SPxDP2", "TP2+SPxDP2 bf16", "CP2xDP2", "ZeRO-0", "ZeRO-2", "TP2+SPxDP2 ZeRO-3"],
-)
-def test_ten_and_ten_are_twenty_bit_for_bit(corpus, tmp_path, ranks, changes):
+def test_half_and_half_are_the_whole_bit_for_bit(corpus, tmp_path, parallel_layout):
+    """Ten and ten steps are twenty on one rank, four and four are eight on several."""
+    ranks, changes, _ = LAYOUTS[parallel_layout]
+    steps = 20 if ranks == 1 else 8
+    changes = changes | dict(run__steps=steps, run__eval_every=steps // 2)
     want = run(ranks, corpus, tmp_path / "straight", **changes)
-    run(ranks, corpus, tmp_path / "resumed", **changes, run__stop_at_step=10)
+    run(ranks, corpus, tmp_path / "resumed", **changes, run__stop_at_step=steps // 2)
     got = run(ranks, corpus, tmp_path / "resumed", **changes)
-    assert len(losses(want)) == 20
-    # Stopping at step 10 is one more reason to save there; everything else is the same.
-    assert without_clocks(got) == without_clocks(want)
+    assert len(losses(want)) == steps
+    saved = {r["step"]: "checkpoint_seconds" in r for r in got}
+    assert saved[steps // 2], "the second half went on from a checkpoint"
+    # Stopping half-way is one more reason to save there; everything else is the same.
+    assert without_saves(got) == without_saves(want)
     tensors = newest_tensors(tmp_path / "straight" / "default")
     mine = newest_tensors(tmp_path / "resumed" / "default")
     assert mine.keys() == tensors.keys()
@@ -74,17 +89,26 @@ CHAIN = [
     ("ZeRO 0 to 2 under CP2 x DP2", 4, layout(context=2, zero=2)),
     ("back to one rank", 1, layout()),
 ]
+# One step each way of those that differ in kind: what runs by default.
+SHORT_CHAIN = [
+    ("one rank", 1, layout()),
+    ("TP 1 to 2", 2, layout(tensor=2)),
+    ("TP 2 to 1, DP 1 to 2, ZeRO 1 to 3", 2, layout(zero=3)),
+    ("ZeRO 3 to 1, CP 1 to 2", 2, layout(context=2)),
+    ("CP 2 to TP2 x DP2 under ZeRO 2", 4, layout(tensor=2, zero=2)),
+    ("back to one rank, ZeRO 0", 1, layout(zero=0)),
+]
 
 
 @pytest.mark.slow
-def test_every_change_of_layout_continues(corpus, tmp_path, straight):
+def test_every_change_of_layout_continues(chain, corpus, tmp_path, straight):
     """Two steps on each layout of the chain; the losses of all are those of one rank throughout."""
     records, _ = straight
-    for i, (what, ranks, changes) in enumerate(CHAIN):
+    for i, (what, ranks, changes) in enumerate(chain):
         got = run(ranks, corpus, tmp_path, run__stop_at_step=2 * (i + 1), **changes)
         assert losses(got) == pytest.approx(losses(records)[: 2 * (i + 1)], rel=1e-5), what
-    assert [r["tokens"] for r in got if "loss" in r] == [r["tokens"] for r in records if "loss" in r]
-    assert len(losses(got)) == 20
+    tokens = [r["tokens"] for r in records if "loss" in r]
+    assert [r["tokens"] for r in got if "loss" in r] == tokens[: 2 * len(chain)]
 
 
 def test_steps_lost_in_a_crash_run_again_without_double_records(corpus, tmp_path, straight):
