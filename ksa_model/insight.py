@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from ksa_model.attention import Attention, Heads
-from ksa_model.layout import Block, KeyRanges, SequenceLayout
+from ksa_model.layout import SequenceLayout
 from ksa_model.model import Decoder
+from ksa_model.ranges import Block, KeyRanges
 
 _ROWS = 128  # query rows at a time; tensors are no larger than this times the sample's summaries
 

@@ -263,9 +263,9 @@ class Tiling:
     registers: int | None = None
 
     @property
-    def options(self) -> dict[str, int | None]:
-        limits = {"maxnreg": self.registers} if self.registers else {}
-        return dict(BLOCK_M=self.rows, BLOCK_N=self.keys, num_warps=self.warps, num_stages=self.stages) | limits
+    def options(self) -> dict[str, int]:
+        options = dict(BLOCK_M=self.rows, BLOCK_N=self.keys, num_warps=self.warps, num_stages=self.stages)
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 def tilings(head_dim: int, capability: tuple[int, int]) -> tuple[Tiling, Tiling, Tiling]:
@@ -282,11 +282,11 @@ def tilings(head_dim: int, capability: tuple[int, int]) -> tuple[Tiling, Tiling,
 Part = tuple[torch.Tensor, torch.Tensor, KeyRanges]
 
 
-def row_values(q: torch.Tensor, fill: float | None = None) -> torch.Tensor:
+def row_values(q: torch.Tensor) -> torch.Tensor:
     """A tensor [H, T] fp32 for one value a row and head, its rows padded to the 16 bytes that descriptors ask for."""
     rows, heads, _ = q.shape
     values = torch.empty(heads, -(-rows // 4) * 4, dtype=torch.float32, device=q.device)
-    return (values if fill is None else values.fill_(fill))[:, :rows]
+    return values[:, :rows]
 
 
 def forward(q, parts: list[Part], out, lse, *, has_state: bool, empty_is_padding: bool) -> None:
@@ -333,10 +333,11 @@ def backward_keys(grad_out, q, parts: list[Part], lse, delta) -> list[tuple[torc
         operands = _tiles_of(k, tiling.keys), _tiles_of(v, tiling.keys), *ranges.tensors(q.device), tiles
         return [*operands, *grad, len(k)]
 
+    arguments = _arguments([key_part(part, grad) for part, grad in zip(parts, grads)])
     tiles = sum(triton.cdiv(len(k), tiling.keys) for k, _, _ in parts)
     _backward_keys[(tiles, parts[0][0].shape[1])](
-        _tiles_of(q, tiling.rows), _tiles_of(grad_out, tiling.rows), *values_of_rows, _scale(q),
-        *_arguments([key_part(part, grad) for part, grad in zip(parts, grads)]), PARTS=len(parts), **_shape(q, parts), **tiling.options,
+        _tiles_of(q, tiling.rows), _tiles_of(grad_out, tiling.rows), *values_of_rows, _scale(q), *arguments,
+        PARTS=len(parts), **_shape(q, parts), **tiling.options,
     )  # fmt: skip
     return grads
 

@@ -121,7 +121,6 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     stages: tuple[dict[str, Any], ...] = ()  # several runs in a row: see train/chain.py
-    init_from: str | None = None  # weights to begin with where nothing is resumed: another run, or a checkpoint
     resume: str = "auto"  # auto | never | path of a checkpoint or of another run's directory
     init_from: str | None = None  # weights to begin with: hf:DIRECTORY, or another run; where nothing is resumed
     init_summary_from: str = "mean"  # summary embedding that they lack: mean of the vocabulary, or a token (id or text)
