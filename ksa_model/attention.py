@@ -6,15 +6,13 @@ h hidden size. Rows enter and leave in the sharded state of `TensorParallel`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import nn
 
-from ksa_model import kernels
+from ksa_model import kernels, rows
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig
 from ksa_model.layout import SequenceLayout
@@ -40,27 +38,6 @@ class RotaryTables:
         return RotaryTables(table(layout.text_positions), table(layout.summary_positions))
 
 
-def forward_only(x: torch.Tensor) -> ModuleType | None:
-    """The kernels for passes without gradients, where x is part of one on a GPU: one launch instead of many."""
-    return None if not x.is_cuda or torch.is_grad_enabled() else _triton_decode()
-
-
-@functools.cache
-def _triton_decode() -> ModuleType | None:
-    try:
-        from ksa_model import triton_decode
-    except ImportError:  # a torch that came without Triton
-        return None
-    return triton_decode
-
-
-def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """RoPE (arXiv 2104.09864) on x [rows, heads, d], pairing feature i with i + d/2 as Llama and Qwen do."""
-    cos, sin = table
-    left, right = x.float().chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467) over the last dimension, in fp32, with a learned gain.
 
@@ -73,10 +50,11 @@ class RMSNorm(nn.Module):
         self.eps, self.tp, self.meets_all = eps, tp, meets_all
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (fast := forward_only(x)) is not None:
-            return fast.rms_norm(x, self.weight, self.eps)
-        weight = self.tp.replicated(self.weight, self.meets_all)
-        return nn.functional.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
+        return rows.rms_norm(x, self.gain(), self.eps)
+
+    def gain(self) -> torch.Tensor:
+        """The weight, ready for use."""
+        return self.tp.replicated(self.weight, self.meets_all)
 
 
 @dataclass
@@ -183,9 +161,7 @@ class Attention(nn.Module):
     def _heads(self, x: torch.Tensor, norm: str | None = None, table=None) -> torch.Tensor:
         """[rows, heads*d] -> [rows, heads, d], normed and rotated where asked."""
         x = x.unflatten(-1, (-1, self.config.head_dim))
-        if table is not None and (fast := forward_only(x)) is not None:
-            gain = getattr(self, norm).weight if norm is not None and self.config.qk_norm else None
-            return fast.norm_rotate(x, gain, self.config.norm_eps, *table)
-        if norm is not None and self.config.qk_norm:
-            x = getattr(self, norm)(x)
-        return x if table is None else rotate(x, table)
+        if table is None:
+            return x
+        gain = getattr(self, norm).gain() if norm is not None and self.config.qk_norm else None
+        return rows.norm_rotate(x, gain, self.config.norm_eps, *table)

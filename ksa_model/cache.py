@@ -16,19 +16,35 @@ from lengths it knows anyway. So nothing waits for the device, and on a GPU each
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import numpy as np
 import torch
 
 from ksa_model import layout
-from ksa_model.attention import Attention, Heads, forward_only
+from ksa_model.attention import Attention, Heads
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError
 from ksa_model.layout import SequenceLayout
 from ksa_model.model import Decoder
 
 GROWTH = 32  # a full buffer grows by 1/32: a row is copied some 32 times in its life, and 3 % stand empty at most
+
+
+def _kernels(x: torch.Tensor) -> ModuleType | None:
+    """The kernels of decoding, where x is on a GPU and no gradients are asked for."""
+    return None if not x.is_cuda or torch.is_grad_enabled() else _triton_decode()
+
+
+@functools.cache
+def _triton_decode() -> ModuleType | None:
+    try:
+        from ksa_model import triton_decode
+    except ImportError:  # a torch that came without Triton
+        return None
+    return triton_decode
 
 
 class LayerCache:
@@ -87,7 +103,7 @@ class LayerCache:
 
     def append(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put one row a request, k, v [B, G, d], into `slots` [B]."""
-        if (fast := forward_only(k)) is not None:
+        if (fast := _kernels(k)) is not None:
             fast.store_rows(self._buffer, slots, k, v)
         else:
             self.write(torch.arange(len(slots), device=slots.device), slots, k, v)
@@ -107,7 +123,7 @@ class LayerCache:
 
     def attend(self, q: torch.Tensor, visible: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
         """q [B, H, d] over the rows that `visible` [B, rows] names, none from `stops` [B] on -> [B, H, d]."""
-        if (fast := forward_only(q)) is not None:
+        if (fast := _kernels(q)) is not None:
             return fast.attend(q, self._buffer, visible, stops)
         k, v = self._buffer[:, :, :, : visible.shape[1]]
         # Query heads that share a key/value head are rows of one product, so that no key is ever copied.
@@ -218,7 +234,7 @@ class DecodingCache:
         self._lengths = np.zeros(num_requests, np.int64)
         self._prefilled = np.zeros(num_requests, np.int64)
         self._position = torch.zeros(num_requests, dtype=torch.int64, device=self._device)
-        can = weight.is_cuda and model.tp.size == 1 and forward_only(weight.detach()) is not None
+        can = weight.is_cuda and model.tp.size == 1 and _kernels(weight.detach()) is not None
         self._recorder = _Recorder(num_requests, self._device) if (can if graphs is None else graphs) else None
 
     @property

@@ -16,7 +16,8 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ksa_model.attention import Attention, Mix, RMSNorm, RotaryTables, forward_only
+from ksa_model import rows
+from ksa_model.attention import Attention, Mix, RMSNorm, RotaryTables
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_tensor_parallel
 from ksa_model.layout import SequenceLayout
@@ -178,10 +179,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.tp.gather(x)
-        gate, up = self.gate(x), self.up(x)
-        if (fast := forward_only(gate)) is not None:
-            return self.down(fast.swiglu(gate, up))
-        return self.down(nn.functional.silu(gate) * up)
+        return self.down(rows.swiglu(self.gate(x), self.up(x)))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Kernels for forward passes without gradients: one launch each where torch needs many, and attention of one row.
+"""Kernels of decoding: attention of one row a request over its cache, and storing a row there.
 
 Decoding reads every weight and every cached key once a token; what else it does must be few launches. All kernels have
 fixed shapes and read lengths from the device, so that a CUDA graph can hold them.
@@ -15,47 +15,6 @@ import triton.language as tl
 PROGRAMS = 1024  # of the attention over a cache, some for each multiprocessor; each walks over its share of the rows
 MOST_SPLITS = 128
 BLOCK_ROWS = 64
-ELEMENTS = 1024
-
-
-@triton.jit
-def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < size
-    values = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
-    scale = 1 / tl.sqrt(tl.sum(values * values, 0) / size + eps)
-    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * size + column, (values * scale * gain).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _norm_rotate(x, weight, cos, sin, out, heads, eps, HALF: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < HALF
-    at = (row * heads + tl.program_id(1)) * (2 * HALF) + column
-    left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        scale = 1 / tl.sqrt((tl.sum(left * left, 0) + tl.sum(right * right, 0)) / (2 * HALF) + eps)
-        left *= scale * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        right *= scale * tl.load(weight + HALF + column, mask=inside, other=0.0).to(tl.float32)
-        left = left.to(x.dtype.element_ty).to(tl.float32)  # as the norm by itself hands it on
-        right = right.to(x.dtype.element_ty).to(tl.float32)
-    c = tl.load(cos + row * HALF + column, mask=inside, other=0.0)
-    s = tl.load(sin + row * HALF + column, mask=inside, other=0.0)
-    tl.store(out + at, (left * c - right * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + at + HALF, (right * c + left * s).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _swiglu(gate, up, out, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (g / (1 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -130,39 +89,6 @@ def _merge_shares(parts, weights, out, GROUP: tl.constexpr, SHARES: tl.constexpr
     part = tl.load(parts + at[:, None] * D + column[None, :], mask=in_column[None, :], other=0.0)
     merged = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + (pair * GROUP + member) * D + column, merged.to(out.dtype.element_ty), mask=in_column)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`torch.nn.functional.rms_norm` over the last dimension, in fp32, in x's dtype."""
-    x, size = x.contiguous(), x.shape[-1]
-    out = torch.empty_like(x)
-    if x.numel():
-        block = triton.next_power_of_2(size)
-        _rms_norm[(x.numel() // size,)](x, weight, out, size, eps, block, num_warps=8 if block > 1024 else 1)
-    return out
-
-
-def norm_rotate(x, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [rows, heads, d] -> normed over d where there is a weight [d], then rotated; cos, sin [rows, 1, d/2] fp32."""
-    x = x.contiguous()
-    rows, heads, d = x.shape
-    out = torch.empty_like(x)
-    if x.numel():
-        gain = x if weight is None else weight
-        block = triton.next_power_of_2(d // 2)
-        _norm_rotate[(rows, heads)](
-            x, gain, cos, sin, out, heads, eps, HALF=d // 2, BLOCK=block, NORM=weight is not None, num_warps=1
-        )
-    return out
-
-
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up."""
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    if gate.numel():
-        _swiglu[(triton.cdiv(gate.numel(), ELEMENTS),)](gate, up, out, gate.numel(), ELEMENTS)
-    return out
 
 
 def store_rows(buffer: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

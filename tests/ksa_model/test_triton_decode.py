@@ -1,4 +1,4 @@
-"""Kernels of forward passes without gradients: by Triton's interpreter on the CPU, for real and as graphs on a GPU."""
+"""Kernels of decoding: by Triton's interpreter on the CPU, for real and as graphs on a GPU."""
 
 import os
 
@@ -10,8 +10,7 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[test]'")
 
-from ksa_model import triton_decode  # noqa: E402
-from ksa_model.attention import rotate  # noqa: E402
+from ksa_model import triton_decode, triton_rows  # noqa: E402
 from ksa_model.cache import DecodingCache, Sampling, generate  # noqa: E402
 from ksa_model.model import Decoder  # noqa: E402
 from ksa_model.tensor_parallel import TensorParallel  # noqa: E402
@@ -23,28 +22,6 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-@pytest.mark.parametrize("rows, size", [(1, 8), (5, 48), (3, 1000), (0, 8)])
-def test_rms_norm(rows, size):
-    x, weight = draw(rows, size), draw(size, seed=1)
-    want = torch.nn.functional.rms_norm(x, (size,), weight, 1e-6)
-    torch.testing.assert_close(triton_decode.rms_norm(x, weight, 1e-6), want, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("rows, heads, d", [(1, 4, 16), (5, 3, 24), (0, 2, 8)])
-def test_norm_rotate(rows, heads, d, normed):
-    x, weight = draw(rows, heads, d), draw(d, seed=1) if normed else None
-    angles = draw(rows, 1, d // 2, seed=2) * 10
-    table = angles.cos(), angles.sin()
-    want = rotate(torch.nn.functional.rms_norm(x, (d,), weight, 1e-6) if normed else x, table)
-    torch.testing.assert_close(triton_decode.norm_rotate(x, weight, 1e-6, *table), want, rtol=1e-5, atol=1e-5)
-
-
-def test_swiglu():
-    gate, up = draw(3, 1111), draw(3, 1111, seed=1)
-    torch.testing.assert_close(triton_decode.swiglu(gate, up), torch.nn.functional.silu(gate) * up)
 
 
 def test_store_rows():
@@ -81,8 +58,8 @@ def test_a_whole_model_with_these_kernels(world, monkeypatch, changes):
     prompts = [[7], [5, 9, 11, 2], list(range(13))]
     want, _ = generate(decoder, prompts, Sampling(max_tokens=10))
     monkeypatch.setattr(triton_decode, "PROGRAMS", 12)  # the interpreter takes milliseconds for each
-    for module in ("attention", "model", "cache"):
-        monkeypatch.setattr(f"ksa_model.{module}.forward_only", lambda x: None if x.requires_grad else triton_decode)
+    monkeypatch.setattr("ksa_model.rows._kernels", lambda x: triton_rows)
+    monkeypatch.setattr("ksa_model.cache._kernels", lambda x: None if x.requires_grad else triton_decode)
     forward = DecodingCache._forward
     monkeypatch.setattr(
         DecodingCache, "_forward", lambda self, tokens, closing, _: forward(self, tokens, closing, None)

@@ -1,0 +1,65 @@
+"""What a layer does to single rows: norm, norm with rotation, SwiGLU. Plain torch, or one kernel each on a GPU.
+
+Legend: h features of a row, H heads, d head dimension. All compute in fp32 and return the input's dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import nn
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm (arXiv 1910.07467) of x [..., h] over its last dimension, with a gain [h]."""
+    fast = _kernels(x)
+    return fast.RMSNorm.apply(x, weight, eps) if fast else plain_rms_norm(x, weight, eps)
+
+
+def norm_rotate(x, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [rows, H, d], normed over d where there is a gain [d], then turned by RoPE; cos, sin [rows, 1, d/2] fp32."""
+    fast = _kernels(x)
+    return fast.NormRotate.apply(x, weight, eps, cos, sin) if fast else plain_norm_rotate(x, weight, eps, cos, sin)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (arXiv 2002.05202)."""
+    fast = _kernels(gate)
+    return fast.SwiGLU.apply(gate, up) if fast else plain_swiglu(gate, up)
+
+
+def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Twin of `rms_norm`."""
+    return nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def plain_norm_rotate(x, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Twin of `norm_rotate`."""
+    return rotate(x if weight is None else plain_rms_norm(x, weight, eps), (cos, sin))
+
+
+def plain_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Twin of `swiglu`."""
+    return nn.functional.silu(gate) * up
+
+
+def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """RoPE (arXiv 2104.09864) on x [rows, heads, d], pairing feature i with i + d/2 as Llama and Qwen do."""
+    cos, sin = table
+    left, right = x.float().chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+
+
+def _kernels(x: torch.Tensor) -> ModuleType | None:
+    return _triton_rows() if x.is_cuda else None
+
+
+@functools.cache
+def _triton_rows() -> ModuleType | None:
+    try:
+        from ksa_model import triton_rows
+    except ImportError:  # a torch that came without Triton
+        return None
+    return triton_rows

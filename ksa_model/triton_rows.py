@@ -1,0 +1,216 @@
+"""Norm, norm with rotation, and SwiGLU on a GPU: one launch each where torch needs many, with gradients.
+
+Legend: h features of a row, H heads, d head dimension. Every kernel computes in fp32 and reads and writes its operands
+once. Backward keeps nothing but the inputs. Their plain twins are `plain_rms_norm`, `plain_norm_rotate` and
+`plain_swiglu` in `ksa_model.rows`, which also chooses between them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+PROGRAMS = 1024  # that share the rows of a norm's backward; each leaves one partial sum of the gain's gradient
+PAIRS = 16  # (row, head) pairs of a tile
+ELEMENTS = 1024  # of SwiGLU in one program
+
+
+@triton.jit
+def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < size
+    values = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(values * values, 0) / size + eps)
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * size + column, (values * scale * gain).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm_backward(x, weight, grad, grad_x, grad_weight, rows, size, eps, BLOCK: tl.constexpr):
+    first, step, column = tl.program_id(0), tl.num_programs(0), tl.arange(0, BLOCK)
+    inside = column < size
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    sum_weight = tl.zeros([BLOCK], tl.float32)
+    for index in range(first, rows, step):
+        row = tl.cast(index, tl.int64) * size
+        values = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
+        given = tl.load(grad + row + column, mask=inside, other=0.0).to(tl.float32)
+        scale = 1 / tl.sqrt(tl.sum(values * values, 0) / size + eps)
+        normed = values * scale
+        sum_weight += given * normed
+        given *= gain
+        found = scale * (given - normed * (tl.sum(given * normed, 0) / size))
+        tl.store(grad_x + row + column, found.to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(grad_weight + first.to(tl.int64) * size + column, sum_weight, mask=inside)
+
+
+@triton.jit
+def _norm_rotate(x, weight, cos, sin, out, pairs, heads, eps, HALF: tl.constexpr, BLOCK: tl.constexpr,
+                 PAIRS: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    column = tl.arange(0, BLOCK)
+    inside = (pair < pairs)[:, None] & (column < HALF)[None, :]
+    at = pair[:, None] * (2 * HALF) + column[None, :]
+    left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        scale = 1 / tl.sqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / (2 * HALF) + eps)
+        left *= scale[:, None] * tl.load(weight + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+        right *= scale[:, None] * tl.load(weight + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+        left = left.to(x.dtype.element_ty).to(tl.float32)  # as the norm by itself hands it on
+        right = right.to(x.dtype.element_ty).to(tl.float32)
+    angle = (pair // heads)[:, None] * HALF + column[None, :]
+    c, s = tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+    tl.store(out + at, (left * c - right * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at + HALF, (right * c + left * s).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_rotate_backward(x, weight, cos, sin, grad, grad_x, grad_weight, pairs, heads, eps, HALF: tl.constexpr,
+                          BLOCK: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    first, step, column = tl.program_id(0), tl.num_programs(0), tl.arange(0, BLOCK)
+    in_half = column < HALF
+    if NORM:
+        gain_left = tl.load(weight + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        gain_right = tl.load(weight + HALF + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    sum_left, sum_right = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for tile in range(first, tl.cdiv(pairs, PAIRS), step):
+        pair = tl.cast(tile, tl.int64) * PAIRS + tl.arange(0, PAIRS)
+        inside = (pair < pairs)[:, None] & in_half[None, :]
+        at = pair[:, None] * (2 * HALF) + column[None, :]
+        angle = (pair // heads)[:, None] * HALF + column[None, :]
+        c, s = tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+        given_left = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        given_right = tl.load(grad + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        left, right = given_left * c + given_right * s, given_right * c - given_left * s
+        if NORM:
+            x_left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            x_right = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
+            scale = 1 / tl.sqrt((tl.sum(x_left * x_left, 1) + tl.sum(x_right * x_right, 1)) / (2 * HALF) + eps)
+            x_left *= scale[:, None]
+            x_right *= scale[:, None]
+            sum_left += tl.sum(left * x_left, 0)
+            sum_right += tl.sum(right * x_right, 0)
+            left *= gain_left
+            right *= gain_right
+            mean = (tl.sum(left * x_left, 1) + tl.sum(right * x_right, 1)) / (2 * HALF)
+            left = scale[:, None] * (left - x_left * mean[:, None])
+            right = scale[:, None] * (right - x_right * mean[:, None])
+        tl.store(grad_x + at, left.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(grad_x + at + HALF, right.to(grad_x.dtype.element_ty), mask=inside)
+    if NORM:
+        tl.store(grad_weight + first * 2 * HALF + column, sum_left, mask=in_half)
+        tl.store(grad_weight + first * 2 * HALF + HALF + column, sum_right, mask=in_half)
+
+
+@triton.jit
+def _swiglu(gate, up, out, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (g / (1 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(gate, up, grad, grad_gate, grad_up, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    given = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    share = 1 / (1 + tl.exp(-g))
+    tl.store(grad_up + at, (given * g * share).to(grad_up.dtype.element_ty), mask=inside)
+    slope = share * (1 + g * (1 - share))
+    tl.store(grad_gate + at, (given * u * slope).to(grad_gate.dtype.element_ty), mask=inside)
+
+
+class RMSNorm(torch.autograd.Function):
+    """x [..., h], weight [h] -> x's shape and dtype."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps: float):
+        x, size = x.contiguous(), x.shape[-1]
+        out, block = torch.empty_like(x), triton.next_power_of_2(size)
+        if x.numel():
+            _rms_norm[(x.numel() // size,)](x, weight, out, size, eps, block, num_warps=_norm_warps(block))
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad, size = grad.contiguous(), x.shape[-1]
+        rows, block = x.numel() // size, triton.next_power_of_2(size)
+        programs = max(1, min(PROGRAMS, rows))
+        grad_x = torch.empty_like(x)
+        partial = torch.empty(programs, size, dtype=torch.float32, device=x.device)
+        _rms_norm_backward[(programs,)](
+            x, weight, grad, grad_x, partial, rows, size, ctx.eps, block, num_warps=_norm_warps(block)
+        )
+        return grad_x, partial.sum(0).to(weight.dtype), None
+
+
+class NormRotate(torch.autograd.Function):
+    """x [rows, heads, d] -> normed over d where there is a weight [d], then rotated; cos, sin [rows, 1, d/2] fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps: float, cos, sin):
+        x = x.contiguous()
+        rows, heads, d = x.shape
+        out = torch.empty_like(x)
+        if x.numel():
+            _norm_rotate[(triton.cdiv(rows * heads, PAIRS),)](
+                x, x if weight is None else weight, cos, sin, out, rows * heads, heads, eps, HALF=d // 2,
+                BLOCK=triton.next_power_of_2(d // 2), PAIRS=PAIRS, NORM=weight is not None, num_warps=4,
+            )  # fmt: skip
+        ctx.save_for_backward(x if weight is not None else x[:0], weight, cos, sin)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, cos, sin = ctx.saved_tensors
+        grad = grad.contiguous()
+        rows, heads, d = grad.shape
+        programs = max(1, min(PROGRAMS, triton.cdiv(rows * heads, PAIRS)))
+        grad_x = torch.empty_like(grad)
+        partial = None
+        if weight is not None:
+            partial = torch.empty(programs, d, dtype=torch.float32, device=grad.device)
+        _norm_rotate_backward[(programs,)](
+            x if weight is not None else grad, weight if weight is not None else grad, cos, sin, grad, grad_x,
+            partial if partial is not None else grad, rows * heads, heads, ctx.eps, HALF=d // 2,
+            BLOCK=triton.next_power_of_2(d // 2), PAIRS=PAIRS, NORM=weight is not None, num_warps=4,
+        )  # fmt: skip
+        return grad_x, None if partial is None else partial.sum(0).to(weight.dtype), None, None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        if gate.numel():
+            _swiglu[(triton.cdiv(gate.numel(), ELEMENTS),)](gate, up, out, gate.numel(), ELEMENTS)
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        if gate.numel():
+            _swiglu_backward[(triton.cdiv(gate.numel(), ELEMENTS),)](
+                gate, up, grad, grad_gate, grad_up, gate.numel(), ELEMENTS
+            )
+        return grad_gate, grad_up
+
+
+def _norm_warps(block: int) -> int:
+    return 8 if block > 1024 else 1
