@@ -154,7 +154,12 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
         store = _job_store(rank, size, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend, timeout=timeout, rank=rank, world_size=size, store=dist.PrefixStore("groups", store)
+        backend,
+        timeout=timeout,
+        rank=rank,
+        world_size=size,
+        store=dist.PrefixStore("groups", store),
+        device_id=device if device.type == "cuda" else None,  # NCCL would guess it from the rank
     )
     from megatron.core import parallel_state  # seconds of imports, which a refused configuration need not wait for
 

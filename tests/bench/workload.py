@@ -1,0 +1,87 @@
+"""What the GPU benches train on: packed samples of drawn tokens, and timed optimizer steps through the trainer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data_pipeline import IGNORE_INDEX, PackedSample
+from train import parallel, trainer
+from train.batches import Batch, batch_maker
+from train.config import TrainConfig
+from train.metrics import StepSums
+from train.parallel import World
+
+
+def sample(seq_len: int, vocab_size: int, index: int, cuts: list[int]) -> PackedSample:
+    """Zipf-distributed tokens in documents that start at rows `cuts` (the first is 0)."""
+    random = np.random.default_rng([7, index])
+    tokens = random.zipf(1.3, seq_len).astype(np.int64) % vocab_size
+    labels = np.append(tokens[1:], IGNORE_INDEX)
+    starts = np.array(cuts, np.int64)
+    labels[starts[1:] - 1] = IGNORE_INDEX
+    lengths = np.diff(np.append(starts, seq_len))
+    return PackedSample(tokens, labels, starts, lengths, np.zeros(len(starts), bool), index)
+
+
+@dataclass
+class Bench:
+    """A model under the engine on this rank, and the samples of its steps."""
+
+    config: TrainConfig
+    world: World
+    cuts: list[list[int]]  # document starts of each sample of a step
+
+    def __post_init__(self) -> None:
+        self.engine, self.sums = trainer.build_engine(self.config, self.world), StepSums(self.world)
+        context = self.world.context_group
+        self._make = batch_maker(self.config.model, context.rank(), context.size())
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        assert self.config.model.vocab_size is not None
+        count, made = self.config.run.samples_per_step, []
+        for j in range(self.world.data_rank, count, self.world.data_size):
+            drawn = sample(
+                self.config.seq_len, self.config.model.vocab_size, count * step + j, self.cuts[j % len(self.cuts)]
+            )
+            made.append(self._make(drawn).to(self.world.device))
+        return made
+
+    def step(self, batches: list[Batch], lr: float = 1e-3) -> None:
+        trainer.train_step(self.engine, batches, self.world, self.sums, lr)
+
+    def losses(self, steps: int, lr: float = 1e-3) -> list[float]:
+        found = []
+        for step in range(steps):
+            self.step(self.batches(step), lr)
+            found.append(self.sums.read()["loss"])
+        return found
+
+    def seconds(self, warm_up: int, timed: int) -> float:
+        """Median seconds of a step on the same samples."""
+        given, found = self.batches(0), []
+        for _ in range(warm_up + timed):
+            synchronize(self.world.device)
+            began = time.perf_counter()
+            self.step(given)
+            synchronize(self.world.device)
+            found.append(time.perf_counter() - began)
+        return statistics.median(found[warm_up:])
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def start(config: TrainConfig) -> World:
+    return parallel.initialize(config.parallel, parallel.pick_device("auto"))
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
