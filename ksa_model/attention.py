@@ -18,6 +18,7 @@ from ksa_model import kernels
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig
 from ksa_model.layout import SequenceLayout
+from ksa_model.norm_cpu import RMSNormCPU
 from ksa_model.tensor_parallel import TensorParallel
 
 
@@ -76,6 +77,8 @@ class RMSNorm(nn.Module):
         if (fast := forward_only(x)) is not None:
             return fast.rms_norm(x, self.weight, self.eps)
         weight = self.tp.replicated(self.weight, self.meets_all)
+        if x.device.type == "cpu":
+            return RMSNormCPU.apply(x.float(), weight.float(), self.eps).to(x.dtype)
         return nn.functional.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
 
 
