@@ -53,7 +53,8 @@ def with_retries(action: Callable[[], T], what: str, retries: int) -> T:
             final = (isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES) and not _hides_failure(error)
             if final or attempt == retries:
                 tried = "" if final else f" after {attempt + 1} attempts"
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                told = error.__cause__ if _hides_failure(error) else error
+                reason = " ".join(f"{type(told).__name__}: {told}".split())
                 raise DataError(f"{what} cannot be read{tried} ({reason})") from error
         time.sleep(wait * random.uniform(0.5, 1.0))  # several ranks must not come back in step
         wait = min(2 * wait, _LONGEST_WAIT_SECONDS)

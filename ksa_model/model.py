@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         if objective is not None:
             return objective(self, tokens, labels, layout)
         hidden = self.tp.gather(self.norm(self.hidden(tokens, layout)))
-        return _ChunkedCrossEntropy.apply(hidden, self.head_weight, labels, self.valid_columns)
+        return _ChunkedCrossEntropy.apply(hidden, self.head_weight, labels, self.valid_columns, self.tp.size == 1)
 
     def logits(
         self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None, rows: torch.Tensor | None = None
@@ -191,8 +191,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, valid_columns: int):
-        """hidden [T, h], weight [V, h], labels int64 [T] -> fp32 scalar."""
+    def forward(ctx, hidden, weight, labels, valid_columns: int, whole: bool):
+        """hidden [T, h], weight [V, h], labels int64 [T] -> fp32 scalar. `whole`: V is all of the vocabulary."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if needs_grad:
@@ -200,13 +200,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, len(hidden), LOSS_ROWS):
             rows = slice(start, start + LOSS_ROWS)
-            with torch.enable_grad():
-                logits = (hidden[rows].detach() @ weight.detach().t()).float()
-                logits[:, valid_columns:] = float("-inf")  # vocabulary padding gets no probability
-                loss = _loss_sum(logits.requires_grad_(needs_grad), labels[rows])
-            total += loss.detach()
-            if needs_grad:
-                (grad_logits,) = torch.autograd.grad(loss, logits)
+            logits = (hidden[rows] @ weight.t()).float()
+            logits[:, valid_columns:] = float("-inf")  # vocabulary padding gets no probability
+            loss, grad_logits = (_whole_loss if whole else _parallel_loss)(logits, labels[rows], needs_grad)
+            total += loss
+            if grad_logits is not None:
                 grad_logits = grad_logits.to(hidden.dtype)
                 torch.matmul(grad_logits, weight, out=grad_hidden[rows])
                 grad_weight += grad_logits.t() @ hidden[rows]
@@ -218,10 +216,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, (grad_weight * grad_total).to(ctx.weight_dtype), None, None
+        return grad_hidden * grad_total, (grad_weight * grad_total).to(ctx.weight_dtype), None, None, None
 
 
-def _loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Overwrites `logits` [n, V]: the library's cross entropy turns them into the softmax and then the gradient."""
-    losses = vocab_parallel_cross_entropy(logits[:, None], labels.clamp(min=0)[:, None])[:, 0]
-    return (losses * (labels != IGNORE_INDEX)).sum()
+def _whole_loss(logits, labels, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sum of the rows' losses and, if asked, its gradient by `logits` [n, V], softmax less one-hot."""
+    valid, picked = labels != IGNORE_INDEX, labels.clamp(min=0)[:, None]
+    log_weights = torch.log_softmax(logits, dim=-1)
+    loss = -(log_weights.gather(1, picked)[:, 0] * valid).sum()
+    if not needs_grad:
+        return loss, None
+    grad = log_weights.exp_()
+    grad.scatter_add_(1, picked, grad.new_full((), -1).expand_as(picked))
+    return loss, grad.mul_(valid[:, None])
+
+
+def _parallel_loss(logits, labels, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same where each tensor rank holds a share of the vocabulary. Overwrites `logits`: the library's cross
+    entropy turns them into the softmax and then the gradient."""
+    with torch.enable_grad():
+        losses = vocab_parallel_cross_entropy(logits.requires_grad_(needs_grad)[:, None], labels.clamp(min=0)[:, None])[
+            :, 0
+        ]
+        loss = (losses * (labels != IGNORE_INDEX)).sum()
+    return loss.detach(), torch.autograd.grad(loss, logits)[0] if needs_grad else None

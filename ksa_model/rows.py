@@ -11,17 +11,23 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from ksa_model.norm_cpu import RMSNormCPU
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm (arXiv 1910.07467) of x [..., h] over its last dimension, with a gain [h]."""
-    fast = _kernels(x)
-    return fast.RMSNorm.apply(x, weight, eps) if fast else plain_rms_norm(x, weight, eps)
+    if (fast := _kernels(x)) is not None:
+        return fast.RMSNorm.apply(x, weight, eps)
+    if x.device.type == "cpu":
+        return RMSNormCPU.apply(x.float(), weight.float(), eps).to(x.dtype)
+    return plain_rms_norm(x, weight, eps)
 
 
 def norm_rotate(x, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [rows, H, d], normed over d where there is a gain [d], then turned by RoPE; cos, sin [rows, 1, d/2] fp32."""
-    fast = _kernels(x)
-    return fast.NormRotate.apply(x, weight, eps, cos, sin) if fast else plain_norm_rotate(x, weight, eps, cos, sin)
+    if (fast := _kernels(x)) is not None:
+        return fast.NormRotate.apply(x, weight, eps, cos, sin)
+    return rotate(x if weight is None else rms_norm(x, weight, eps), (cos, sin))
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,8 @@ def submit(launch: Launch, points: list[Point], home: Path, command: list[str]) 
             ["sbatch", "--parsable", *options, str(path)], capture_output=True, text=True, cwd=launch.directory
         )
         if done.returncode:
+            if jobs:  # links of a chain that no record would know of
+                subprocess.run(["scancel", *jobs], capture_output=True)
             raise LaunchError(f"sbatch refused the job: {_one_line(done.stderr)}")
         jobs.append(done.stdout.strip().partition(";")[0])
     for directory in {home, *(point.run_directory for point in points)}:

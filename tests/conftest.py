@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,9 +21,27 @@ def world():
     parallel.shutdown()
 
 
+# The files that take longest, so that parallel workers begin with them (`--dist loadfile --no-loadscope-reorder`): a
+# long one begun last would run alone.
+LONGEST_FIRST = [
+    "launch/test_slurm.py",
+    "train/test_resume.py",
+    "train/test_layouts.py",
+    "faults/test_faults.py",
+    "launch/test_local.py",
+    "launch/test_sweep.py",
+    "train/test_command_line.py",
+    "train/test_health.py",
+    "data_pipeline/test_prepare.py",
+]
+
+
 def pytest_collection_modifyitems(items):
     import torch
 
+    here = Path(__file__).parent
+    order = {here / name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device; this machine has none")
         for item in items:

@@ -124,9 +124,8 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     tensor, context = config.parallel.tensor, config.parallel.context
     share = tensor if config.parallel.sequence else 1
     b = 2 if config.run.precision == "bf16" else 4
-    # A norm keeps its input and the normalised rows, both in fp32; a fused norm would keep the first alone, so on a
-    # device that has one this counts a little too much.
-    norm = 4 + 4
+    # A norm keeps its input in fp32; the normalised rows are made again.
+    norm = 4
     h, f = model.hidden_size, model.ffn_size // tensor
     q, kv = model.num_heads * model.head_dim // tensor, model.num_kv_heads * model.head_dim // tensor
     entering, updated, text = _stream_rows(layer, config)

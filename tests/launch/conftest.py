@@ -18,7 +18,7 @@ from tests.train.runs import write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 200  # enough that a run still trains when Slurm gets round to taking its nodes away
-LOCAL_STEPS = 80
+LOCAL_STEPS = 60
 MODEL = (
     "seq_len=256 model.hidden_size=32 model.num_layers=4 model.num_heads=2 model.num_kv_heads=2 model.head_dim=16 "
     "model.ffn_size=64 model.chunk_size=4 model.window_chunks=4 data=jsonl data.vocab_size=400 "

@@ -200,3 +200,21 @@ def test_local_command_has_no_shell(tmp_path):
     first, second = local.commands(launch, 0, 29400)
     assert first == second and first[-1] == f"data.text_key={NASTY}" and "--nproc-per-node=3" in first
     assert shlex.split(local.describe(launch, tmp_path).splitlines()[0].split("   #")[0])[-1] == first[-1]
+
+
+def test_a_chain_that_is_refused_half_way_leaves_no_job_behind(tmp_path, monkeypatch):
+    """A queue limit lets the first link in and refuses the second: no record would name the first."""
+    commands = {
+        "sbatch": f'[ -e {tmp_path}/full ] && {{ echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }}\n'
+        f"touch {tmp_path}/full\necho 41",
+        "scancel": f'echo "$@" >> {tmp_path}/cancelled',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    launch = parse([*SLURM, "launch.continuation=chain", "launch.chain_jobs=3", "--", "run.steps=1"])
+    with pytest.raises(LaunchError, match="sbatch refused the job: sbatch: error: QOSMaxSubmitJobPerUserLimit"):
+        slurm.submit(launch, [slurm.Point(launch.overrides, tmp_path / "run")], tmp_path / "run", [])
+    assert (tmp_path / "cancelled").read_text() == "41\n"
+    assert not (tmp_path / "run/launch/launch.json").exists()

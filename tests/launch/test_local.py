@@ -92,9 +92,8 @@ def test_asked_to_stop_it_saves_and_the_same_command_continues(small, tmp_path):
 
 @pytest.mark.slow
 def test_bad_input_found_late_is_not_tried_again(small, tmp_path):
-    done = python(
-        "launch", "target=local", "--", *small, f"data.path={tmp_path / 'none.jsonl'}", f"run.root={tmp_path}"
-    )
+    command = ["launch", "target=local", "launch.check=false", "--", *small]
+    done = python(*command, f"data.path={tmp_path / 'none.jsonl'}", f"run.root={tmp_path}")
     assert done.returncode == 2
     assert "attempt" not in done.stderr and "none.jsonl" in done.stderr
 
@@ -103,7 +102,8 @@ def test_bad_input_found_late_is_not_tried_again(small, tmp_path):
 def test_metacharacters_in_the_run_name_are_a_name(small, tmp_path):
     name = "it's; touch pwned $(touch pwned) & x"
     hydra = '"' + name.replace('"', '\\"') + '"'
-    done = python("launch", "target=local", "--", *small, f"run.root={tmp_path}", f"run.name={hydra}", "run.steps=2")
+    command = ["launch", "target=local", "launch.check=false", "--", *small, "run.steps=2"]
+    done = python(*command, f"run.root={tmp_path}", f"run.name={hydra}")
     assert done.returncode == 0, done.stderr
     assert sorted(losses(tmp_path / name)) == [1, 2]
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()

@@ -134,11 +134,9 @@ def test_out_of_time_the_chain_goes_on(cluster, small, root):
     assert len(jobs) == 4
     first, second = (re.findall(rf"job {job}: (.*)", history(run)) for job in jobs[:2])
     for said in (first, second):
-        assert [line.split(" on ")[0] for line in said] == [
-            "start 0.0",
-            "asked to stop; the ranks save",
-            "ended with 75",
-        ]
+        assert [line.split(" on ")[0] for line in said[:-1]] == ["start 0.0", "asked to stop; the ranks save"]
+        # 138 is SIGUSR1 that came before Python ran: Slurm may give a link a few seconds only.
+        assert len(said) == 3 and said[-1] in ("ended with 75", "ended with 138")
     logs = launch(cluster, "logs", str(run)).stdout
     saved = [int(step) for step in re.findall(r"saved step (\d+)", logs)]
     resumed = [int(step) for step in re.findall(r"resumed from .* at step (\d+)", logs)]

@@ -43,7 +43,8 @@ LAYOUTS = {
     "CP2xDP2": (4, layout(context=2), True),
     "ZeRO-0": (2, layout(zero=0), True),
     "ZeRO-2": (2, layout(zero=2), True),
-    "TP2+SPxDP2 ZeRO-3": (4, layout(tensor=2, zero=3), True),
+    "ZeRO-3": (2, layout(zero=3), True),
+    "TP2+SPxDP2 ZeRO-3": (4, layout(tensor=2, zero=3), False),
 }
 
 

@@ -1,0 +1,29 @@
+"""RMSNorm on the CPU, where torch's own is a chain of small operations in both directions."""
+
+from __future__ import annotations
+
+import torch
+
+
+class RMSNormCPU(torch.autograd.Function):
+    """x [..., n] and gain [n], both fp32 -> x / rms(x) * gain. Twin: `torch.nn.functional.rms_norm`.
+
+    With r = 1 / rms(x) and y = x * r, the gradient of x is r * (g - y * mean(g * y)) for g = gain * grad_out. Only x
+    and r [..., 1] are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+        size = x.shape[-1]
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, gain)
+        return (x * scale).mul_(gain)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        x, scale, gain = ctx.saved_tensors
+        normed = x * scale
+        product = grad_out * normed
+        grad_gain = product.flatten(0, -2).sum(0)
+        mean = (product @ gain[:, None]).div_(-len(gain))
+        return (grad_out * gain).addcmul_(normed, mean).mul_(scale), grad_gain, None
