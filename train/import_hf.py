@@ -25,6 +25,7 @@ import yaml
 from ksa_model.config import ModelConfig
 from ksa_model.hf import naming
 from ksa_model.hf.configs import Source, check_same_shape, read_config
+from ksa_model.model import Decoder
 from train import checkpoint, checkpoint_files, checkpoint_tensors, checkpoint_tools
 from train.checkpoint_files import CheckpointError, Place
 from train.checkpoint_tensors import Pieces, boxes
@@ -178,14 +179,14 @@ def initialise(engine: Any, world: World, config: TrainConfig) -> str:
     return f"weights from {config.init_from}, {weights.source.kind}{note}"
 
 
-def load_model(directory: str, model: torch.nn.Module, weights: Weights, world: World) -> None:
-    """Fill a bare model with a Hugging Face checkpoint's weights, this tensor rank's share of them."""
-    dims = {name: dim for name, (_, dim) in model.config.parameter_shapes().items()}  # type: ignore[union-attr,operator]
+def load_model(model: Decoder, weights: Weights, world: World) -> None:
+    """Fill a bare model, or this tensor rank's share of one."""
+    dims = {name: dim for name, (_, dim) in model.config.parameter_shapes().items()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            offset = [0] * parameter.ndim
-            if dims[name] is not None:
-                offset[dims[name]] = parameter.shape[dims[name]] * world.tensor_rank
+            offset, dim = [0] * parameter.ndim, dims[name]
+            if dim is not None:
+                offset[dim] = parameter.shape[dim] * world.tensor_rank
             parameter.copy_(weights.box(name, offset, parameter.shape))
 
 

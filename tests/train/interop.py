@@ -95,7 +95,7 @@ def imported(world, location, **changes):
     values = {name: getattr(source.config, name) for name in source.config.__dataclass_fields__} | changes
     model = type(source.config)(**values)
     decoder = Decoder(model, TensorParallel(world.tensor_group)).eval()
-    import_hf.load_model(location, decoder, import_hf.Weights(tensors, source, model), world)
+    import_hf.load_model(decoder, import_hf.Weights(tensors, source, model), world)
     return decoder
 
 
