@@ -97,7 +97,7 @@ def _load_hf(directory: Path, world: parallel.World, dtype: str) -> Speaker:
     if tokenizer_path is None:
         raise ConfigError(f"{directory} holds none of {', '.join(import_hf.TOKENIZERS)}: text needs a tokenizer")
     tokenizer = Tokenizer(tokenizer_path)
-    tensors, source = import_hf.open_source(f"{import_hf.HF_PREFIX}{directory}")
+    tensors, source = import_hf.open_source(directory)
     weights = import_hf.Weights(tensors, source, source.config)
     model = Decoder(source.config, TensorParallel(world.tensor_group, dtype=_DTYPES[dtype])).to(world.device).eval()
     import_hf.load_model(model, weights, world)
