@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = 1024  # of the attention over a cache, some for each multiprocessor; each walks over its share of the rows
-MOST_SPLITS = 128
+PROGRAMS = 512  # of the attention over a cache, some for each multiprocessor; each walks over its share of the rows
+MOST_SPLITS = 64
 BLOCK_ROWS = 64
 
 
@@ -117,5 +117,5 @@ def attend(q: torch.Tensor, buffer: torch.Tensor, visible: torch.Tensor, stops: 
         buffer.shape[3], visible.shape[1], kv_heads, d**-0.5, GROUP=group, ROWS_Q=rows_q,
         D=d, BLOCK_D=max(16, block_d), BLOCK=BLOCK_ROWS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
-    _merge_shares[(pairs, group)](parts, weights, out, GROUP=group, SHARES=shares, D=d, BLOCK_D=block_d)
+    _merge_shares[(pairs, group)](parts, weights, out, GROUP=group, SHARES=shares, D=d, BLOCK_D=block_d, num_warps=8)
     return out

@@ -122,8 +122,8 @@ class TrainConfig:
     stage: StageConfig = field(default_factory=StageConfig)
     stages: tuple[dict[str, Any], ...] = ()  # several runs in a row: see train/chain.py
     resume: str = "auto"  # auto | never | path of a checkpoint or of another run's directory
-    init_from: str | None = None  # weights to begin with: hf:DIRECTORY, or another run; where nothing is resumed
-    init_summary_from: str = "mean"  # summary embedding that they lack: mean of the vocabulary, or a token (id or text)
+    init_from: str | None = None  # weights to begin with where nothing is resumed: another run, a checkpoint, hf:DIR
+    init_summary_from: str = "mean"  # with hf:, a summary embedding that is not there: mean, or a token (id or text)
     dry_run: bool = False  # print the layout, memory and exchanges of a rank, and stop
     dry_run_ranks: int | None = None  # the world to plan for; null: this one
     dry_run_gpu: str = "h100-80gb"

@@ -112,7 +112,7 @@ def export(run: Run, config: ExportConfig) -> list[str]:
 
 
 def _write_weights(run: Run, directory: Path, config: ExportConfig) -> None:
-    source, wanted = RunTensors(run.place), naming.exported_shapes(run.config.model)
+    source, wanted = RunTensors(run.place, run.state.get("own_share", 1.0)), naming.exported_shapes(run.config.model)
     size = sum(math.prod(shape) for _, shape in wanted.values())
     with tqdm(total=size, unit=" elements", unit_scale=True, desc=directory.name, file=sys.stderr) as bar:
         tensors = [

@@ -1,16 +1,18 @@
-"""`python -m train.generate RUN prompt=...`: continue texts with a trained model, from its compressed cache.
+"""`python -m train.generate RUN|HF_DIR prompt=...`: continue texts with a trained model, from its compressed cache.
 
 Several prompts stand one after the other: `prompt=... prompt=...`. Without a prompt it asks for them, one a line.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import yaml
 
 from data_pipeline import Tokenizer
@@ -19,9 +21,11 @@ from ksa_model.cache import Sampling
 from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
-from train import checkpoint, parallel
+from train import checkpoint, import_hf, parallel
 from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, unknown_key
 from train.signals import BAD_INPUT
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,34 @@ class GenerateConfig:
     top_k: int = 50
     top_p: float = 1.0
     seed: int = 0
+    stop_tokens: tuple[int, ...] = ()  # besides the tokenizer's end of a document, and what the checkpoint names
+    dtype: str = "fp32"  # fp32 | bf16
 
-    def sampling(self, stop_token: int) -> Sampling:
-        return Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed, (stop_token,))
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(_DTYPES)}")
+
+    def sampling(self, stop_tokens: tuple[int, ...]) -> Sampling:
+        stop = (*stop_tokens, *self.stop_tokens)
+        return Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed, stop)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model ready to talk: `stop_tokens` end its answers, `max_positions` bounds prompt and answer together."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    stop_tokens: tuple[int, ...]
+    max_positions: int
+
+
+def load(directory: Path, world: parallel.World, dtype: str) -> Speaker:
+    """The newest checkpoint of a run, or a Hugging Face checkpoint, as a bare model."""
+    if (directory / "config.json").is_file():
+        return _load_hf(directory, world, dtype)
+    model, tokenizer = load_run(directory, world, _DTYPES[dtype])
+    return Speaker(model, tokenizer, (tokenizer.eos_id,), run_config(directory).seq_len)
 
 
 def run_config(directory: Path) -> TrainConfig:
@@ -46,8 +75,8 @@ def run_config(directory: Path) -> TrainConfig:
     return from_mapping(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def load_run(directory: Path, world: parallel.World) -> tuple[Decoder, Tokenizer]:
-    """The newest checkpoint of a run as a bare fp32 model, and the run's tokenizer."""
+def load_run(directory: Path, world: parallel.World, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Tokenizer]:
+    """The newest checkpoint of a run as a bare model, and the run's tokenizer."""
     config, tokenizer_path = run_config(directory), directory / "tokenizer.model"
     if not tokenizer_path.is_file():
         raise ConfigError(f"{tokenizer_path} is missing: {directory} is not the directory of a run")
@@ -57,10 +86,27 @@ def load_run(directory: Path, world: parallel.World) -> tuple[Decoder, Tokenizer
     state = checkpoint.read_state(found)
     # The model as it was saved: annealing takes away some of what the run began with.
     settings = from_mapping(ModelConfig, state["config"]["model"], "model.")
-    model = Decoder(settings, TensorParallel(world.tensor_group)).to(world.device).eval()
+    model = Decoder(settings, TensorParallel(world.tensor_group, dtype=dtype)).to(world.device).eval()
     checkpoint.load_weights(found, model, world)
     model.anneal(state.get("own_share", 1.0) if settings.independent_qkv else 1.0)
     return model, Tokenizer(tokenizer_path)
+
+
+def _load_hf(directory: Path, world: parallel.World, dtype: str) -> Speaker:
+    tokenizer_path = import_hf.find_tokenizer(directory)
+    if tokenizer_path is None:
+        raise ConfigError(f"{directory} holds none of {', '.join(import_hf.TOKENIZERS)}: text needs a tokenizer")
+    tokenizer = Tokenizer(tokenizer_path)
+    tensors, source = import_hf.open_source(directory)
+    weights = import_hf.Weights(tensors, source, source.config)
+    model = Decoder(source.config, TensorParallel(world.tensor_group, dtype=_DTYPES[dtype])).to(world.device).eval()
+    import_hf.load_model(model, weights, world)
+    ends = {tokenizer.eos_id}
+    for name in ("config.json", "generation_config.json"):
+        if (directory / name).is_file():
+            named = json.loads((directory / name).read_text(encoding="utf-8")).get("eos_token_id")
+            ends |= set(named if isinstance(named, list) else [] if named is None else [named])
+    return Speaker(model, tokenizer, tuple(sorted(ends)), source.max_positions)
 
 
 class TextStream:
@@ -82,32 +128,44 @@ class TextStream:
         return new
 
 
-def answer(model: Decoder, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig) -> None:
+def answer(speaker: Speaker, prompts: list[str], config: GenerateConfig) -> None:
     """Print the continuations (a single one as it comes), then speed and cache size on stderr."""
+    model, tokenizer = speaker.model, speaker.tokenizer
     encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     if not all(encoded):
         raise ConfigError("prompt is empty: give at least one character")
-    stream = TextStream(tokenizer)
+    longest = max(map(len, encoded))
+    if longest + config.max_tokens > speaker.max_positions:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and max_tokens={config.max_tokens} are more than the model's "
+            f"{speaker.max_positions} positions; give a shorter prompt or fewer max_tokens"
+        )
+    stream, began, first, alone = TextStream(tokenizer), time.perf_counter(), 0.0, len(prompts) == 1
 
     def show(new: list[int | None]) -> None:
-        print(stream.add(new[0]), end="", flush=True)
+        nonlocal first
+        first = first or time.perf_counter()
+        if alone:
+            print(stream.add(new[0]), end="", flush=True)
 
-    began = time.perf_counter()
-    if len(prompts) == 1:
+    if alone:
         print(prompts[0], end="", flush=True)
-    said, kept = cache.generate(model, encoded, config.sampling(tokenizer.eos_id), show if len(prompts) == 1 else None)
-    seconds = time.perf_counter() - began
-    if len(prompts) == 1:
+    said, kept = cache.generate(model, encoded, config.sampling(speaker.stop_tokens), show)
+    ended = time.perf_counter()
+    if alone:
         print(stream.add(None))
     else:
         for prompt, tokens in zip(prompts, said):
             print(f"{prompt}{tokenizer.decode(tokens)}\n")
-    count = sum(map(len, said))
-    longest = max(kept.lengths)
-    full = len(prompts) * model.config.num_layers * longest * 2 * model.config.num_kv_heads * model.config.head_dim * 4
+    count, longest = sum(map(len, said)), max(kept.lengths)
+    full = replace(model.config, layer_pattern="F", window_chunks=0).cache_bytes(
+        longest, model.embedding.weight.itemsize
+    )
+    speed = f"{(count - len(said)) / (ended - first):.1f} tokens/s" if count > len(said) else "-"
     print(
-        f"{count} tokens, {count / seconds:.1f} tokens/s with prefill; cache {kept.allocated_bytes / 1e6:.2f} MB, "
-        f"full attention in every layer would hold {full / 1e6:.2f} MB",
+        f"{sum(map(len, encoded))} tokens read in {first - began:.2f} s, {count} written at {speed}; cache "
+        f"{kept.allocated_bytes / 1e6:.2f} MB, full attention in every layer would hold "
+        f"{len(prompts) * full / 1e6:.2f} MB",
         file=sys.stderr,
     )
 
@@ -115,7 +173,7 @@ def answer(model: Decoder, tokenizer: Tokenizer, prompts: list[str], config: Gen
 def _parse(arguments: list[str]) -> tuple[Path, list[str], GenerateConfig]:
     if not arguments or "=" in arguments[0]:
         keys = " ".join(f"[{name}=...]" for name in GenerateConfig.__dataclass_fields__)
-        raise ConfigError(f"usage: python -m train.generate RUN_DIRECTORY [prompt=TEXT ...] {keys}")
+        raise ConfigError(f"usage: python -m train.generate RUN|HF_DIR [prompt=TEXT ...] {keys}")
     prompts, values = [], {}
     for argument in arguments[1:]:
         key, _, value = argument.partition("=")
@@ -139,18 +197,27 @@ def _typed_prompts() -> Iterator[str]:
             yield line.replace("\\n", "\n")
 
 
+def _converse(speaker: Speaker, config: GenerateConfig) -> None:
+    for prompt in _typed_prompts():
+        try:
+            answer(speaker, [prompt], config)
+        except ConfigError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {error}", file=sys.stderr)  # whoever types can try again
+
+
 def main() -> int:
     try:
         directory, prompts, config = _parse(sys.argv[1:])
-        config.sampling(0)  # refuse impossible settings before a model is loaded
+        config.sampling(())  # refuse impossible settings before a model is loaded
         world = parallel.initialize(parallel.ParallelConfig(), parallel.pick_device("auto"))
         try:
-            model, tokenizer = load_run(directory, world)
+            speaker = load(directory, world, config.dtype)
             if prompts:
-                answer(model, tokenizer, prompts, config)
+                answer(speaker, prompts, config)
             else:
-                for prompt in _typed_prompts():
-                    answer(model, tokenizer, [prompt], config)
+                _converse(speaker, config)
         finally:
             parallel.shutdown()
     except USER_ERRORS as error:

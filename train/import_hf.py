@@ -1,4 +1,4 @@
-"""Weights to begin with: from a Hugging Face checkpoint or from another run, for any layout.
+"""Weights of Hugging Face checkpoints, for any layout.
 
     python -m train.import_hf HF_DIR                        the model settings that fit it, as overrides
     python -m train.import_hf HF_DIR out=RUN [layer_pattern=KKKF chunk_size=8 ...] [summary_from=mean]
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from ksa_model.config import ModelConfig
 from ksa_model.hf import naming
 from ksa_model.hf.configs import Source, check_same_shape, read_config
-from train import checkpoint, checkpoint_files, checkpoint_tensors, checkpoint_tools
-from train.checkpoint_files import CheckpointError, Place
+from ksa_model.model import Decoder
+from train import checkpoint, checkpoint_tensors, checkpoint_tools
+from train.checkpoint_files import Place
 from train.checkpoint_tensors import Pieces, boxes
 from train.config import USER_ERRORS, ConfigError, RunConfig, TrainConfig, from_mapping, to_mapping, unknown_key
 from train.hf_files import HfDirectory, HfError
@@ -50,10 +50,14 @@ class Tensors(Protocol):
 
 
 class RunTensors:
-    """The weights of one of our checkpoints, seen through Hugging Face names. Vocabulary padding is visible."""
+    """The weights of one of our checkpoints, seen through Hugging Face names. Vocabulary padding is visible.
 
-    def __init__(self, place: Place):
-        self._place = place
+    `own_share`: of the summaries' own projections, while they are annealed away (`ksa_model.model.Decoder.anneal`);
+    what is read is the mean that the model computes with.
+    """
+
+    def __init__(self, place: Place, own_share: float = 1.0):
+        self._place, self._own_share = place, own_share
         held = checkpoint_tensors.shapes(place)
         ours = [name.removeprefix("master/") for name in held if name.startswith("master/")]
         self._ours = {naming.hf_name(name): f"master/{name}" for name in ours}
@@ -66,6 +70,13 @@ class RunTensors:
         return self._shapes[name]
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        own = self._stored(name, offset, size)
+        if self._own_share == 1 or "_proj_summary" not in name:
+            return own
+        base = self._stored(name.replace("_proj_summary", "_proj"), offset, size)
+        return self._own_share * own + (1 - self._own_share) * base
+
+    def _stored(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         box = torch.empty(tuple(size))
         pieces = Pieces(self._shapes[name], box.view(-1), shape=tuple(size), offset=tuple(offset))
         checkpoint_tensors.read(self._place, {self._ours[name]: pieces})
@@ -133,34 +144,23 @@ class Weights:
                 raise HfError(f"{name} is of shape {there}, this model needs {wanted}: config.json and tensors differ")
 
 
-def open_source(location: str, allow_pickle: bool = False) -> tuple[Tensors, Source]:
-    """`hf:DIR`, a run directory or one of its checkpoints -> its tensors and what they are. Not verified."""
-    if location.startswith(HF_PREFIX):
-        directory = HfDirectory(location.removeprefix(HF_PREFIX), allow_pickle)
-        return directory, read_config(directory.config)
-    try:
-        place = checkpoint.find(location, location)
-    except CheckpointError:
-        raise ConfigError(
-            f"init_from={location} is neither a run with a checkpoint nor hf:DIRECTORY of a Hugging Face checkpoint"
-        ) from None
-    assert place is not None
-    config = from_mapping(TrainConfig, checkpoint.read_state(place)["config"])
-    return RunTensors(place), Source("a run", config.model, config.seq_len)
+def open_source(directory: str | Path, allow_pickle: bool = False) -> tuple[Tensors, Source]:
+    """The tensors of a Hugging Face directory and what they are."""
+    held = HfDirectory(directory, allow_pickle)
+    return held, read_config(held.config)
 
 
 def check(config: TrainConfig) -> None:
     """Raise one of `USER_ERRORS` where `init_from=hf:...` cannot serve this run; reads no tensor."""
     if config.init_from is not None and config.init_from.startswith(HF_PREFIX):
-        _weights(config.init_from, config.model, config.init_summary_from)
+        _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
 
 
 def initialise(engine: Any, world: World, config: TrainConfig) -> str:
-    """Fill the fp32 weights that this rank owns, on any layout; moments stay zero. Collective. Returns a log line."""
+    """Fill the fp32 weights that this rank owns from `init_from=hf:...`, on any layout; moments stay zero. Collective.
+    Returns a line for the log."""
     assert config.init_from is not None
-    weights = _weights(config.init_from, config.model, config.init_summary_from)
-    if not config.init_from.startswith(HF_PREFIX):
-        _verify(config.init_from, world)
+    weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
     dims = {name: dim for name, (_, dim) in config.model.parameter_shapes().items()}
     for owned in engine.owned_state():
         shift, dim = [0] * len(owned.shape), dims[owned.name]
@@ -178,29 +178,29 @@ def initialise(engine: Any, world: World, config: TrainConfig) -> str:
     return f"weights from {config.init_from}, {weights.source.kind}{note}"
 
 
-def load_model(directory: str, model: torch.nn.Module, weights: Weights, world: World) -> None:
-    """Fill a bare model with a Hugging Face checkpoint's weights, this tensor rank's share of them."""
-    dims = {name: dim for name, (_, dim) in model.config.parameter_shapes().items()}  # type: ignore[union-attr,operator]
+def load_model(model: Decoder, weights: Weights, world: World) -> None:
+    """Fill a bare model, or this tensor rank's share of one."""
+    dims = {name: dim for name, (_, dim) in model.config.parameter_shapes().items()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            offset = [0] * parameter.ndim
-            if dims[name] is not None:
-                offset[dims[name]] = parameter.shape[dims[name]] * world.tensor_rank
+            offset, dim = [0] * parameter.ndim, dims[name]
+            if dim is not None:
+                offset[dim] = parameter.shape[dim] * world.tensor_rank
             parameter.copy_(weights.box(name, offset, parameter.shape))
 
 
-def _weights(location: str, model: ModelConfig, summary_from: str, allow_pickle: bool = False) -> Weights:
-    tensors, source = open_source(location, allow_pickle)
-    return Weights(tensors, source, model, _summary_row(summary_from, location))
+def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle: bool = False) -> Weights:
+    tensors, source = open_source(directory, allow_pickle)
+    return Weights(tensors, source, model, _summary_row(summary_from, directory))
 
 
-def _summary_row(summary_from: str, location: str) -> int | None:
+def _summary_row(summary_from: str, directory: str) -> int | None:
     """`mean`, the id of a token, or how the checkpoint's tokenizer writes it -> a vocabulary row, or None for mean."""
     if summary_from == MEAN:
         return None
     if summary_from.isdigit():
         return int(summary_from)
-    path = Path(location.removeprefix(HF_PREFIX)) / "tokenizer.json"
+    path = Path(directory) / "tokenizer.json"
     if path.is_file():
         held = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = held.get("model", {}).get("vocab", {})
@@ -213,27 +213,12 @@ def _summary_row(summary_from: str, location: str) -> int | None:
     )
 
 
-def _verify(location: str, world: World) -> None:
-    """The files of a checkpoint of ours against its manifest, each rank a share; all ranks learn what is wrong."""
-    place, error = checkpoint.find(location, location), None
-    assert place is not None
-    try:
-        checkpoint_files.verify(place, world.rank, world.size)
-    except CheckpointError as problem:
-        error = str(problem)
-    errors: list[str | None] = [None] * world.size
-    dist.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise CheckpointError(found)
-
-
 # -- command line -----------------------------------------------------------------------------------------------------
 
 
 def import_run(hf_directory: str, out: Path, model: ModelConfig, summary_from: str, allow_pickle: bool) -> Place:
     """Write a run directory at step 0 with the weights of `hf_directory`; one tensor is in memory at a time."""
-    weights = _weights(HF_PREFIX + hf_directory, model, summary_from, allow_pickle)
+    weights = _weights(hf_directory, model, summary_from, allow_pickle)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"out={out} is not empty: choose a directory that does not exist yet")
     seq_len = max(model.chunk_size, weights.source.max_positions // model.chunk_size * model.chunk_size)

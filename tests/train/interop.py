@@ -55,8 +55,8 @@ def spread(decoder: Decoder) -> Decoder:
     return decoder.eval()
 
 
-def make_run(world, directory: Path, model: ModelConfig, tokenizer: Path | None = None, seq_len: int = 2048) -> Decoder:
-    """A run directory whose one checkpoint, of step 7, holds a random model; returns the model."""
+def make_run(world, directory: Path, model: ModelConfig, tokenizer: Path | None = None, seq_len: int = 2048, **facts):
+    """A run directory whose one checkpoint, of step 7, holds a random model; returns the model. `facts`: state.json."""
     torch.manual_seed(3)
     decoder = spread(Decoder(model, TensorParallel(world.tensor_group)))
     config = TrainConfig(model=model, seq_len=seq_len, run=RunConfig(name=directory.name, root=str(directory.parent)))
@@ -67,6 +67,7 @@ def make_run(world, directory: Path, model: ModelConfig, tokenizer: Path | None 
         "loader": {},
         "contains": ["master"],
         "config": to_mapping(config),
+        **facts,
     }
     stored = {
         f"master/{name}": checkpoint_tools.StoredTensor(p.shape, torch.float32, p.detach)
@@ -89,13 +90,13 @@ def our_logits(decoder, tokens):
         return decoder.logits(rows, pack)[: len(tokens)]
 
 
-def imported(world, location, **changes):
-    """A bare decoder of this world's layout with the weights of `hf:location`."""
-    tensors, source = import_hf.open_source(location)
+def imported(world, directory, **changes):
+    """A bare decoder of this world's layout with the weights of a Hugging Face directory."""
+    tensors, source = import_hf.open_source(directory)
     values = {name: getattr(source.config, name) for name in source.config.__dataclass_fields__} | changes
     model = type(source.config)(**values)
     decoder = Decoder(model, TensorParallel(world.tensor_group)).eval()
-    import_hf.load_model(location, decoder, import_hf.Weights(tensors, source, model), world)
+    import_hf.load_model(decoder, import_hf.Weights(tensors, source, model), world)
     return decoder
 
 

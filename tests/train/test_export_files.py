@@ -214,5 +214,5 @@ def test_bad_commands_are_named(world, tmp_path, capsys):
         code, said = run_command(module, *arguments, capsys=capsys)
         assert code == BAD_INPUT and message in said and len(said.strip().splitlines()) == 1, said
     assert not (tmp_path / "x").exists()
-    with pytest.raises(ConfigError, match="neither a run with a checkpoint nor hf:DIRECTORY"):
-        import_hf.open_source(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="no directory of a Hugging Face checkpoint"):
+        import_hf.open_source(tmp_path / "nowhere")
