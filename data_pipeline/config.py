@@ -35,7 +35,7 @@ class CorpusConfig:
     validation_path: str | None = None
     validation_fraction: float = 0.01
     tasks: tuple[str, ...] = DEFAULT_TASKS
-    probe_tokens: int | None = None
+    probe_tokens: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
@@ -145,8 +145,8 @@ class DataConfig:
     """`mixture` only: lengths of samples in the order of training; empty: one stage without end at the run's length."""
     tasks: tuple[str, ...] = DEFAULT_TASKS
     """`synthetic` only: the kinds of probes, in turn."""
-    probe_tokens: int | None = None
-    """`synthetic` only: samples are packs of probes of this many tokens to the whole sample; None: one probe each."""
+    probe_tokens: tuple[int, int] | None = None
+    """`synthetic` only: samples are packs of probes of so many tokens, least and most; None: one probe each."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpora", _items(CorpusConfig, self.corpora, "data.corpora"))
@@ -182,8 +182,11 @@ class DataConfig:
         )
         tasks_known = len(self.tasks) > 0 and set(self.tasks) <= set(TASKS)
         _require(tasks_known, "tasks", self, f"a list of {', '.join(TASKS)}")
-        shortest = self.probe_tokens
-        _require(shortest is None or (_is_whole(shortest) and shortest > 0), "probe_tokens", self, "a length or null")
+        if self.probe_tokens is not None:
+            object.__setattr__(self, "probe_tokens", tuple(self.probe_tokens))
+            whole = len(self.probe_tokens) == 2 and all(map(_is_whole, self.probe_tokens))
+            ordered = whole and 0 < self.probe_tokens[0] <= self.probe_tokens[1]
+            _require(ordered, "probe_tokens", self, "two lengths, least and most, or null")
         self._check_source()
 
     def _check_source(self) -> None:

@@ -143,7 +143,8 @@ class SyntheticSamples(Samples):
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, split: str, seq_len: int, alignment: int) -> None:
         self._writer, self._tasks, self._split = ProbeWriter(tokenizer), config.tasks, SPLITS.index(split)
         self._seed, self.seq_len = config.seed, seq_len
-        self._shortest, self._alignment = config.probe_tokens or seq_len, alignment
+        self._shortest, self._longest = config.probe_tokens or (seq_len, seq_len)
+        self._alignment = alignment
         self.statistics: dict[str, dict[int, float]] = {"tokens_beyond": {}}
         self.identity = {
             "tokenizer": tokenizer.fingerprint,
@@ -153,8 +154,8 @@ class SyntheticSamples(Samples):
             "seq_len": seq_len,
             "algorithm": _ALGORITHM,
         }
-        if self._shortest < seq_len:
-            self.identity |= {"probe_tokens": self._shortest, "alignment": alignment}
+        if config.probe_tokens is not None:
+            self.identity |= {"probe_tokens": list(config.probe_tokens), "alignment": alignment}
         self.fingerprint = fingerprint_of(self.identity)
 
     def at(self, index: int) -> PackedSample:
@@ -185,11 +186,9 @@ class SyntheticSamples(Samples):
 
     def _length(self, random: Numbers, room: int) -> int:
         """Tokens of the next probe: the shortest, doubled at random, so that every length has as many probes."""
-        if self._shortest >= self.seq_len:
-            return room
-        doublings = (self.seq_len // self._shortest).bit_length()
+        doublings = (self._longest // self._shortest).bit_length()
         length = self._shortest << int(random.numbers(1, doublings)[0])
-        return room if room - length < self._shortest else length
+        return min(room, self._longest) if room - length < self._shortest else length
 
 
 def _train(config: DataConfig) -> str:

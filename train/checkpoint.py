@@ -19,7 +19,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -31,15 +31,14 @@ import torch.distributed as dist
 from train import checkpoint_files as files
 from train import checkpoint_parameters as parameters
 from train import checkpoint_tensors as tensors
+from train import stages
 from train.checkpoint_files import MANIFEST, STATE, CheckpointError, Place, Saved
 from train.checkpoint_tensors import Pieces
 from train.parallel import World
-from train.stages import sources
 
 if TYPE_CHECKING:  # the command line does without DeepSpeed and its seconds of imports
     from train.config import CheckpointConfig
     from train.engine import Engine
-    from train.sharded_state import OwnedState
 
 FORMAT = 2
 READABLE = (1, 2)  # 1 had no generators, no count of optimizer steps and no health
@@ -262,16 +261,11 @@ class Checkpoints:
         known = {key: state[key] for key in ("step", "tokens", "loader")}
         return Progress(**known, health=state.get("health", {})), state
 
-    def inherit(self, checkpoint: Place, moments: bool) -> dict[str, Any]:
-        """Begin with the weights of another run's checkpoint, and with its optimizer's `moments`; returns state.json.
-
-        What a model with summaries has and the checkpoint lacks begins as `train.stages.sources` says.
-        """
+    def inherit(self, checkpoint: Place) -> None:
+        """Begin with the weights of another run of the same model, and its optimizer's moments where it has them."""
         self._verify(checkpoint)
         state = read_state(checkpoint)
-        has_moments = "exp_avg" in state.get("contains", ["exp_avg"])
-        self._read_tensors(checkpoint, state, None, moments=moments and has_moments)
-        return state
+        self._read_tensors(checkpoint, state, None, moments="exp_avg" in state.get("contains", ["exp_avg"]))
 
     def _read_tensors(self, checkpoint: Place, state: dict[str, Any], seed: int | None, moments: bool = True) -> None:
         """Read this rank's part of all that a run goes on with, or without a `seed` weights and `moments` alone."""
@@ -279,36 +273,37 @@ class Checkpoints:
         try:
             held = tensors.shapes(checkpoint)
             named = dict(self._engine.named_parameters())
-            names = sources(named, parameters.names(held), resuming=seed is not None, state=state)
-            parameters.check_shapes(checkpoint, held, named, self._world, names)
-            self._read_state(checkpoint, names, ("master", "exp_avg", "exp_avg_sq") if moments else ("master",))
-            finish = self._read_rest(checkpoint, held, state, seed, moments)
+            # What was annealed away is not there, and has no part in the model.
+            gone = {name for name in named if stages.is_dropped(name, state.get("own_share", 1.0))} - parameters.names(
+                held
+            )
+            parameters.check_shapes(checkpoint, held, named, self._world, gone)
+            wanted = {
+                f"{kind}/{owned.name}": parameters.pieces(owned, owned.state[kind], self._world)
+                for owned in self._engine.owned_state()
+                if owned.name not in gone
+                for kind in (("master", "exp_avg", "exp_avg_sq") if moments else ("master",))
+            }
+            finish = self._read_rest(checkpoint, held, wanted, state, seed, moments)
         except CheckpointError as problem:
             error = problem
         self._agree(error)
         assert finish is not None
         finish()
 
-    def _read_state(self, checkpoint: Place, names: dict[str, str | None], kinds: Collection[str]) -> None:
-        """Read parameters, each from what it is called there; two of them may have one source."""
-        left = [owned for owned in self._engine.owned_state() if names[owned.name] is not None]
-        while left:
-            now: dict[str | None, OwnedState] = {}
-            again = [owned for owned in left if now.setdefault(names[owned.name], owned) is not owned]
-            wanted = {
-                f"{kind}/{source}": parameters.pieces(owned, owned.state[kind], self._world)
-                for source, owned in now.items()
-                for kind in kinds
-            }
-            tensors.read(checkpoint, wanted)
-            left = again
-
     def _read_rest(
-        self, checkpoint: Place, held: dict[str, Any], state: dict[str, Any], seed: int | None, moments: bool
+        self,
+        checkpoint: Place,
+        held: dict[str, Any],
+        wanted: dict[str, Pieces],
+        state: dict[str, Any],
+        seed: int | None,
+        moments: bool,
     ) -> Callable[[], None]:
-        """Read what are not parameters; returns what remains to be done once all ranks have theirs."""
+        """Read `wanted` and what are no parameters; returns what remains to be done once all ranks have theirs."""
         steps = torch.full((1,), float(state["step"] if moments else 0))
-        wanted = {"optimizer/steps": parameters.whole(steps)} if moments and "optimizer/steps" in held else {}
+        if moments and "optimizer/steps" in held:
+            wanted["optimizer/steps"] = parameters.whole(steps)
         generators = tensors.generators(self._world.device) if seed is not None else {}
         keys = {name: f"rng/{self._world.rank}/{name}" for name in generators}
         stored = {name: key for name, key in keys.items() if held.get(key) == tuple(generators[name].shape)}

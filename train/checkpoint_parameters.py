@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,25 +50,19 @@ def check_shapes(
     held: dict[str, tuple[int, ...]],
     named: dict[str, torch.nn.Parameter],
     world: World,
-    names: Mapping[str, str | None] | None = None,
+    may_lack: Collection[str] = (),
 ) -> None:
-    """Name the first tensor in which the checkpoint and this model differ, instead of a loader's stack trace.
-
-    `names`: what each parameter is called there, None for one that it need not have.
-    """
+    """Name the first tensor in which the checkpoint and this model differ, instead of a loader's stack trace."""
     there = {name.removeprefix("master/"): shape for name, shape in held.items() if name.startswith("master/")}
-    names = {name: name for name in named} if names is None else names
-    for name in sorted(named.keys() | there.keys()):
-        if (source := names.get(name, name)) is None:
-            continue
+    for name in sorted((named.keys() | there.keys()) - set(may_lack)):
         wanted = None
         if name in named:
             shape, dim = list(getattr(named[name], "ds_shape", named[name].shape)), _partition_dim(named[name])
             if dim is not None:
                 shape[dim] *= world.tensor_group.size()
             wanted = tuple(shape)
-        if wanted != there.get(source):
+        if wanted != there.get(name):
             raise CheckpointError(
-                f"{checkpoint} is of another model: {name} is {there.get(source, 'absent')} there and "
+                f"{checkpoint} is of another model: {name} is {there.get(name, 'absent')} there and "
                 f"{wanted or 'absent'} here; use the model settings it was trained with"
             )

@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from data_pipeline import Loader, Samples, Tokenizer, open_data
+from data_pipeline import DataConfig, Loader, Samples, Tokenizer, open_data
 from data_pipeline.config import TASKS
 from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
+from ksa_model.tensor_parallel import TensorParallel
 from train import parallel
 from train.batches import Batch, batch_maker
 from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, unknown_key
@@ -153,9 +154,15 @@ def _on_documents(
 
 
 def load(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainConfig]:
-    """The newest checkpoint of a run, its tokenizer and its configuration, ready to be evaluated."""
+    """A run (its newest checkpoint) or a Hugging Face directory: model, tokenizer and configuration, to be evaluated.
+
+    A directory brings no corpus: its held-out documents are of the standard library, and its training length is the
+    longest that its config.json allows.
+    """
     from train.generate import load_run, run_config
 
+    if (directory / "config.json").is_file() and not (directory / "config.yaml").is_file():
+        return _load_hf(directory, world)
     config = run_config(directory)
     model, tokenizer = load_run(directory, world)
     if world.device.type == "cuda" and config.run.precision == "bf16":
@@ -165,11 +172,30 @@ def load(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainConfig
     return model, tokenizer, dataclasses.replace(config, data=data)
 
 
+def _load_hf(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainConfig]:
+    from train import import_hf
+
+    location = import_hf.HF_PREFIX + str(directory)
+    tensors, source = import_hf.open_source(location)
+    path = import_hf.find_tokenizer(directory)
+    if path is None:
+        raise ConfigError(
+            f"{directory} holds no {' and no '.join(import_hf.TOKENIZERS)}: evaluation needs its tokenizer"
+        )
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    model = Decoder(source.config, TensorParallel(world.tensor_group, dtype=dtype))
+    import_hf.load_model(location, model, import_hf.Weights(tensors, source, source.config), world)
+    k = source.config.chunk_size
+    data = DataConfig(source="stdlib", tokenizer=str(path))
+    config = TrainConfig(model=source.config, seq_len=max(k, source.max_positions // k * k), data=data)
+    return model.to(world.device).eval(), Tokenizer(path), config
+
+
 def _parse(arguments: list[str]) -> tuple[Path, EvaluateConfig]:
     names = EvaluateConfig.__dataclass_fields__
     if not arguments or "=" in arguments[0]:
         keys = " ".join(f"[{name}=...]" for name in names)
-        raise ConfigError(f"usage: python -m train.evaluate RUN_DIRECTORY {keys}")
+        raise ConfigError(f"usage: python -m train.evaluate RUN_DIRECTORY|HF_DIRECTORY {keys}")
     values: dict[str, Any] = {}
     for argument in arguments[1:]:
         key, _, value = argument.partition("=")

@@ -11,7 +11,7 @@ on as if it had never stopped. `train.chain` runs several in a row. Source of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,24 +100,6 @@ class StageConfig:
 def is_dropped(name: str, own_share: float) -> bool:
     """Whether a checkpoint leaves out the parameter `name`: annealed to nothing, it has no part in the model."""
     return own_share == 0 and any(f".{own}." in name for own in OWN_PROJECTIONS)
-
-
-def sources(own: Iterable[str], held: Iterable[str], resuming: bool, state: Mapping[str, Any]) -> dict[str, str | None]:
-    """Parameter -> what it is called in a checkpoint with parameters `held`; None where it keeps what it has.
-
-    A run that resumes the stage that dropped own projections (as `state` says) has no use for them. A run that begins
-    with the weights of a model without summaries takes copies of text's for them, and a fresh summary embedding.
-    """
-    there, found = set(held), {name: name for name in own}
-    lacks = [name for name in found if "summary" in name and name not in there]
-    chosen: dict[str, str | None] = dict(found)
-    for name in lacks:
-        base = name.replace(".summary_", ".")
-        if not resuming:
-            chosen[name] = base if base in there else None
-        elif is_dropped(name, state.get("own_share", 1.0)):
-            chosen[name] = None
-    return chosen
 
 
 def check_inherited(stage: StageConfig, model: ModelConfig, place: str, before: Mapping[str, Any]) -> None:

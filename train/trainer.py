@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 import data_pipeline
 from data_pipeline import Loader, TrainingData
@@ -24,7 +23,7 @@ from ksa_model.config import ModelConfig
 from ksa_model.distillation import PARTS
 from ksa_model.model import Decoder, Objective
 from ksa_model.tensor_parallel import TensorParallel
-from train import checkpoint, import_hf, parallel, stages
+from train import checkpoint, import_hf, parallel, run_directory, stages
 from train.batches import Batch, batch_maker
 from train.checkpoint import CheckpointError, Checkpoints, Place, Progress
 from train.config import ConfigError, TrainConfig, flatten, to_mapping, validate
@@ -35,37 +34,6 @@ from train.metrics import Agreed, RunLog, StepSums, Tracker, read_records
 from train.parallel import World
 from train.signals import StopRequest
 from train.watchdog import Watchdog
-
-# Sections and keys that may differ between two visits to one run directory: they do not change what is computed.
-CHANGEABLE = (
-    "logging",
-    "checkpoint",
-    "parallel",
-    "resume",
-    "init_from",
-    "dry_run",
-    "dry_run_ranks",
-    "dry_run_gpu",
-    "run.root",
-    "run.device",
-    "run.log_every",
-    "run.eval_every",
-    "run.eval_samples",
-    "run.stop_at_step",
-    "run.max_minutes",
-    "run.steps",
-    "run.max_bad_steps",
-    "run.skip_samples",
-    "run.spike_factor",
-    "run.recompute",
-    "data.cache_dir",
-    "data.cache_gb",
-    "data.prefetch_samples",
-    "data.retries",
-    "data.verify",
-    "data.accept_changes",
-    "model.attention_backend",
-)
 
 
 @dataclass(frozen=True)
@@ -87,7 +55,7 @@ def train(config: TrainConfig) -> RunResult:
     validate(config, world_size)
     device = parallel.pick_device(config.run.device)
     directory = Path(config.run.root) / config.run.name
-    check_run_directory(directory, config)
+    run_directory.check(directory, config)
     # A wrong path must not wait for the data.
     own = checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name)
     if checkpoint.find(config.resume, own) is None:
@@ -113,7 +81,7 @@ def _train(
 ) -> RunResult:
     """`train` once the world stands."""
     if world.is_main:
-        _write_run_directory(directory, config, data)
+        run_directory.write(directory, config, data)
     dist.barrier()
     run = _Run(config, world, data, directory)
     step, last_step = run.resume(), min(config.run.steps, config.run.stop_at_step or config.run.steps)
@@ -258,20 +226,27 @@ class _Run:
 
     def _load(self, found: Place) -> Progress:
         progress, state = self.checkpoints.load(found, self.config.run.seed)
+        self._check_tokenizer(found, state)
+        self.loader.load_state(progress.loader)
+        self.spikes = SpikeDetector(self.config.run.spike_factor, progress.health.get("recent_losses", ()))
+        return progress
+
+    def _check_tokenizer(self, found: Place, state: dict[str, Any]) -> None:
         tokenizer = state.get("tokenizer_sha256")
         if tokenizer not in (None, self.tokenizer_sha256):
             raise CheckpointError(
                 f"{found} was trained with the tokenizer of sha256 {tokenizer[:12]}, this run has "
                 f"{self.tokenizer_sha256[:12]}: give the tokenizer.model of that run as data.tokenizer"
             )
-        self.loader.load_state(progress.loader)
-        self.spikes = SpikeDetector(self.config.run.spike_factor, progress.health.get("recent_losses", ()))
-        return progress
 
     def _inherit(self, found: Place) -> None:
         """Begin with another run's weights; where the data are the same, with those that it has not seen."""
-        stage = self.config.stage
-        state = self.checkpoints.inherit(found, stage.inherits_moments)
+        stage, state = self.config.stage, checkpoint.read_state(found)
+        self._check_tokenizer(found, state)
+        if stage.inherits_moments:
+            self.checkpoints.inherit(found)
+        else:
+            self._say(import_hf.initialise(self.engine, self.world, self.config))
         self._say(stages.what_is_inherited(stage, str(found), state, flatten(to_mapping(self.config))))
         if state.get("loader", {}).get("fingerprint") == self.loader.state()["fingerprint"]:
             self.loader.load_state(state["loader"])
@@ -440,28 +415,6 @@ def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
     return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
 
 
-def check_run_directory(directory: Path, config: TrainConfig) -> None:
-    """Refuse a run directory that was begun with another configuration."""
-    path = directory / "config.yaml"
-    if not path.exists():
-        return
-    before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
-    now = flatten(to_mapping(config))
-    before["model.vocab_size"] = now["model.vocab_size"]  # filled in from the tokenizer
-    changed = [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)
-    ]
-    if changed:
-        shown = ", ".join(f"{key} was {before.get(key)} and is now {now.get(key)}" for key in changed[:4])
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise ConfigError(
-            f"{directory} holds a run with another configuration: {shown}{more}; choose another run.name, or remove "
-            "the directory"
-        )
-
-
 def _find_inherited(config: TrainConfig) -> Place | None:
     """The run's checkpoint that `init_from` means, if it suits the model; not verified."""
     if config.init_from is None or config.init_from.startswith(import_hf.HF_PREFIX):
@@ -471,13 +424,6 @@ def _find_inherited(config: TrainConfig) -> Place | None:
     before = checkpoint.read_state(found).get("config", {}).get("model", {})
     stages.check_inherited(config.stage, config.model, str(found), before)
     return found
-
-
-def _write_run_directory(directory: Path, config: TrainConfig, data: TrainingData) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(data.tokenizer_path, directory / "tokenizer.model")
-    text = yaml.safe_dump(to_mapping(config), sort_keys=False)
-    (directory / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def _held_out(config: TrainConfig, data: TrainingData, world: World) -> HeldOut:

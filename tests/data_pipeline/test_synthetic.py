@@ -161,7 +161,7 @@ def test_evaluation_and_training_have_no_probe_in_common(data):
 
 def test_packs_of_shorter_probes(data, tmp_path):
     config = dict(source="synthetic", tokenizer=str(data.tokenizer_path), cache_dir=str(tmp_path))
-    packed = open_data(DataConfig(**config, tasks=["multiquery"], probe_tokens=128)).samples("train", 2048, 16)
+    packed = open_data(DataConfig(**config, tasks=["multiquery"], probe_tokens=(128, 2048))).samples("train", 2048, 16)
     lengths = Counter()
     for index in range(40):
         sample = packed.at(index)
@@ -175,8 +175,9 @@ def test_packs_of_shorter_probes(data, tmp_path):
             told = "".join(word for answer in solve(text) for word in answer)
             assert data.tokenizer.decode(labels[answers]).replace(" ", "") == told
     assert {128, 256, 512, 1024} <= set(lengths)
-    with pytest.raises(DataError, match=r"data.probe_tokens=0 must be a length or null"):
-        DataConfig(source="synthetic", probe_tokens=0)
+    for wrong in ((0, 8), (9, 8), (8,)):
+        with pytest.raises(DataError, match=r"data.probe_tokens=.* must be two lengths, least and most, or null"):
+            DataConfig(source="synthetic", probe_tokens=wrong)
 
 
 def test_probes_are_part_of_a_mixture(model_path, tmp_path):
@@ -186,7 +187,7 @@ def test_probes_are_part_of_a_mixture(model_path, tmp_path):
         (text / f"{number}.txt").write_text(f"document {number} " * 200)
     corpora = [
         dict(name="text", source="text", path=str(text), weight=0.75, validation_fraction=0.2),
-        dict(name="probes", source="synthetic", weight=0.25, tasks=["multikey"], probe_tokens=256),
+        dict(name="probes", source="synthetic", weight=0.25, tasks=["multikey"], probe_tokens=[256, 512]),
     ]
     config = dict(source="mixture", tokenizer=str(model_path), cache_dir=str(tmp_path / "cache"))
     data = open_data(DataConfig(**config, corpora=corpora))

@@ -138,6 +138,12 @@ def evaluate_on_a_rank(arguments: list[str]) -> tuple[int, str]:
     return code, said.getvalue()
 
 
+def export_on_a_rank(arguments: list[str]) -> tuple[int, str]:
+    from train import export
+
+    return export.main(arguments), ""
+
+
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluated")
@@ -177,10 +183,25 @@ def test_held_out_loss_is_the_one_that_training_reported(run, tmp_path):
     assert code == 0 and loss == pytest.approx(reported, rel=1e-4)
 
 
+def test_an_exported_model_has_the_scores_of_its_run(run, tmp_path):
+    pytest.importorskip("transformers")
+    directory, _ = run
+    common = ["tasks=multikey", "lengths=512", "samples=4"]
+    ((code, said),) = run_on_ranks(1, export_on_a_rank, [str(directory), f"out={tmp_path}/hf", "dtype=fp32"])
+    assert code == 0, said
+    scores = []
+    for place, out in ((directory, "a"), (tmp_path / "hf", "b")):
+        ((code, said),) = run_on_ranks(1, evaluate_on_a_rank, [str(place), *common, f"out={tmp_path / out}"])
+        assert code == 0, said
+        result = json.loads((tmp_path / out / "evaluation.json").read_text())
+        scores.append({key: result[key] for key in ("tasks", "cache_bytes", "parameters", "layer_pattern")})
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "usage: python -m train.evaluate RUN_DIRECTORY [tasks=...]"),
+        ([], "usage: python -m train.evaluate RUN_DIRECTORY|HF_DIRECTORY [tasks=...]"),
         (["nowhere"], "nowhere/config.yaml is missing: nowhere is not the directory of a run"),
         (["RUN", "tasks=haystack"], "tasks=haystack: 'haystack' is not one of perplexity, needle"),
         (["RUN", "lengths=510"], "lengths=510 is not a multiple of 4, on which documents start"),

@@ -1,0 +1,213 @@
+"""Does KSA remember at 1/k of the cache? `python -m tests.bench.evidence [key=value ...]`
+
+Trains the small models of `configs/evidence/`, several at a time on one device, evaluates them and writes
+docs/results/ksa_vs_full.json with pictures and a table. Started again, it goes on where it stopped; the report takes
+what is there.
+
+    only=NAME,...      some of the runs              seeds=0,1,2       of the weights
+    phases=train,path,evaluate,report                steps=N           of each run; null: what the configuration says
+    parallel=10        processes at a time           minutes=5         after which a run stops and counts as it is
+    samples=16         probes of each kind           lengths=1024,2048,4096,8192
+    overrides='...'    further overrides for training, e.g. a smaller model to try the driver on a CPU
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import data_pipeline
+from train import checkpoint, evaluation_plots
+from train.config import TrainConfig, from_mapping
+from train.metrics import read_records
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONFIGS = ROOT / "configs" / "evidence"
+RESULTS = ROOT / "docs" / "results"
+NAMES = [path.stem for path in sorted(CONFIGS.glob("[a-z]*.yaml")) if path.stem != "path"]
+PATH_STAGES = ("0-distill", "1-anneal")
+DEFAULTS: dict[str, Any] = dict(
+    only=None, seeds="0", phases="train,path,evaluate,report", steps=None, parallel=10, minutes=5, samples=16,
+    lengths="1024,2048,4096,8192", overrides="", root="runs/evidence",
+)  # fmt: skip
+# Runs that differ in one thing only, for a picture each.
+FIGURES = {
+    "mixers": ["full", "hybrid_swa", "hybrid_sca", "swa", "pure_ksa", "hybrid_ksa"],
+    "k": ["full", "hybrid_ksa_k4", "hybrid_ksa", "hybrid_ksa_k16", "hybrid_ksa_k32", "pure_ksa_k4", "pure_ksa",
+          "pure_ksa_k16", "pure_ksa_k16_m2", "pure_ksa_k32"],
+}  # fmt: skip
+
+
+def main() -> None:
+    options = DEFAULTS | {key: yaml.safe_load(value) for key, _, value in (a.partition("=") for a in sys.argv[1:])}
+    unknown = options.keys() - DEFAULTS.keys()
+    if unknown:
+        raise SystemExit(f"error: {', '.join(sorted(unknown))}: the keys are {', '.join(DEFAULTS)}")
+    names = NAMES if options["only"] is None else _list(options["only"])
+    seeds, phases = _list(options["seeds"]), _list(options["phases"])
+    if "train" in phases:
+        prepare(options)
+        run_all(
+            (f"{name}-{seed}", train_command(name, seed, options)) for seed in seeds for name in names if name != "path"
+        )
+    if "path" in phases and ("path" in names or options["only"] is None):
+        run_all((f"path-{seed}", train_command("path", seed, options)) for seed in seeds)
+    directories = [d for seed in seeds for name in [*names, "path"] for d in trained(options, name, seed)]
+    if "evaluate" in phases:
+        run_all((f"evaluate-{d.name}", evaluate_command(d, options)) for d in directories)
+    if "report" in phases:
+        report(options)
+
+
+def _list(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else str(value).split(",")
+
+
+def prepare(options: dict[str, Any]) -> None:
+    """Tokenize once, before many processes want the same."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        overrides = ["+evidence=full", *shlex.split(options["overrides"])]
+        values = OmegaConf.to_container(compose("config", overrides), resolve=True)
+    config = from_mapping(TrainConfig, values)  # type: ignore[arg-type]
+    data = data_pipeline.open_data(config.data, progress=True)
+    data.samples("train", config.seq_len, config.alignment)
+    print("\n".join(data.report()), flush=True)
+
+
+def train_command(name: str, seed: str, options: dict[str, Any]) -> list[str]:
+    own = [
+        f"run.root={options['root']}",
+        f"run.name={name}-{seed}",
+        f"run.seed={seed}",
+        f"run.max_minutes={options['minutes']}",
+    ]
+    if options["steps"] is not None and name != "path":
+        own += [f"run.steps={options['steps']}"]
+    if name == "path":
+        own += [f"init_from={options['root']}/full-{seed}"]
+    return ["train", f"+evidence={name}", *own, *shlex.split(options["overrides"])]
+
+
+def evaluate_command(directory: Path, options: dict[str, Any]) -> list[str]:
+    return [
+        "train.evaluate",
+        str(directory),
+        f"lengths={options['lengths']}",
+        f"samples={options['samples']}",
+        "seed=977",
+    ]
+
+
+def run_all(jobs: Iterable[tuple[str, list[str]]]) -> None:
+    """Run `python -m ARGUMENTS` for all jobs, `parallel` at a time; one that fails is told of and the rest goes on."""
+    options = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+    limit, logs = (
+        int(options.get("parallel", DEFAULTS["parallel"])),
+        ROOT / options.get("root", DEFAULTS["root"]) / "logs",
+    )
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, running = list(jobs), {}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    while waiting or running:
+        while waiting and len(running) < limit:
+            name, arguments = waiting.pop(0)
+            with open(logs / f"{name}.log", "w") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
+            running[name] = (process, time.monotonic())
+        time.sleep(0.5)
+        for name, (process, began) in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                print(f"{name}: exit code {process.returncode} after {time.monotonic() - began:.0f} s", flush=True)
+
+
+def trained(options: dict[str, Any], name: str, seed: str) -> Iterator[Path]:
+    """Run directories of a name that hold a checkpoint."""
+    root = ROOT / options["root"]
+    places = [root / f"path-{seed}" / stage for stage in PATH_STAGES] if name == "path" else [root / f"{name}-{seed}"]
+    yield from (place for place in places if checkpoint.complete(place / "checkpoints"))
+
+
+def report(options: dict[str, Any]) -> None:
+    """Numbers of every evaluated run, their mean and spread over seeds, pictures, and a table in Markdown."""
+    root = ROOT / options["root"]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(root.rglob("evaluation.json")):
+        directory = path.parent
+        name, _, seed = directory.relative_to(root).parts[0].rpartition("-")
+        name += f"/{directory.name[2:]}" if directory.parent != root else ""
+        state = checkpoint.read_state(checkpoint.complete(directory / "checkpoints")[-1])
+        speed = [r["tokens_per_second"] for r in read_records(directory / "metrics.jsonl") if "loss" in r]
+        facts = {
+            "seed": int(seed),
+            "step": state["step"],
+            "of_steps": state["config"]["run"]["steps"],
+            "tokens": state["tokens"],
+            "tokens_per_second_median": statistics.median(speed) if speed else None,
+        }
+        runs.setdefault(name, []).append(facts | json.loads(path.read_text()))
+    if not runs:
+        raise SystemExit(f"error: {root} holds no evaluation.json: run phases=train,evaluate first")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    result = {
+        "command": "python -m tests.bench.evidence " + " ".join(sys.argv[1:]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "torch": torch.__version__,
+        "runs": runs,
+    }
+    (RESULTS / "ksa_vs_full.json").write_text(json.dumps(result, indent=1) + "\n")
+    first = {name: found[0] for name, found in runs.items()}
+    for figure, members in FIGURES.items():
+        chosen = {name: first[name] for name in members if name in first}
+        if chosen:
+            evaluation_plots.recall_by_distance(chosen, RESULTS / f"ksa_vs_full_{figure}_distance.png")
+            evaluation_plots.recall_by_cache(chosen, RESULTS / f"ksa_vs_full_{figure}_cache.png")
+    print(markdown(runs))
+
+
+def markdown(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A row per run: tokens, held-out loss, recall by length, cache bytes at the longest; spread over seeds."""
+    lengths = [str(n) for n in next(iter(runs.values()))[0]["lengths"]]
+    lines = [
+        "| run | seeds | tokens | held-out loss | "
+        + " | ".join(f"recall at {n}" for n in lengths)
+        + f" | cache bytes at {lengths[-1]} |",
+        "|---|---|---|---|" + "---|" * (len(lengths) + 1),
+    ]
+    for name, found in runs.items():
+        loss = _spread([run["perplexity"][lengths[1]]["loss"] for run in found], 3)
+        recall = [
+            _spread([statistics.mean(s[n]["token_accuracy"] for s in run["tasks"].values()) for run in found], 3)
+            for n in lengths
+        ]
+        tokens = f"{found[0]['tokens']:,}" + (
+            "" if found[0]["step"] == found[0]["of_steps"] else " (stopped by the clock)"
+        )
+        cells = [name, len(found), tokens, loss, *recall, f"{found[0]['cache_bytes'][lengths[-1]]:,}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

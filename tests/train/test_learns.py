@@ -1,0 +1,47 @@
+"""A small hybrid KSA model learns the needle on one CPU core: the whole chain from probes to recall, end to end."""
+
+import time
+
+from tests.ranks import run_on_ranks
+
+CONFIG = dict(
+    seq_len=512,
+    model=dict(
+        hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32, ffn_size=128, layer_pattern="KF",
+        chunk_size=4, window_chunks=8, vocab_multiple=32, tie_embeddings=True, init_std=0.1,
+    ),
+    data=dict(source="synthetic", vocab_size=2048, tasks=["needle"], probe_tokens=[64, 128]),
+    optim=dict(lr=5e-3, warmup_steps=30, schedule="cosine", weight_decay=0.0),
+    run=dict(steps=450, samples_per_step=2, log_every=50, eval_every=450, eval_samples=0, device="cpu"),
+    checkpoint=dict(every_steps=None),
+    logging=dict(wandb="off", progress=False),
+)  # fmt: skip
+
+
+def learn(root: str) -> dict:
+    """Train, evaluate before and after on needles of 64 to 128 tokens, at depths beyond the text window of 36."""
+    import torch
+
+    from train import evaluate, parallel
+    from train.config import TrainConfig, from_mapping
+    from train.evaluate import EvaluateConfig
+    from train.trainer import train
+
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in CONFIG.items()}
+    values["run"]["root"], values["data"]["cache_dir"] = root, f"{root}/cache"
+    began = time.process_time()
+    result = train(from_mapping(TrainConfig, values))
+    seconds = time.process_time() - began
+    world = parallel.initialize(parallel.ParallelConfig(), torch.device("cpu"))
+    model, tokenizer, run = evaluate.load(result.directory, world)
+    config = EvaluateConfig(tasks=("needle",), lengths=(64, 128), samples=20, depths=5)
+    return {"seconds": seconds, "tasks": evaluate.evaluate(model, tokenizer, run, config, world.device)["tasks"]}
+
+
+def test_a_small_model_learns_the_needle(tmp_path):
+    (learnt,) = run_on_ranks(1, learn, str(tmp_path))
+    assert learnt["seconds"] < 60
+    for score in learnt["tasks"]["needle"].values():
+        assert score["token_accuracy"] > 0.7, learnt
+    deep = [accuracy for depth, accuracy in learnt["tasks"]["needle"]["128"]["by_depth"] if depth < 0.5]
+    assert min(deep) > 0.5, learnt

@@ -1,0 +1,72 @@
+"""The directory of a run: what is written into it at the start, and whether a later start may go on in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from data_pipeline import TrainingData
+from train.config import ConfigError, TrainConfig, flatten, to_mapping
+
+# Sections and keys that may differ between two visits to one run directory: they do not change what is computed.
+CHANGEABLE = (
+    "logging",
+    "checkpoint",
+    "parallel",
+    "resume",
+    "init_from",
+    "dry_run",
+    "dry_run_ranks",
+    "dry_run_gpu",
+    "run.root",
+    "run.device",
+    "run.log_every",
+    "run.eval_every",
+    "run.eval_samples",
+    "run.stop_at_step",
+    "run.max_minutes",
+    "run.steps",
+    "run.max_bad_steps",
+    "run.skip_samples",
+    "run.spike_factor",
+    "run.recompute",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.prefetch_samples",
+    "data.retries",
+    "data.verify",
+    "data.accept_changes",
+    "model.attention_backend",
+)
+
+
+def check(directory: Path, config: TrainConfig) -> None:
+    """Refuse a run directory that was begun with another configuration."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        return
+    before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = flatten(to_mapping(config))
+    before["model.vocab_size"] = now["model.vocab_size"]  # filled in from the tokenizer
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)
+    ]
+    if changed:
+        shown = ", ".join(f"{key} was {before.get(key)} and is now {now.get(key)}" for key in changed[:4])
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise ConfigError(
+            f"{directory} holds a run with another configuration: {shown}{more}; choose another run.name, or remove "
+            "the directory"
+        )
+
+
+def write(directory: Path, config: TrainConfig, data: TrainingData) -> None:
+    """The tokenizer, and everything that the run was told."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(data.tokenizer_path, directory / "tokenizer.model")
+    text = yaml.safe_dump(to_mapping(config), sort_keys=False)
+    (directory / "config.yaml").write_text(text, encoding="utf-8")
