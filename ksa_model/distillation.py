@@ -20,7 +20,8 @@ from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_para
 from ksa_model import kernels
 from ksa_model.attention import Attention, Heads
 from ksa_model.layout import SequenceLayout, TextLayout
-from ksa_model.model import IGNORE_INDEX, LOSS_ROWS, Decoder
+from ksa_model.loss import IGNORE_INDEX, LOSS_ROWS
+from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
 
 PARTS = ("lm", "kl", "attention")

@@ -16,16 +16,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ksa_model import triton_attention
-from ksa_model.ranges import CausalRun
+from ksa_model import triton_attention, triton_summary
+from ksa_model.layout import SequenceLayout
+from ksa_model.ranges import CausalRun, to_device
 from ksa_model.triton_attention import Part
 
 # Steps (chunks of a far part, rows of a full layer) from which cuDNN is faster than the Triton kernels: docs/log.md.
 MIN_RUN_STEPS = 2048
-# Share of the query heads in one cuDNN call, whose workspace and passing gradients are some five times its queries; and
-# what is small enough (bytes of queries) not to be cut further.
-CALL_SHARE = 1 / 12
-SMALL_CALL = 2**22
+# Share of the query heads in one cuDNN call, whose workspace and passing gradients are some five times its queries, for
+# as many query as key/value heads; with fewer of the latter the operands shrink, and the share with them.
+CALL_SHARE = 0.16
+SMALL_CALL = 2**22  # bytes of queries that are not worth cutting further
 
 
 def supports(q: torch.Tensor) -> bool:
@@ -148,6 +149,16 @@ def _zero_outside(runs: list[CausalRun], like: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def summary_attention(q, k_text, v_text, k_summary, v_summary, layout: SequenceLayout) -> torch.Tensor | None:
+    """`kernels.summary_attention` in one kernel each way; None where a chunk is too long for it."""
+    if not triton_summary.fits(q, k_text.shape[1], layout.chunk_size, layout.summary_tokens):
+        return None
+    device = q.device
+    lengths = layout.cached(("int32 lengths", device), lambda: to_device(layout.chunk_lengths, device))
+    rows = (_rows_apart(x) for x in (k_text, v_text, k_summary, v_summary))
+    return triton_summary.SummaryAttention.apply(q, *rows, lengths, layout.chunk_size)
+
+
 # -- cuDNN ------------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +204,7 @@ def _calls(run: CausalRun, q: torch.Tensor, k: torch.Tensor) -> Iterator[_Call]:
     see all of them at once, then the rectangle."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     least = SMALL_CALL // (run.num_rows * q.shape[-1] * q.element_size())
-    at_once = max(1, least, int(heads * CALL_SHARE))
+    at_once = min(heads, max(1, least, int(heads * CALL_SHARE * (1 + 1 / group) / 2)))
     # Heads of a call either fill their key/value heads or share one.
     at_once = at_once // group * group if at_once >= group else max(n for n in range(1, at_once + 1) if group % n == 0)
     end = run.triangle_key + run.num_steps * run.step_keys

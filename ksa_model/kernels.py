@@ -115,6 +115,11 @@ def summary_attention(
     """
     if backend == "reference":
         return reference.summary_attention(q_summary, k_text, v_text, k_summary, v_summary, layout)
+    kernels = choose(q_summary, backend)
+    if kernels.__name__ == "ksa_model.fused" and layout.num_chunks:
+        found = kernels.summary_attention(q_summary, k_text, v_text, k_summary, v_summary, layout)
+        if found is not None:
+            return found
     chunks, m = layout.num_chunks, layout.summary_tokens
     heads, head_dim = q_summary.shape[1:]
     kv_heads = k_text.shape[1]

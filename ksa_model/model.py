@@ -12,19 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ksa_model import rows
+from ksa_model import loss, rows
 from ksa_model.attention import Attention, Mix, RMSNorm, RotaryTables
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_tensor_parallel
 from ksa_model.layout import SequenceLayout
 from ksa_model.tensor_parallel import TensorParallel
-
-IGNORE_INDEX = -100
-LOSS_ROWS = 1024  # rows of logits that exist at a time
 
 # (model, tokens, labels, layout) -> loss, summed over the rows that carry one
 Objective = Callable[["Decoder", torch.Tensor, torch.Tensor, SequenceLayout], torch.Tensor]
@@ -75,7 +72,7 @@ class Decoder(nn.Module):
         if objective is not None:
             return objective(self, tokens, labels, layout)
         hidden = self.tp.gather(self.norm(self.hidden(tokens, layout)))
-        return _ChunkedCrossEntropy.apply(hidden, self.head_weight, labels, self.valid_columns, self.tp.size == 1)
+        return loss.cross_entropy(hidden, self.head_weight, labels, self.valid_columns, self.tp)
 
     def logits(
         self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None, rows: torch.Tensor | None = None
@@ -180,63 +177,3 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.tp.gather(x)
         return self.down(rows.swiglu(self.gate(x), self.up(x)))
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of `hidden @ weight.T` without a [T, vocabulary] tensor.
-
-    Each slice of rows runs forward and backward at once and leaves only its share of the gradients behind; backward
-    scales them by the incoming gradient, so any outer loss scale is honoured. The vocabulary is split over tensor
-    ranks; each rank's hidden gradient is partial and summed by the `gather` that made `hidden`.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, valid_columns: int, whole: bool):
-        """hidden [T, h], weight [V, h], labels int64 [T] -> fp32 scalar. `whole`: V is all of the vocabulary."""
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        if needs_grad:
-            grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for start in range(0, len(hidden), LOSS_ROWS):
-            rows = slice(start, start + LOSS_ROWS)
-            logits = (hidden[rows] @ weight.t()).float()
-            logits[:, valid_columns:] = float("-inf")  # vocabulary padding gets no probability
-            loss, grad_logits = (_whole_loss if whole else _parallel_loss)(logits, labels[rows], needs_grad)
-            total += loss
-            if grad_logits is not None:
-                grad_logits = grad_logits.to(hidden.dtype)
-                torch.matmul(grad_logits, weight, out=grad_hidden[rows])
-                grad_weight += grad_logits.t() @ hidden[rows]
-        if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.weight_dtype = weight.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_total):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, (grad_weight * grad_total).to(ctx.weight_dtype), None, None, None
-
-
-def _whole_loss(logits, labels, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum of the rows' losses and, if asked, its gradient by `logits` [n, V], softmax less one-hot."""
-    valid, picked = labels != IGNORE_INDEX, labels.clamp(min=0)[:, None]
-    log_weights = torch.log_softmax(logits, dim=-1)
-    loss = -(log_weights.gather(1, picked)[:, 0] * valid).sum()
-    if not needs_grad:
-        return loss, None
-    grad = log_weights.exp_()
-    grad.scatter_add_(1, picked, grad.new_full((), -1).expand_as(picked))
-    return loss, grad.mul_(valid[:, None])
-
-
-def _parallel_loss(logits, labels, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same where each tensor rank holds a share of the vocabulary. Overwrites `logits`: the library's cross
-    entropy turns them into the softmax and then the gradient."""
-    with torch.enable_grad():
-        losses = vocab_parallel_cross_entropy(logits.requires_grad_(needs_grad)[:, None], labels.clamp(min=0)[:, None])[
-            :, 0
-        ]
-        loss = (losses * (labels != IGNORE_INDEX)).sum()
-    return loss.detach(), torch.autograd.grad(loss, logits)[0] if needs_grad else None

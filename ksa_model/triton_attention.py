@@ -254,18 +254,16 @@ def _merge(out, lse, other_out, other_lse, first_row, lse_stride, num_steps, out
 
 @dataclass(frozen=True)
 class Tiling:
-    """Query rows and keys of a tile; warps and pipeline stages of a program, registers of a thread (None: no limit)."""
+    """Query rows and keys of a tile; warps and pipeline stages of a program."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
-        options = dict(BLOCK_M=self.rows, BLOCK_N=self.keys, num_warps=self.warps, num_stages=self.stages)
-        return options | ({"maxnreg": self.registers} if self.registers else {})
+        return dict(BLOCK_M=self.rows, BLOCK_N=self.keys, num_warps=self.warps, num_stages=self.stages)
 
 
 def tilings(head_dim: int, capability: tuple[int, int]) -> tuple[Tiling, Tiling, Tiling]:
@@ -274,8 +272,7 @@ def tilings(head_dim: int, capability: tuple[int, int]) -> tuple[Tiling, Tiling,
         return Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 1)
     if capability != (8, 0) and capability[0] not in (9, 10):  # consumer cards: under 100 KiB of shared memory
         return Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2)
-    # 128 registers let two programs share a multiprocessor.
-    return Tiling(64, 64, 4, 3), Tiling(128, 32, 8, 3, registers=128), Tiling(64, 64, 4, 2)
+    return Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)  # two programs share a multiprocessor
 
 
 # keys and values [N, G, d] and the rows' ranges over them

@@ -60,7 +60,7 @@ def submit(launch: Launch, points: list[Point], home: Path, command: list[str]) 
         (runs.launch_directory(directory) / "logs").mkdir(parents=True, exist_ok=True)
     path = runs.launch_directory(home) / "job.sbatch"
     path.write_text(text, encoding="utf-8")
-    jobs = []
+    jobs: list[str] = []
     for _ in range(launch.settings.chain_jobs):
         done = subprocess.run(
             ["sbatch", "--parsable", *options, str(path)], capture_output=True, text=True, cwd=launch.directory

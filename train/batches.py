@@ -12,7 +12,7 @@ from data_pipeline import PackedSample
 from ksa_model import layout
 from ksa_model.config import ModelConfig
 from ksa_model.layout import SequenceLayout, ShardedLayout
-from ksa_model.model import IGNORE_INDEX
+from ksa_model.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ksa_model.config import LayerConfig, ModelConfig
-from ksa_model.model import LOSS_ROWS
+from ksa_model.loss import FUSED_LOSS_ROWS, LOSS_ROWS
 from train.config import ConfigError, TrainConfig, validate
 
 GIB = 2**30
@@ -99,7 +99,8 @@ def _working_bytes(config: TrainConfig) -> dict[str, float]:
         kept = sum(blocks)
     vocabulary = model.padded_vocab_size // parallel.tensor
     head = model.hidden_size * vocabulary * 4 + text * model.hidden_size * (2 * value + 4)
-    logits = min(LOSS_ROWS, text) * vocabulary * (4 + value)
+    rows, bytes_each = (FUSED_LOSS_ROWS, value) if value == 2 else (LOSS_ROWS, 4 + value)
+    logits = min(rows, text) * vocabulary * bytes_each
     return {"activations": kept, "loss": head + logits}
 
 

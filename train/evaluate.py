@@ -175,8 +175,7 @@ def load(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainConfig
 def _load_hf(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainConfig]:
     from train import import_hf
 
-    location = import_hf.HF_PREFIX + str(directory)
-    tensors, source = import_hf.open_source(location)
+    tensors, source = import_hf.open_source(str(directory))
     path = import_hf.find_tokenizer(directory)
     if path is None:
         raise ConfigError(
@@ -184,7 +183,7 @@ def _load_hf(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainCo
         )
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     model = Decoder(source.config, TensorParallel(world.tensor_group, dtype=dtype))
-    import_hf.load_model(location, model, import_hf.Weights(tensors, source, source.config), world)
+    import_hf.load_model(model, import_hf.Weights(tensors, source, source.config), world)
     k = source.config.chunk_size
     data = DataConfig(source="stdlib", tokenizer=str(path))
     config = TrainConfig(model=source.config, seq_len=max(k, source.max_positions // k * k), data=data)

@@ -12,7 +12,8 @@ from data_pipeline import Tokenizer
 from data_pipeline.synthetic import Probe, evaluation_probes
 from ksa_model import layout
 from ksa_model.insight import summary_weights
-from ksa_model.model import IGNORE_INDEX, LOSS_ROWS, Decoder
+from ksa_model.loss import IGNORE_INDEX, LOSS_ROWS
+from ksa_model.model import Decoder
 from train.batches import Batch
 
 

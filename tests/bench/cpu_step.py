@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import data_pipeline
-from ksa_model import attention, kernels, model
+from ksa_model import attention, kernels, loss, model
 from train import parallel, trainer
 from train.config import TrainConfig, from_mapping
 from train.metrics import StepSums
@@ -34,7 +34,7 @@ PARTS = {
     "norms": (attention.RMSNorm, "forward"),
     "RoPE": (attention, "rotate"),
     "MLP": (model.MLP, "forward"),
-    "loss": (model._ChunkedCrossEntropy, "forward"),
+    "loss": (loss._ChunkedCrossEntropy, "forward"),
 }
 
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ksa_model.attention import Attention
 from ksa_model.distillation import Distillation
-from ksa_model.model import IGNORE_INDEX
+from ksa_model.loss import IGNORE_INDEX
 from tests.ksa_model.test_kernels import make_layout
 from tests.ksa_model.test_model import build, random_text, small_config
 from tests.ranks import run_on_ranks

@@ -132,6 +132,22 @@ def test_text_mixers_match_reference(name, mixer, size):
     compare(text(pack, mixer, size), text(pack, mixer, size, "reference"), draw(pack, 4, 2, 16)[:3], pack)
 
 
+@pytest.mark.parametrize("name", PACKS)
+def test_summaries_match_reference(name):
+    pack = make_layout(*PACKS[name])
+    q = torch.randn(pack.num_summary, 4, 16, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
+    inputs = [q.requires_grad_(), *draw(pack, 4, 2, 16)[1:]]
+    real = torch.from_numpy(pack.chunk_lengths > 0).repeat_interleave(pack.summary_tokens).to(DEVICE)
+    weights = torch.randn(q.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE) * real[:, None, None]
+    results = []
+    for backend, given in (("fused", inputs), ("reference", [x.detach().float().requires_grad_() for x in inputs])):
+        out = kernels.summary_attention(*given, pack, backend)
+        results.append([out * real[:, None, None], *torch.autograd.grad(out, given, weights.to(out.dtype))])
+    for i, (got, want) in enumerate(zip(*results)):
+        assert torch.isfinite(got).all()
+        assert error(got, want, floor=1e-6 + 0.02 * float(weights.norm())) <= (GRAD_ERROR if i else OUT_ERROR)
+
+
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("lengths", [[120], [73, 7, 60], [30, 91]])
 def test_long_stretches_go_to_the_library(monkeypatch, lengths, m):

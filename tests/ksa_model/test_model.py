@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from ksa_model import layout, model, reference
 from ksa_model.attention import RotaryTables
 from ksa_model.config import ModelConfig, ModelConfigError
+from ksa_model.loss import IGNORE_INDEX, LOSS_ROWS
 from ksa_model.tensor_parallel import TensorParallel
 from tests.ksa_model.test_kernels import make_layout
 
@@ -39,7 +40,7 @@ def random_text(pack, vocab=61, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab, (pack.num_text,), generator=generator)
     real = torch.from_numpy(pack.text_is_real)
-    labels = torch.where(real, torch.randint(0, vocab, (pack.num_text,), generator=generator), model.IGNORE_INDEX)
+    labels = torch.where(real, torch.randint(0, vocab, (pack.num_text,), generator=generator), IGNORE_INDEX)
     return tokens * real, labels
 
 
@@ -91,7 +92,7 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         x = x + mlp(norm(x, b + "mlp_norm.weight"), b)
     head = p["embedding.weight"] if config.tie_embeddings else p["head.weight"]
     logits = norm(x, "norm.weight") @ head[: config.vocab_size].t()
-    return F.cross_entropy(logits, labels, ignore_index=model.IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 @pytest.mark.parametrize(
@@ -203,14 +204,14 @@ def test_loss_keeps_no_logits(world):
 
     with torch.autograd.graph.saved_tensors_hooks(see, lambda x: x):
         decoder(*random_text(pack, vocab=60_000), pack)
-    assert largest <= model.LOSS_ROWS * config.padded_vocab_size < 2500 * config.padded_vocab_size
+    assert largest <= LOSS_ROWS * config.padded_vocab_size < 2500 * config.padded_vocab_size
 
 
 def test_rows_without_any_label_give_zero_and_finite_gradients(world):
     pack = make_layout([10], 4, 1, 0)
     decoder = build(world, small_config())
     tokens, labels = random_text(pack)
-    loss = decoder(tokens, torch.full_like(labels, model.IGNORE_INDEX), pack)
+    loss = decoder(tokens, torch.full_like(labels, IGNORE_INDEX), pack)
     loss.backward()
     assert loss == 0 and all(p.grad is not None and (p.grad == 0).all() for p in decoder.parameters())
 
