@@ -14,7 +14,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def _statistics(logits, labels, top_out, total_out, picked_out, columns, valid_columns, first_column,
+def _loss_statistics(logits, labels, top_out, total_out, picked_out, columns, valid_columns, first_column,
                 BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at, column = logits + row * columns, tl.arange(0, BLOCK)
@@ -36,7 +36,7 @@ def _statistics(logits, labels, top_out, total_out, picked_out, columns, valid_c
 
 
 @triton.jit
-def _gradient(logits, labels, log_total, columns, valid_columns, first_column, ignored, BLOCK: tl.constexpr):
+def _loss_gradient(logits, labels, log_total, columns, valid_columns, first_column, ignored, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at, inside = logits + row * columns + column, column < columns
     label = tl.load(labels + row)
@@ -50,7 +50,7 @@ def statistics(logits: torch.Tensor, labels: torch.Tensor, valid_columns: int, f
     """logits [n, V], labels int64 [n] -> each row's largest logit, sum of exp(logit - largest), and the logit of its
     label or 0 where the label is not among columns `first_column ...` of the vocabulary; all fp32 [n]."""
     found = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
-    _statistics[(len(logits),)](
+    _loss_statistics[(len(logits),)](
         logits, labels, *found, logits.shape[1], valid_columns, first_column, BLOCK, num_warps=8
     )  # fmt: skip
     return found.unbind()
@@ -62,6 +62,6 @@ def gradient_(logits: torch.Tensor, labels, log_total, valid_columns: int, first
     log_total fp32 [n]: log-sum-exp of a row over the whole vocabulary.
     """
     grid = (len(logits), triton.cdiv(logits.shape[1], BLOCK))
-    _gradient[grid](
+    _loss_gradient[grid](
         logits, labels, log_total, logits.shape[1], valid_columns, first_column, ignored, BLOCK, num_warps=8
     )

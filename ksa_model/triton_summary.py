@@ -57,7 +57,7 @@ def _weights(query, text, summary, lengths, first_chunk, chunks, chunk, place, s
 
 
 @triton.jit
-def _forward(q, k_text, v_text, k_summary, v_summary, lengths, out, chunks, text_k_stride, text_v_stride,
+def _summary_forward(q, k_text, v_text, k_summary, v_summary, lengths, out, chunks, text_k_stride, text_v_stride,
              summary_k_stride, summary_v_stride, scale, K: tl.constexpr, M: tl.constexpr, CHUNKS: tl.constexpr,
              HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
              BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
@@ -78,7 +78,7 @@ def _forward(q, k_text, v_text, k_summary, v_summary, lengths, out, chunks, text
 
 
 @triton.jit
-def _backward(q, k_text, v_text, k_summary, v_summary, lengths, grad_out, grad_q, grad_k_text, grad_v_text,
+def _summary_backward(q, k_text, v_text, k_summary, v_summary, lengths, grad_out, grad_q, grad_k_text, grad_v_text,
               grad_k_summary, grad_v_summary, chunks, text_k_stride, text_v_stride, summary_k_stride, summary_v_stride,
               scale, K: tl.constexpr, M: tl.constexpr, CHUNKS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
               D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -128,7 +128,7 @@ class SummaryAttention(torch.autograd.Function):
         inputs = q.contiguous(), k_text, v_text, k_summary, v_summary, lengths
         out = torch.empty_like(inputs[0])
         grid, sizes, numbers = _plan(inputs, chunk_size)
-        _forward[grid](*inputs, out, *numbers, **sizes)
+        _summary_forward[grid](*inputs, out, *numbers, **sizes)
         ctx.save_for_backward(*inputs)
         ctx.chunk_size = chunk_size
         return out
@@ -138,7 +138,7 @@ class SummaryAttention(torch.autograd.Function):
         inputs: tuple[torch.Tensor, ...] = ctx.saved_tensors
         grid, sizes, numbers = _plan(inputs, ctx.chunk_size)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:5]]
-        _backward[grid](*inputs, grad_out.contiguous(), *grads, *numbers, **sizes)
+        _summary_backward[grid](*inputs, grad_out.contiguous(), *grads, *numbers, **sizes)
         return *grads, None, None
 
 

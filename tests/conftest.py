@@ -8,12 +8,15 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import torch  # noqa: E402  (reads the lines above)
+
+if not torch.cuda.is_available():  # Triton's interpreter runs the GPU kernels; read when Triton is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def world():
     """A world of one gloo rank, for tests of the model in this process."""
-    import torch
-
     from train import parallel
 
     torch.set_num_threads(1)
@@ -37,8 +40,6 @@ LONGEST_FIRST = [
 
 
 def pytest_collection_modifyitems(items):
-    import torch
-
     here = Path(__file__).parent
     order = {here / name: i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))

@@ -33,13 +33,14 @@ CASES = {  # name: (seq_len, samples of a step, layers, recompute, patterns)
     "128k": (131_072, 1, 12, True, ("KKKF", "K", "F")),
 }
 PARTS = {  # words in a kernel's name: the part it is counted to; the first that fits
+    "_summary_": "summaries' attention",
+    "_loss_": "loss",
     "sdpa": "attention, cuDNN",
     "_backward_keys": "attention, Triton",
     "_backward_queries": "attention, Triton",
     "_forward": "attention, Triton",
     "_delta": "attention, Triton",
     "cudnn": "attention, cuDNN",
-    "fmha": "summaries' attention",
     "_rms_norm": "norms and rotation",
     "_norm_rotate": "norms and rotation",
     "_swiglu": "SwiGLU",

@@ -4,21 +4,17 @@ On the CPU the library kernel for long causal stretches has a plain stand-in wit
 is what is ours: how stretches are found, cut, viewed, merged, and how their gradients come back.
 """
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[test]'")
 
-from ksa_model import fused, kernels, layout, reference  # noqa: E402
-from tests.ksa_model.test_kernels import PACKS, make_layout  # noqa: E402
+from ksa_model import fused, kernels, layout, reference
+from tests.ksa_model.test_kernels import PACKS, make_layout
 
 gpu = pytest.mark.gpu
+ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 OUT_ERROR, GRAD_ERROR = (4e-3, 8e-3) if ON_GPU else (1e-5, 2e-5)

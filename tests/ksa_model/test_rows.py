@@ -1,18 +1,14 @@
 """Norm, norm with rotation and SwiGLU: the kernels against their plain twins, values and gradients, by Triton's
 interpreter on the CPU and for real on a GPU."""
 
-import os
-
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[test]'")
 
-from ksa_model import rows, triton_rows  # noqa: E402
+from ksa_model import rows, triton_rows
 
+ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 

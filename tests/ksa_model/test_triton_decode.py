@@ -1,22 +1,18 @@
 """Kernels of decoding: by Triton's interpreter on the CPU, for real and as graphs on a GPU."""
 
-import os
-
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[test]'")
 
-from ksa_model import triton_decode, triton_rows  # noqa: E402
-from ksa_model.cache import DecodingCache, Sampling, generate  # noqa: E402
-from ksa_model.model import Decoder  # noqa: E402
-from ksa_model.tensor_parallel import TensorParallel  # noqa: E402
-from tests.ksa_model.test_cache import model_for  # noqa: E402
-from tests.ksa_model.test_model import small_config  # noqa: E402
+from ksa_model import triton_decode, triton_rows
+from ksa_model.cache import DecodingCache, Sampling, generate
+from ksa_model.model import Decoder
+from ksa_model.tensor_parallel import TensorParallel
+from tests.ksa_model.test_cache import model_for
+from tests.ksa_model.test_model import small_config
 
+ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 

@@ -1,17 +1,13 @@
 """The loss kernels against plain torch: by Triton's interpreter on the CPU, for real on a GPU."""
 
-import os
-
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[test]'")
 
-from ksa_model import loss, triton_loss  # noqa: E402
+from ksa_model import loss, triton_loss
 
+ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
