@@ -23,10 +23,11 @@ from ksa_model.triton_attention import Part
 
 # Steps (chunks of a far part, rows of a full layer) from which cuDNN is faster than the Triton kernels: docs/log.md.
 MIN_RUN_STEPS = 2048
-# Share of the query heads in one cuDNN call, whose workspace and passing gradients are some five times its queries, for
-# as many query as key/value heads; with fewer of the latter the operands shrink, and the share with them.
+# Share of the query heads in a cuDNN call, whose workspace and passing gradients are some five times its queries, for
+# as many query as key/value heads; with fewer of these the operands shrink, and the share with them. Calls of up to
+# SMALL_CALL bytes of queries are not cut further: at 32,768 tokens smaller ones cost 8 % of the time.
 CALL_SHARE = 0.16
-SMALL_CALL = 2**22  # bytes of queries that are not worth cutting further
+SMALL_CALL = 2**26
 
 
 def supports(q: torch.Tensor) -> bool:
@@ -96,34 +97,37 @@ class Gradient:
 
     def __init__(self, grad_out: torch.Tensor, q: torch.Tensor, softmax: Softmax):
         self._grad_out, self._q, self._softmax = _rows_apart(grad_out.contiguous()), _rows_apart(q), softmax
-        self._delta = triton_attention.row_products(self._grad_out, softmax.out)
+        self._delta: torch.Tensor | None = None
         self.grad_q: torch.Tensor | None = None
 
     def add(self, parts: list[Part]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Gradients [N, G, d] of every part's keys and values."""
-        q, softmax, grad_out = self._q, self._softmax, self._grad_out
+        q = self._q
         parts = [(_rows_apart(k), _rows_apart(v), ranges) for k, v, ranges in parts]
         split = [ranges.causal_split(_min_run_steps(q)) for _, _, ranges in parts]
         rests = [(k, v, rest) for (k, v, _), (_, rest) in zip(parts, split)]
-        if _visible(rests):
-            grads = triton_attention.backward_keys(grad_out, q, rests, softmax.lse, self._delta)
+        runs_of_all = [run for runs, _ in split for run in runs]
+        if _visible(rests) or not runs_of_all:
+            grads = self._add_rests(rests)
         else:
             grads = [(torch.zeros_like(k), torch.zeros_like(v)) for k, v, _ in rests]
         adding = self.grad_q is not None
-        runs_of_all = [run for runs, _ in split for run in runs]
-        if self.grad_q is None and runs_of_all:
+        if self.grad_q is None:
             self.grad_q = _zero_outside(runs_of_all, q)
         for (k, v, _), (runs, _), (grad_k, grad_v) in zip(parts, split, grads):
             for run in runs:
                 for call in _calls(run, q, k):
                     self._add_call(call, k, v, grad_k, grad_v, adding or not call.is_first)
-        if self.grad_q is None or _visible(rests):
-            has_state = self.grad_q is not None
-            self.grad_q = self.grad_q if self.grad_q is not None else torch.empty_like(q)
-            triton_attention.backward_queries(
-                grad_out, q, rests, softmax.lse, self._delta, self.grad_q, has_state=has_state
-            )
         return grads
+
+    def _add_rests(self, rests: list[Part]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        q, grad_out, softmax = self._q, self._grad_out, self._softmax
+        has_state, has_delta = self.grad_q is not None, self._delta is not None
+        self.grad_q = self.grad_q if self.grad_q is not None else torch.empty_like(q)
+        self._delta = self._delta if self._delta is not None else triton_attention.row_values(q)
+        joint = softmax.out, softmax.lse, self._delta, self.grad_q
+        triton_attention.backward_queries(grad_out, q, rests, *joint, has_state=has_state, has_delta=has_delta)
+        return triton_attention.backward_keys(grad_out, q, rests, softmax.lse, self._delta)
 
     def _add_call(self, call: _Call, k, v, grad_k, grad_v, adding: bool) -> None:
         assert self.grad_q is not None

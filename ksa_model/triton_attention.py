@@ -100,20 +100,6 @@ def _forward(queries, out, lse, num_rows, lse_stride, scale,
              mask=inside)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "lse_stride"])
-def _delta(grad_out, out, delta, num_rows, lse_stride, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-           BLOCK_M: tl.constexpr):  # fmt: skip
-    """delta [H, T] = rowsum(grad_out * out)."""
-    rows, head, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1), tl.arange(0, BLOCK_D)
-    inside = rows < num_rows
-    cells = rows.to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
-    kept = inside[:, None] & (columns < D)[None, :]
-    product = tl.load(grad_out + cells, mask=kept, other=0.0).to(tl.float32) * tl.load(
-        out + cells, mask=kept, other=0.0
-    )
-    tl.store(delta + head * lse_stride + rows, tl.sum(product, 1), mask=inside)
-
-
 @triton.jit
 def _query_gradient(grad, q, grad_out, row_lse, delta, keys, values, row_start, row_end, tile, rows, inside, kv_head,
                     scale, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -133,16 +119,17 @@ def _query_gradient(grad, q, grad_out, row_lse, delta, keys, values, row_start, 
 
 
 @triton.jit(do_not_specialize=["num_rows", "lse_stride"])
-def _backward_queries(queries, grads, lse, delta, grad_q, num_rows, lse_stride, scale,
+def _backward_queries(queries, grads, out, lse, delta, grad_q, num_rows, lse_stride, scale,
                       keys_0, values_0, row_start_0, row_end_0, tiles_0,
                       keys_1, values_1, row_start_1, row_end_1, tiles_1,
                       PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                       BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_STATE: tl.constexpr,
-                      ):  # fmt: skip
-    """Gradient of one tile of query rows; with HAS_STATE it is added to what `grad_q` holds."""
+                      HAS_DELTA: tl.constexpr):  # fmt: skip
+    """Gradient of one tile of query rows; with HAS_STATE it is added to what `grad_q` holds. Unless HAS_DELTA, `delta`,
+    the sum of grad_out * out over a row, is computed here and left for the gradients of the keys."""
     index, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     first = index * BLOCK_M
-    if HAS_STATE:
+    if HAS_STATE and HAS_DELTA:
         nothing = tl.load(tiles_0 + 4 * index) >= tl.load(tiles_0 + 4 * index + 1)
         if PARTS == 2:
             nothing = nothing & (tl.load(tiles_1 + 4 * index) >= tl.load(tiles_1 + 4 * index + 1))
@@ -153,7 +140,13 @@ def _backward_queries(queries, grads, lse, delta, grad_q, num_rows, lse_stride, 
     query = queries.load([head, first, 0]).reshape(BLOCK_M, BLOCK_D)
     grad_rows = grads.load([head, first, 0]).reshape(BLOCK_M, BLOCK_D)
     row_lse = tl.load(lse + head * lse_stride + rows, mask=inside, other=float("inf")) * LOG2_E
-    row_delta = tl.load(delta + head * lse_stride + rows, mask=inside, other=0.0)
+    cells = rows.to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
+    kept = inside[:, None] & (columns < D)[None, :]
+    if HAS_DELTA:
+        row_delta = tl.load(delta + head * lse_stride + rows, mask=inside, other=0.0)
+    else:
+        row_delta = tl.sum(grad_rows.to(tl.float32) * tl.load(out + cells, mask=kept, other=0.0), 1)
+        tl.store(delta + head * lse_stride + rows, row_delta, mask=inside)
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     grad = _query_gradient(grad, query, grad_rows, row_lse, row_delta, keys_0, values_0, row_start_0, row_end_0,
                            tiles_0 + 4 * index, rows, inside, head // GROUP, scale * LOG2_E, BLOCK_D,
@@ -163,8 +156,6 @@ def _backward_queries(queries, grads, lse, delta, grad_q, num_rows, lse_stride, 
                                tiles_1 + 4 * index, rows, inside, head // GROUP, scale * LOG2_E, BLOCK_D,
                                BLOCK_N)  # fmt: skip
     grad *= scale
-    cells = rows.to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
-    kept = inside[:, None] & (columns < D)[None, :]
     if HAS_STATE:
         grad += tl.load(grad_q + cells, mask=kept, other=0.0).to(tl.float32)
     tl.store(grad_q + cells, grad.to(grad_q.dtype.element_ty), mask=kept)
@@ -296,24 +287,16 @@ def forward(q, parts: list[Part], out, lse, *, has_state: bool, empty_is_padding
     )  # fmt: skip
 
 
-def row_products(grad_out, out) -> torch.Tensor:
-    """delta [H, T] fp32: what backward subtracts from every row, rowsum(grad_out * out)."""
-    rows, heads, head_dim = out.shape
-    delta = row_values(out)
-    _delta[(triton.cdiv(rows, 64), heads)](
-        grad_out, out, delta, rows, delta.stride(0), HEADS=heads, D=head_dim,
-        BLOCK_D=_block_d(head_dim), BLOCK_M=64,
-    )  # fmt: skip
-    return delta
+def backward_queries(grad_out, q, parts: list[Part], out, lse, delta, grad_q, *, has_state: bool, has_delta: bool):
+    """Gradient of q into `grad_q` [T, H, d], or added to it, under the joint `out` and `lse`.
 
-
-def backward_queries(grad_out, q, parts: list[Part], lse, delta, grad_q, *, has_state: bool) -> None:
-    """Gradient of q into `grad_q` [T, H, d], or added to it, under the joint `lse` and `delta` [H, T]."""
+    Without `has_delta`, fills `delta` [H, T] (`row_values`), the rows' sums of grad_out * out, for `backward_keys`.
+    """
     tiling = _tilings(q)[1]
     _backward_queries[(triton.cdiv(len(q), tiling.rows), q.shape[1])](
-        _tiles_of(q, tiling.rows), _tiles_of(grad_out, tiling.rows), lse, delta, grad_q, len(q), lse.stride(0),
+        _tiles_of(q, tiling.rows), _tiles_of(grad_out, tiling.rows), out, lse, delta, grad_q, len(q), lse.stride(0),
         _scale(q), *_arguments([_row_part(part, tiling) for part in parts]),
-        PARTS=len(parts), HAS_STATE=has_state, **_shape(q, parts), **tiling.options,
+        PARTS=len(parts), HAS_STATE=has_state, HAS_DELTA=has_delta, **_shape(q, parts), **tiling.options,
     )  # fmt: skip
 
 

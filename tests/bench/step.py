@@ -39,7 +39,6 @@ PARTS = {  # words in a kernel's name: the part it is counted to; the first that
     "_backward_keys": "attention, Triton",
     "_backward_queries": "attention, Triton",
     "_forward": "attention, Triton",
-    "_delta": "attention, Triton",
     "cudnn": "attention, cuDNN",
     "_rms_norm": "norms and rotation",
     "_norm_rotate": "norms and rotation",
