@@ -8,7 +8,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402  (reads the lines above)
+import torch
 
 if not torch.cuda.is_available():  # Triton's interpreter runs the GPU kernels; read when Triton is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
