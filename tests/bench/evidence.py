@@ -66,9 +66,11 @@ def main() -> None:
         )
     if "path" in phases and ("path" in names or options["only"] is None):
         run_all((f"path-{seed}", train_command("path", seed, options)) for seed in seeds)
-    directories = [d for seed in seeds for name in [*names, "path"] for d in trained(options, name, seed)]
+    directories = [
+        d for seed in seeds for name in dict.fromkeys([*names, "path"]) for d in trained(options, name, seed)
+    ]
     if "evaluate" in phases:
-        run_all((f"evaluate-{d.name}", evaluate_command(d, options)) for d in directories)
+        run_all(("evaluate-" + "-".join(d.parts[-2:]), evaluate_command(d, options)) for d in directories)
     if "report" in phases:
         report(options)
 
@@ -184,14 +186,15 @@ def report(options: dict[str, Any]) -> None:
 def markdown(runs: dict[str, list[dict[str, Any]]]) -> str:
     """A row per run: tokens, held-out loss, recall by length, cache bytes at the longest; spread over seeds."""
     lengths = [str(n) for n in next(iter(runs.values()))[0]["lengths"]]
+    trained_at = lengths[min(1, len(lengths) - 1)]
     lines = [
-        "| run | seeds | tokens | held-out loss | "
+        f"| run | seeds | tokens | loss at {trained_at} | "
         + " | ".join(f"recall at {n}" for n in lengths)
         + f" | cache bytes at {lengths[-1]} |",
         "|---|---|---|---|" + "---|" * (len(lengths) + 1),
     ]
     for name, found in runs.items():
-        loss = _spread([run["perplexity"][lengths[1]]["loss"] for run in found], 3)
+        loss = _spread([run["perplexity"][trained_at]["loss"] for run in found], 3)
         recall = [
             _spread([statistics.mean(s[n]["token_accuracy"] for s in run["tasks"].values()) for run in found], 3)
             for n in lengths
