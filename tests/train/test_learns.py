@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from tests.ranks import run_on_ranks
 
 CONFIG = dict(
@@ -38,6 +40,7 @@ def learn(root: str) -> dict:
     return {"seconds": seconds, "tasks": evaluate.evaluate(model, tokenizer, run, config, world.device)["tasks"]}
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_the_needle(tmp_path):
     (learnt,) = run_on_ranks(1, learn, str(tmp_path))
     assert learnt["seconds"] < 60
