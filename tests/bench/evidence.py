@@ -1,8 +1,8 @@
 """Does KSA remember at 1/k of the cache? `python -m tests.bench.evidence [key=value ...]`
 
-Trains the small models of `configs/evidence/`, several at a time on one device, evaluates them and writes
-docs/results/ksa_vs_full.json with pictures; prints a table. Started again, it goes on where it stopped; the report takes
-what is there.
+Trains the small models of `configs/evidence/`, several at a time on one device, evaluates them, writes
+docs/results/ksa_vs_full.json with pictures, and prints a table. Started again, it goes on where it stopped; the report
+takes what is there.
 
     only=NAME,...      some of the runs              seeds=0,1,2       of the weights
     phases=train,path,evaluate,report                steps=N           of each run; null: what the configuration says
