@@ -123,6 +123,12 @@ class Attention(nn.Module):
             k=self._heads(self.key(text), "key_norm", rotary.text),
             v=self._heads(self.value(text)),
         )
+        if summary is not None and not len(summary):  # a layout without summaries: kernels are for rows that exist
+            if self.layer.projects_summaries:
+                heads.k_summary, heads.v_summary = heads.k[:0], heads.v[:0]
+            if self.layer.updates_summaries:
+                heads.q_summary = heads.q[:0]
+            return heads
         if self.layer.projects_summaries:
             heads.k_summary = self._heads(self._of_summary("key", summary), "key_norm", rotary.summary)
             heads.v_summary = self._heads(self._of_summary("value", summary))

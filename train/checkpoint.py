@@ -220,13 +220,13 @@ class Checkpoints:
         if resume != "auto" and not self._began_with(own, resume):
             found = find(resume, self.directory)
             assert found is not None
-            self._verify(found)
+            self.verify(found)
             return found
         damaged: list[tuple[Place, CheckpointError]] = []
         while own:
             place = own.pop().place
             try:
-                self._verify(place)
+                self.verify(place)
             except CheckpointError as error:
                 if self._config.on_damage == "fail":
                     raise CheckpointError(
@@ -263,7 +263,7 @@ class Checkpoints:
 
     def inherit(self, checkpoint: Place) -> None:
         """Begin with the weights of another run of the same model, and its optimizer's moments where it has them."""
-        self._verify(checkpoint)
+        self.verify(checkpoint)
         state = read_state(checkpoint)
         self._read_tensors(checkpoint, state, None, moments="exp_avg" in state.get("contains", ["exp_avg"]))
 
@@ -333,7 +333,7 @@ class Checkpoints:
         names = self._on_main(lambda: json.dumps([(s.step, s.place.name) for s in files.finished(self.directory)]))
         return [Saved(step, self.directory / name) for step, name in json.loads(names)]
 
-    def _verify(self, checkpoint: Place) -> None:
+    def verify(self, checkpoint: Place) -> None:
         """Every rank reads its share of the files; all learn what is wrong."""
         error = None
         try:

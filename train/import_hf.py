@@ -156,11 +156,14 @@ def check(config: TrainConfig) -> None:
         _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
 
 
-def initialise(engine: Any, world: World, config: TrainConfig) -> str:
-    """Fill the fp32 weights that this rank owns from `init_from=hf:...`, on any layout; moments stay zero. Collective.
-    Returns a line for the log."""
+def initialise(engine: Any, world: World, config: TrainConfig, run: Place | None = None) -> str:
+    """Fill the fp32 weights that this rank owns from `init_from=hf:...`, or from a `run`'s verified checkpoint, on any
+    layout; moments stay zero. Collective. Returns a line for the log."""
     assert config.init_from is not None
-    weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
+    if run is None:
+        weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
+    else:
+        weights = _weights_of_run(run, config)
     dims = {name: dim for name, (_, dim) in config.model.parameter_shapes().items()}
     for owned in engine.owned_state():
         shift, dim = [0] * len(owned.shape), dims[owned.name]
@@ -192,6 +195,12 @@ def load_model(model: Decoder, weights: Weights, world: World) -> None:
 def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle: bool = False) -> Weights:
     tensors, source = open_source(directory, allow_pickle)
     return Weights(tensors, source, model, _summary_row(summary_from, directory))
+
+
+def _weights_of_run(place: Place, config: TrainConfig) -> Weights:
+    there = from_mapping(TrainConfig, checkpoint.read_state(place)["config"])
+    source = Source("a run", there.model, there.seq_len)
+    return Weights(RunTensors(place), source, config.model, _summary_row(config.init_summary_from, str(place)))
 
 
 def _summary_row(summary_from: str, directory: str) -> int | None:

@@ -246,7 +246,8 @@ class _Run:
         if stage.inherits_moments:
             self.checkpoints.inherit(found)
         else:
-            self._say(import_hf.initialise(self.engine, self.world, self.config))
+            self.checkpoints.verify(found)
+            self._say(import_hf.initialise(self.engine, self.world, self.config, found))
         self._say(stages.what_is_inherited(stage, str(found), state, flatten(to_mapping(self.config))))
         if state.get("loader", {}).get("fingerprint") == self.loader.state()["fingerprint"]:
             self.loader.load_state(state["loader"])

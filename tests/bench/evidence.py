@@ -1,13 +1,14 @@
 """Does KSA remember at 1/k of the cache? `python -m tests.bench.evidence [key=value ...]`
 
-Trains the small models of `configs/evidence/`, several at a time on one device, evaluates them and writes
-docs/results/ksa_vs_full.json with pictures and a table. Started again, it goes on where it stopped; the report takes
-what is there.
+Trains the small models of `configs/evidence/`, several at a time on one device, evaluates them, writes
+docs/results/ksa_vs_full.json with pictures, and prints a table. Started again, it goes on where it stopped; the report
+takes what is there.
 
     only=NAME,...      some of the runs              seeds=0,1,2       of the weights
     phases=train,path,evaluate,report                steps=N           of each run; null: what the configuration says
     parallel=10        processes at a time           minutes=5         after which a run stops and counts as it is
     samples=16         probes of each kind           lengths=1024,2048,4096,8192
+    root=runs/evidence out=docs/results
     overrides='...'    further overrides for training, e.g. a smaller model to try the driver on a CPU
 """
 
@@ -37,12 +38,11 @@ from train.metrics import read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = ROOT / "configs" / "evidence"
-RESULTS = ROOT / "docs" / "results"
 NAMES = [path.stem for path in sorted(CONFIGS.glob("[a-z]*.yaml")) if path.stem != "path"]
 PATH_STAGES = ("0-distill", "1-anneal")
 DEFAULTS: dict[str, Any] = dict(
     only=None, seeds="0", phases="train,path,evaluate,report", steps=None, parallel=10, minutes=5, samples=16,
-    lengths="1024,2048,4096,8192", overrides="", root="runs/evidence",
+    lengths="1024,2048,4096,8192", overrides="", root="runs/evidence", out="docs/results",
 )  # fmt: skip
 # Runs that differ in one thing only, for a picture each.
 FIGURES = {
@@ -66,9 +66,11 @@ def main() -> None:
         )
     if "path" in phases and ("path" in names or options["only"] is None):
         run_all((f"path-{seed}", train_command("path", seed, options)) for seed in seeds)
-    directories = [d for seed in seeds for name in [*names, "path"] for d in trained(options, name, seed)]
+    directories = [
+        d for seed in seeds for name in dict.fromkeys([*names, "path"]) for d in trained(options, name, seed)
+    ]
     if "evaluate" in phases:
-        run_all((f"evaluate-{d.name}", evaluate_command(d, options)) for d in directories)
+        run_all(("evaluate-" + "-".join(d.parts[-2:]), evaluate_command(d, options)) for d in directories)
     if "report" in phases:
         report(options)
 
@@ -146,7 +148,7 @@ def trained(options: dict[str, Any], name: str, seed: str) -> Iterator[Path]:
 
 def report(options: dict[str, Any]) -> None:
     """Numbers of every evaluated run, their mean and spread over seeds, pictures, and a table in Markdown."""
-    root = ROOT / options["root"]
+    root, out = ROOT / options["root"], ROOT / options["out"]
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(root.rglob("evaluation.json")):
         directory = path.parent
@@ -164,34 +166,35 @@ def report(options: dict[str, Any]) -> None:
         runs.setdefault(name, []).append(facts | json.loads(path.read_text()))
     if not runs:
         raise SystemExit(f"error: {root} holds no evaluation.json: run phases=train,evaluate first")
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     result = {
         "command": "python -m tests.bench.evidence " + " ".join(sys.argv[1:]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
         "torch": torch.__version__,
         "runs": runs,
     }
-    (RESULTS / "ksa_vs_full.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "ksa_vs_full.json").write_text(json.dumps(result, indent=1) + "\n")
     first = {name: found[0] for name, found in runs.items()}
     for figure, members in FIGURES.items():
         chosen = {name: first[name] for name in members if name in first}
         if chosen:
-            evaluation_plots.recall_by_distance(chosen, RESULTS / f"ksa_vs_full_{figure}_distance.png")
-            evaluation_plots.recall_by_cache(chosen, RESULTS / f"ksa_vs_full_{figure}_cache.png")
+            evaluation_plots.recall_by_distance(chosen, out / f"ksa_vs_full_{figure}_distance.png")
+            evaluation_plots.recall_by_cache(chosen, out / f"ksa_vs_full_{figure}_cache.png")
     print(markdown(runs))
 
 
 def markdown(runs: dict[str, list[dict[str, Any]]]) -> str:
     """A row per run: tokens, held-out loss, recall by length, cache bytes at the longest; spread over seeds."""
     lengths = [str(n) for n in next(iter(runs.values()))[0]["lengths"]]
+    trained_at = lengths[min(1, len(lengths) - 1)]
     lines = [
-        "| run | seeds | tokens | held-out loss | "
+        f"| run | seeds | tokens | loss at {trained_at} | "
         + " | ".join(f"recall at {n}" for n in lengths)
         + f" | cache bytes at {lengths[-1]} |",
         "|---|---|---|---|" + "---|" * (len(lengths) + 1),
     ]
     for name, found in runs.items():
-        loss = _spread([run["perplexity"][lengths[1]]["loss"] for run in found], 3)
+        loss = _spread([run["perplexity"][trained_at]["loss"] for run in found], 3)
         recall = [
             _spread([statistics.mean(s[n]["token_accuracy"] for s in run["tasks"].values()) for run in found], 3)
             for n in lengths

@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from tests.ranks import run_on_ranks
 
 CONFIG = dict(
@@ -11,8 +13,8 @@ CONFIG = dict(
         chunk_size=4, window_chunks=8, vocab_multiple=32, tie_embeddings=True, init_std=0.1,
     ),
     data=dict(source="synthetic", vocab_size=2048, tasks=["needle"], probe_tokens=[64, 128]),
-    optim=dict(lr=5e-3, warmup_steps=30, schedule="cosine", weight_decay=0.0),
-    run=dict(steps=450, samples_per_step=2, log_every=50, eval_every=450, eval_samples=0, device="cpu"),
+    optim=dict(lr=3e-3, warmup_steps=30, schedule="cosine", weight_decay=0.0),
+    run=dict(steps=800, samples_per_step=1, log_every=100, eval_every=800, eval_samples=0, device="cpu"),
     checkpoint=dict(every_steps=None),
     logging=dict(wandb="off", progress=False),
 )  # fmt: skip
@@ -38,9 +40,11 @@ def learn(root: str) -> dict:
     return {"seconds": seconds, "tasks": evaluate.evaluate(model, tokenizer, run, config, world.device)["tasks"]}
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_the_needle(tmp_path):
     (learnt,) = run_on_ranks(1, learn, str(tmp_path))
     assert learnt["seconds"] < 60
+    # Without recall a seventh of the tokens (where a number begins) and a tenth of the digits are right: 0.23.
     for score in learnt["tasks"]["needle"].values():
         assert score["token_accuracy"] > 0.7, learnt
     deep = [accuracy for depth, accuracy in learnt["tasks"]["needle"]["128"]["by_depth"] if depth < 0.5]
