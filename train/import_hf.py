@@ -198,9 +198,11 @@ def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle
 
 
 def _weights_of_run(place: Place, config: TrainConfig) -> Weights:
-    there = from_mapping(TrainConfig, checkpoint.read_state(place)["config"])
+    state = checkpoint.read_state(place)
+    there = from_mapping(TrainConfig, state["config"])
     source = Source("a run", there.model, there.seq_len)
-    return Weights(RunTensors(place), source, config.model, _summary_row(config.init_summary_from, str(place)))
+    tensors = RunTensors(place, state.get("own_share", 1.0))  # amid an annealing: what that run computes
+    return Weights(tensors, source, config.model, _summary_row(config.init_summary_from, str(place)))
 
 
 def _summary_row(summary_from: str, directory: str) -> int | None:

@@ -14,6 +14,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -86,8 +88,8 @@ def run_layout(layout: str, size: str) -> dict:
     return found | {"device": workload.device_name(), "torch": torch.__version__}
 
 
-def launch(ranks: int, size: str) -> dict[str, dict]:
-    """Every layout of so many ranks, in one start."""
+def launch(ranks: int, size: str) -> Iterator[dict]:
+    """Every layout of so many ranks, in one start; each as soon as it is measured."""
     torchrun = [
         "torch.distributed.run",
         f"--nproc-per-node={ranks}",
@@ -96,17 +98,22 @@ def launch(ranks: int, size: str) -> dict[str, dict]:
     ]
     command = [sys.executable, "-m", *torchrun, "-m", "tests.bench.parallel", str(ranks), size]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} if size == "toy" else dict(os.environ)
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
-    lines = [json.loads(x.removeprefix("RESULT ")) for x in done.stdout.splitlines() if x.startswith("RESULT ")]
-    if done.returncode:
-        raise SystemExit(f"{ranks} ranks: exit code {done.returncode}\n{done.stdout[-1000:]}\n{done.stderr[-5000:]}")
-    return {line.pop("layout"): line for line in lines}
+    with tempfile.TemporaryFile("w+") as errors:
+        started = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors)
+        assert started.stdout is not None
+        for line in started.stdout:
+            if line.startswith("RESULT "):
+                yield json.loads(line.removeprefix("RESULT "))
+        if started.wait():
+            errors.seek(0)
+            raise SystemExit(f"{ranks} ranks: exit code {started.returncode}\n{errors.read()[-5000:]}")
 
 
 def main(size: str, out: Path) -> None:
     results: dict = {"command": f"python -m tests.bench.parallel size={size}", "size": SIZES[size], "layouts": {}}
     for ranks in sorted({ranks for ranks, _ in LAYOUTS.values()}):
-        for layout, found in launch(ranks, size).items():
+        for found in launch(ranks, size):
+            layout = found.pop("layout")
             one = results["layouts"].get("one rank", found)
             worst = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], one["losses"]))
             results |= {"device": found.pop("device"), "torch": found.pop("torch")}
@@ -117,8 +124,9 @@ def main(size: str, out: Path) -> None:
             speed_up = one["seconds"] / found["seconds"]
             print(f"{layout:<12}{found['seconds']:9.3f} s a step of two samples{speed_up:8.2f} x"
                   f"   worst loss difference {worst:.1e}", flush=True)  # fmt: skip
+            if size == "full":  # after every layout, so that what was measured is kept whatever comes next
+                (out / "parallel.json").write_text(json.dumps(results, indent=1) + "\n")
     if size == "full":
-        (out / "parallel.json").write_text(json.dumps(results, indent=1) + "\n")
         print(f"wrote {out / 'parallel.json'}")
 
 
