@@ -81,6 +81,11 @@ def _state_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, floa
     }
 
 
+def _fused(config: TrainConfig) -> bool:
+    """Whether the plan is for the GPU's kernels, which keep less than plain torch."""
+    return config.run.precision == "bf16" and config.run.device != "cpu"
+
+
 def _rows(config: TrainConfig) -> tuple[int, int]:
     """Text and summary rows of one context rank."""
     text = config.seq_len // config.parallel.context
@@ -99,7 +104,7 @@ def _working_bytes(config: TrainConfig) -> dict[str, float]:
         kept = sum(blocks)
     vocabulary = model.padded_vocab_size // parallel.tensor
     head = model.hidden_size * vocabulary * 4 + text * model.hidden_size * (2 * value + 4)
-    rows, bytes_each = (FUSED_LOSS_ROWS, value) if value == 2 else (LOSS_ROWS, 4 + value)
+    rows, bytes_each = (FUSED_LOSS_ROWS, value) if _fused(config) else (LOSS_ROWS, 4 + value)
     logits = min(rows, text) * vocabulary * bytes_each
     return {"activations": kept, "loss": head + logits}
 
@@ -125,8 +130,9 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     tensor, context = config.parallel.tensor, config.parallel.context
     share = tensor if config.parallel.sequence else 1
     b = 2 if config.run.precision == "bf16" else 4
-    # A norm keeps its input in fp32; the normalised rows are made again.
-    norm = 4
+    fused = _fused(config)
+    # A norm keeps its input, in fp32 where plain torch computes it; the normalised rows are made again.
+    norm = b if fused else 4
     h, f = model.hidden_size, model.ffn_size // tensor
     q, kv = model.num_heads * model.head_dim // tensor, model.num_kv_heads * model.head_dim // tensor
     entering, updated, text = _stream_rows(layer, config)
@@ -140,7 +146,7 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
         heads += (text * (q + kv) + projected * kv + summary_out * q) * norm
     log_sum_exp = text * q // model.head_dim * 4
     out = updated * q * b * (2 if summary_out else 1)  # joined streams are a copy
-    if summary_out:  # per-chunk copies of keys and values for the summary queries
+    if summary_out and not fused:  # per-chunk copies of keys and values for the summary queries
         heads += (text + projected) * 2 * kv * b + summary_out * q * b
     exchanged = 0.0
     if context > 1:
@@ -152,7 +158,7 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
             exchanged = text * context * 2 * kv * b
         elif layer.mixer == "K":
             exchanged += projected * context * 2 * kv * b
-    mlp = updated * f * 4 * b
+    mlp = updated * f * (3 if fused else 4) * b  # gate, up, their product; plain torch keeps silu(gate) as well
     return norms + gathered + heads + log_sum_exp + out + exchanged + mlp
 
 
