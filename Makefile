@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # The exact versions this project is tested with, torch among them. On a GPU host, or with a torch of your own, see the
 # README's "Install".
 PINS   := requirements/pins.txt
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test check install clean
 
@@ -27,7 +27,7 @@ $(VENV)/dev-installed: $(VENV)/installed
 train: install
 	$(BIN)/python -m train
 
-# Two workers: many tests wait for processes they started. A file stays on one worker, with what it has set up; the
+# Three workers for two cores: many tests wait for processes they started. A file stays on one worker, with what it has set up; the
 # longest files come first, as tests/conftest.py orders them.
 test: $(VENV)/dev-installed
 	$(PYTEST)

@@ -264,13 +264,18 @@ def cancel(record: runs.Record) -> int:
 
 
 def _output(command: list[str]) -> str:
+    """What the command prints, or nothing where it fails."""
+    done = _ask(command)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _ask(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "SLURM_TIME_FORMAT": "standard"}
         )
     except FileNotFoundError:
         raise LaunchError(f"{command[0]} is not on PATH: ask from a login node") from None
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _one_line(text: str) -> str:
@@ -278,5 +283,13 @@ def _one_line(text: str) -> str:
 
 
 def running_jobs(record: runs.Record) -> bool:
-    """Whether any of the record's jobs is still in the queue."""
-    return any(_output(["squeue", "--noheader", f"--jobs={job}", "--format=%i"]) for job in record.jobs)
+    """Whether any of the record's jobs is still in the queue. Raises `LaunchError` where Slurm does not say."""
+    # All jobs, by number and by the number of their array: asked for one that is long gone, squeue fails as if it were
+    # not reached.
+    done = _ask(["squeue", "--noheader", "--format=%A %F"])
+    if done.returncode:
+        raise LaunchError(
+            f"squeue exited with {done.returncode} ({_one_line(done.stderr)}), so nobody knows whether job "
+            f"{', '.join(record.jobs)} of this run is still in the queue; try again when Slurm answers"
+        )
+    return not set(record.jobs).isdisjoint(done.stdout.split())

@@ -9,14 +9,11 @@ losses must agree, then timed steps of four layers of the large one. Prints a ta
 
 from __future__ import annotations
 
-import gc
 import json
-import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+
+from tests.bench import workload
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAYOUTS = {  # name: (ranks, parallel overrides)
@@ -55,7 +52,6 @@ def run_layout(layout: str, size: str) -> dict:
     import torch
 
     from ksa_model.config import ModelConfig
-    from tests.bench import workload
     from train import parallel
     from train.config import RunConfig, TrainConfig
     from train.parallel import ParallelConfig
@@ -76,43 +72,18 @@ def run_layout(layout: str, size: str) -> dict:
         if part == "equal":
             found["losses"] = bench.losses(chosen["steps"])
         else:
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
             found["seconds"] = bench.seconds(WARM_UP, TIMED)
             found["peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         del bench
         parallel.shutdown()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        workload.forget()
     return found | {"device": workload.device_name(), "torch": torch.__version__}
-
-
-def launch(ranks: int, size: str) -> Iterator[dict]:
-    """Every layout of so many ranks, in one start; each as soon as it is measured."""
-    torchrun = [
-        "torch.distributed.run",
-        f"--nproc-per-node={ranks}",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-    ]
-    command = [sys.executable, "-m", *torchrun, "-m", "tests.bench.parallel", str(ranks), size]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} if size == "toy" else dict(os.environ)
-    with tempfile.TemporaryFile("w+") as errors:
-        started = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors)
-        assert started.stdout is not None
-        for line in started.stdout:
-            if line.startswith("RESULT "):
-                yield json.loads(line.removeprefix("RESULT "))
-        if started.wait():
-            errors.seek(0)
-            raise SystemExit(f"{ranks} ranks: exit code {started.returncode}\n{errors.read()[-5000:]}")
 
 
 def main(size: str, out: Path) -> None:
     results: dict = {"command": f"python -m tests.bench.parallel size={size}", "size": SIZES[size], "layouts": {}}
     for ranks in sorted({ranks for ranks, _ in LAYOUTS.values()}):
-        for found in launch(ranks, size):
+        for found in workload.ranks_results("tests.bench.parallel", ranks, size, threads=1 if size == "toy" else None):
             layout = found.pop("layout")
             one = results["layouts"].get("one rank", found)
             worst = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], one["losses"]))
@@ -134,9 +105,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1].isdigit():
         for name, (ranks, _) in LAYOUTS.items():
             if ranks == int(sys.argv[1]):
-                result = run_layout(name, sys.argv[2]) | {"layout": name}
-                if os.environ.get("RANK", "0") == "0":
-                    print("RESULT " + json.dumps(result), flush=True)
+                workload.result(run_layout(name, sys.argv[2]) | {"layout": name})
     else:
         given = dict(argument.split("=", 1) for argument in sys.argv[1:])
         main(given.get("size", "full"), Path(given.get("out", ROOT / "docs/results")))

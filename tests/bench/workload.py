@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +23,8 @@ from train.batches import Batch, batch_maker
 from train.config import TrainConfig
 from train.metrics import StepSums
 from train.parallel import World
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def sample(seq_len: int, vocab_size: int, index: int, cuts: list[int]) -> PackedSample:
@@ -85,3 +95,38 @@ def start(config: TrainConfig) -> World:
 
 def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def ranks_results(module: str, ranks: int, *arguments: str, threads: int | None = None) -> Iterator[dict]:
+    """Start `python -m module RANKS ARGUMENTS...` under torchrun; what the main rank says by `result`, as it comes."""
+    torchrun = [
+        "torch.distributed.run",
+        f"--nproc-per-node={ranks}",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
+    command = [sys.executable, "-m", *torchrun, "-m", module, str(ranks), *arguments]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    with tempfile.TemporaryFile("w+") as errors:
+        started = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors)
+        assert started.stdout is not None
+        for line in started.stdout:
+            if line.startswith("RESULT "):
+                yield json.loads(line.removeprefix("RESULT "))
+        if started.wait():
+            errors.seek(0)
+            raise SystemExit(f"{ranks} ranks: exit code {started.returncode}\n{errors.read()[-5000:]}")
+
+
+def result(values: dict) -> None:
+    """Hand numbers to `ranks_results`; other ranks than the first say nothing."""
+    if os.environ.get("RANK", "0") == "0":
+        print("RESULT " + json.dumps(values), flush=True)
+
+
+def forget() -> None:
+    """After a world was shut down: give its memory back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

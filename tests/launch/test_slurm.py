@@ -182,11 +182,13 @@ def test_sweep_as_an_array(cluster, small, root):
     spoiled.mkdir(parents=True)
     (spoiled / "config.yaml").write_text("seq_len: 99\n")  # another run's directory
     command = ["sweep=a", f"run.root={hydra(root)}", *[o for o in small if "chunk_size" not in o], "run.steps=4"]
+    cluster.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # the array waits until it was asked for twice
     launch(cluster, *command, "model.chunk_size=4,8", module="launch.sweep")
     job = job_of(home)
     refused = cluster.run(sys.executable, "-m", "launch.sweep", *command, "model.chunk_size=4,8", "target=slurm",
                           "launch.partition=low", cwd=ROOT, check=False)  # fmt: skip
     assert refused.returncode == 2 and "still in the queue" in refused.stderr
+    cluster.run("scontrol", "update", "PartitionName=low", "State=UP")
     wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the array", 240)
     assert sorted(losses(home / "chunk_size=4")) == [1, 2, 3, 4], told(home / "chunk_size=4")
     assert "ended with 2" in history(spoiled) and "start 0.1" not in history(spoiled)
