@@ -20,6 +20,10 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 OUT_ERROR, GRAD_ERROR = (4e-3, 8e-3) if ON_GPU else (1e-5, 2e-5)
 
 
+# The interpreter takes a second for a hundred rows: the packs in which something else is at stake.
+INTERPRETED = ["k-1, k, k+1", "one-token documents", "m=3 short chunk", "m larger than the chunk", "only padding"]
+
+
 def draw(pack, heads, kv_heads, head_dim, dtype=DTYPE, seed=0):
     """q, k, v of text and k, v of summaries; everything that may not be read is NaN-free but large."""
     generator = torch.Generator().manual_seed(seed)
@@ -115,14 +119,14 @@ def text(pack, mixer, size, backend="fused"):
 
 
 @pytest.mark.parametrize("window", [0, 3, 1000] if ON_GPU else [3])
-@pytest.mark.parametrize("name", PACKS if ON_GPU else [n for n in PACKS if n not in ("one document", "primes", "k=1")])
+@pytest.mark.parametrize("name", PACKS if ON_GPU else INTERPRETED)
 def test_ksa_matches_reference(name, window):
     pack = make_layout(*PACKS[name])
     compare(ksa(pack, window), ksa(pack, window, "reference"), draw(pack, 4, 2, 16), pack)
 
 
 @pytest.mark.parametrize("mixer,size", [("F", 0), ("S", 1), ("S", 7), ("C", 0), ("C", 2)])
-@pytest.mark.parametrize("name", ["primes", "m=2", "only padding"])
+@pytest.mark.parametrize("name", ["primes", "m=2", "only padding"] if ON_GPU else ["k-1, k, k+1", "only padding"])
 def test_text_mixers_match_reference(name, mixer, size):
     pack = make_layout(*PACKS[name])
     compare(text(pack, mixer, size), text(pack, mixer, size, "reference"), draw(pack, 4, 2, 16)[:3], pack)
@@ -145,21 +149,21 @@ def test_summaries_match_reference(name):
 
 
 @pytest.mark.parametrize("m", [1, 2])
-@pytest.mark.parametrize("lengths", [[120], [73, 7, 60], [30, 91]])
+@pytest.mark.parametrize("lengths", [[120], [73, 7, 60], [30, 91]] if ON_GPU else [[70], [41, 7, 30]])
 def test_long_stretches_go_to_the_library(monkeypatch, lengths, m):
     """With a low threshold every document is a run: whole ones, rounded ones, and what rounding leaves over."""
     monkeypatch.setattr(fused, "MIN_RUN_STEPS", 5)
     monkeypatch.setattr(fused, "SMALL_CALL", 1)  # one head at a time, of two that share their keys
     pack = make_layout(lengths, 4, m, 0)
     runs, _ = pack.far_ranges(2).causal_split(5)
-    assert runs and sum(run.num_rows for run in runs) > pack.num_text // 3
+    assert runs and sum(run.num_rows for run in runs) > pack.num_text // 4
     compare(ksa(pack, 2), ksa(pack, 2, "reference"), draw(pack, 4, 2, 16), pack)
     compare(text(pack, "F", 0), text(pack, "F", 0, "reference"), draw(pack, 4, 2, 16)[:3], pack)
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256] if ON_GPU else [8, 24])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256] if ON_GPU else [24])
 def test_head_dimensions(head_dim):
-    pack = make_layout([75, 120, 9], 8, 1, 2)
+    pack = make_layout([75, 120, 9] if ON_GPU else [43, 9], 8, 1, 2)
     compare(ksa(pack, 4), ksa(pack, 4, "reference"), draw(pack, 4, 2, head_dim), pack)
     compare(text(pack, "F", 0), text(pack, "F", 0, "reference"), draw(pack, 2, 1, head_dim)[:3], pack)
 
@@ -188,7 +192,7 @@ def test_context_ranks_see_what_one_rank_sees(monkeypatch, context_size):
     """Every rank's share alone, with the buffers that the exchanges would bring: rectangles, halos, holes."""
     monkeypatch.setattr(fused, "MIN_RUN_STEPS", 4)
     window, k = 2, 4
-    for lengths in ([256], [37, 148, 68], [9, 243]):
+    for lengths in ([128], [17, 76, 32], [9, 115]):
         pack = make_layout(lengths, k, 1, 0)
         q, k_text, v_text, k_summary, v_summary = (x.detach() for x in draw(pack, 2, 1, 8))
         want = reference.ksa_attention(q, k_text, v_text, k_summary, v_summary, pack, window)
