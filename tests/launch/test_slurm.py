@@ -91,10 +91,10 @@ def test_preempted_requeued_and_resumed_bitwise(cluster, two_nodes, undisturbed_
     run = root / "preempted"
     launch(cluster, "nodes=2", "--", *two_nodes, "run.name=preempted")
     wait_for(lambda: max(losses(run), default=0) >= 10, "10 steps")
+    assert "RUNNING" in launch(cluster, "status", str(run)).stdout
     urgent = cluster.run(
         "sbatch", "--parsable", "-p", "high", "-N", "3", "-c", "2", "--output=/dev/null", "--wrap", "sleep 1"
     )
-    assert "RUNNING" in launch(cluster, "status", str(run)).stdout
     assert wait_for_end(cluster, run) == "COMPLETED", told(run)
     assert state(cluster, urgent.stdout.strip()) == "COMPLETED"
     said = history(run)
