@@ -154,6 +154,11 @@ def validate(config: TrainConfig, world_size: int) -> None:
     config.stage.check(model, config.run.steps, config.init_from)
     _check_seq_len(config)
     check_context_parallel(config.seq_len, model.chunk_size, model.halo_rows, parallel.context)
+    if model.attention_backend == "fused" and config.run.precision != "bf16":
+        raise ConfigError(
+            f"model.attention_backend=fused computes in 16 bits, and run.precision={config.run.precision}; use "
+            "run.precision=bf16, or model.attention_backend=auto"
+        )
     if parallel.context > 1 and model.attention_backend == "reference":
         raise ConfigError("model.attention_backend=reference sees one rank's rows only and needs parallel.context=1")
 

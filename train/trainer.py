@@ -54,6 +54,8 @@ def train(config: TrainConfig) -> RunResult:
     rank, world_size, _ = parallel.environment_world()
     validate(config, world_size)
     device = parallel.pick_device(config.run.device)
+    if config.model.attention_backend == "fused" and device.type != "cuda":
+        raise ConfigError("model.attention_backend=fused needs a CUDA device; here it is the CPU: use auto")
     directory = Path(config.run.root) / config.run.name
     run_directory.check(directory, config)
     # A wrong path must not wait for the data.

@@ -83,6 +83,8 @@ def refused(monkeypatch, capsys, *arguments):
         (["data=jsonl"], "data.source=jsonl needs data.path"),
         (["data=jsonl", "data.path=/no/such/corpus.jsonl"], "data.path=/no/such/corpus.jsonl"),
         (["run.device=cuda"], "run.device=cuda, but this process sees no CUDA device"),
+        (["model.attention_backend=fused"], "attention_backend=fused computes in 16 bits, and run.precision=fp32"),
+        (["model.attention_backend=fused", "run.precision=bf16", "run.device=cpu"], "needs a CUDA device"),
         (["run.name=../elsewhere"], "run.name='../elsewhere' must be a relative path"),
         (["resume=/no/such/run"], "resume=/no/such/run: neither a checkpoint"),
         (["logging.wandb=perhaps"], "logging.wandb='perhaps' is not one of online, offline, off"),
