@@ -16,7 +16,6 @@ from lengths it knows anyway. So nothing waits for the device, and on a GPU each
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -29,22 +28,14 @@ from ksa_model.attention import Attention, Heads
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError
 from ksa_model.layout import SequenceLayout
 from ksa_model.model import Decoder
+from ksa_model.rows import triton_module
 
 GROWTH = 32  # a full buffer grows by 1/32: a row is copied some 32 times in its life, and 3 % stand empty at most
 
 
 def _kernels(x: torch.Tensor) -> ModuleType | None:
     """The kernels of decoding, where x is on a GPU and no gradients are asked for."""
-    return None if not x.is_cuda or torch.is_grad_enabled() else _triton_decode()
-
-
-@functools.cache
-def _triton_decode() -> ModuleType | None:
-    try:
-        from ksa_model import triton_decode
-    except ImportError:  # a torch that came without Triton
-        return None
-    return triton_decode
+    return None if not x.is_cuda or torch.is_grad_enabled() else triton_module("triton_decode")
 
 
 class LayerCache:

@@ -168,7 +168,7 @@ def summary_attention(q, k_text, v_text, k_summary, v_summary, layout: SequenceL
 
 @dataclass(frozen=True)
 class _Call:
-    """One attention problem without a mask: the rows of a run, some heads, and keys in steps of `key_step`."""
+    """One attention problem without a mask: the rows of a run, some heads, and some of its keys."""
 
     run: CausalRun
     heads: slice  # query heads

@@ -6,6 +6,7 @@ Legend: h features of a row, H heads, d head dimension. All compute in fp32 and 
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 
 import torch
@@ -59,13 +60,13 @@ def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.T
 
 
 def _kernels(x: torch.Tensor) -> ModuleType | None:
-    return _triton_rows() if x.is_cuda else None
+    return triton_module("triton_rows") if x.is_cuda else None
 
 
 @functools.cache
-def _triton_rows() -> ModuleType | None:
+def triton_module(name: str) -> ModuleType | None:
+    """`ksa_model.<name>`, or None with a torch that came without Triton."""
     try:
-        from ksa_model import triton_rows
-    except ImportError:  # a torch that came without Triton
+        return importlib.import_module(f"ksa_model.{name}")
+    except ImportError:
         return None
-    return triton_rows
