@@ -225,7 +225,7 @@ class DecodingCache:
         self._lengths = np.zeros(num_requests, np.int64)
         self._prefilled = np.zeros(num_requests, np.int64)
         self._position = torch.zeros(num_requests, dtype=torch.int64, device=self._device)
-        can = weight.is_cuda and model.tp.size == 1 and _kernels(weight.detach()) is not None
+        can = weight.is_cuda and model.tp.size == 1 and triton_module("triton_decode") is not None
         self._recorder = _Recorder(num_requests, self._device) if (can if graphs is None else graphs) else None
 
     @property

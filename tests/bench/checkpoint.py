@@ -1,11 +1,11 @@
-"""What saving costs: `python -m tests.bench.checkpoint [out=FILE] [key=value ...]`, with the keys of `python -m train`.
+"""What saving costs: `python -m tests.bench.checkpoint [out=FILE] [every=STEPS] [key=value ...]`, keys of `python -m train`.
 
 Trains some steps of the default run (or of any other, on any device; under torchrun on several) with a checkpoint every
-fourth step, and compares the seconds that training stood still for a save with the time between saves at the
+fourth step (or `every`: a save that begins before the last one is written waits for it), and compares the seconds that training stood still for a save with the time between saves at the
 configured `checkpoint.every_steps`. Steps that run while a checkpoint is being written are timed apart from the others.
 For a model of more than 500M parameters on a GPU:
 
-    python -m tests.bench.checkpoint model=hybrid_1b9 run.precision=bf16 seq_len=8192 run.recompute=true
+    python -m tests.bench.checkpoint every=25 model=hybrid_1b9 model.num_layers=8 run.precision=bf16 seq_len=8192
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -29,7 +30,7 @@ from train.metrics import read_records
 from train.trainer import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-STEPS, EVERY = 21, 4
+SAVES = 5
 
 
 def configured(overrides: list[str]) -> TrainConfig:
@@ -38,31 +39,40 @@ def configured(overrides: list[str]) -> TrainConfig:
     return from_mapping(TrainConfig, values)
 
 
-def measure(config: TrainConfig, root: str) -> dict[str, Any]:
+def _recorded(directory: Path) -> TrainConfig:
+    """The run's configuration with all that was filled in, as the size of the vocabulary."""
+    return from_mapping(TrainConfig, yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
+
+
+def measure(config: TrainConfig, root: str, every: int) -> dict[str, Any]:
+    total = SAVES * every + 1
     interval = config.checkpoint.every_steps or 100
-    run = dataclasses.replace(config.run, root=root, steps=STEPS, log_every=1, eval_every=10 * STEPS, eval_samples=0)
-    saving = dataclasses.replace(config.checkpoint, every_steps=EVERY)
+    run = dataclasses.replace(config.run, root=root, steps=total, log_every=1, eval_every=10 * total, eval_samples=0)
+    saving = dataclasses.replace(config.checkpoint, every_steps=every)
     quiet = dataclasses.replace(config.logging, wandb="off", progress=False)
     result = train(dataclasses.replace(config, run=run, checkpoint=saving, logging=quiet, resume="never"))
     records = read_records(result.directory / "metrics.jsonl")
     steps = {r["step"]: r["step_seconds"] for r in records if "loss" in r}
     # The first save allocates the host copy, the last is waited for because the run ends: both are left out.
     saves = {r["step"]: r["checkpoint_seconds"] for r in records if "checkpoint_seconds" in r}
-    stalls = [seconds for step, seconds in saves.items() if EVERY < step < STEPS]
+    stalls = [seconds for step, seconds in saves.items() if every < step < total]
     beside = [seconds for step, seconds in steps.items() if step - 1 in saves]
     alone = [seconds for step, seconds in steps.items() if step > 2 and step - 1 not in saves]
-    newest = result.directory / "checkpoints" / f"step-{STEPS:08d}"
+    newest = result.directory / "checkpoints" / f"step-{total:08d}"
     manifest = json.loads((newest / "manifest.json").read_text())
     stall, step = statistics.median(stalls), statistics.median(alone)
     return {
         "stall_seconds": stall,
         "stall_seconds_worst": max(stalls),
-        "first_save_seconds": saves[EVERY],
+        "first_save_seconds": saves[every],
         "step_seconds": step,
         "step_seconds_beside_a_save": statistics.median(beside),
         "checkpoint_every_steps": interval,
         "stall_share_percent": round(100 * stall / (interval * step), 4),
         "stall_share_percent_worst": round(100 * max(stalls) / (interval * step), 4),
+        "saves_timed": len(stalls),
+        "steps_between_saves": every,
+        "parameters": _recorded(result.directory).model.num_parameters()["total"],
         "write_seconds_last": manifest["write_seconds"],
         "checkpoint_megabytes": round(sum(file["bytes"] for file in manifest["files"].values()) / 1e6, 1),
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
@@ -73,10 +83,11 @@ def measure(config: TrainConfig, root: str) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     out = next((a.removeprefix("out=") for a in arguments if a.startswith("out=")), None)
-    overrides = [a for a in arguments if not a.startswith("out=")]
+    every = next((int(a.removeprefix("every=")) for a in arguments if a.startswith("every=")), 4)
+    overrides = [a for a in arguments if not a.startswith(("out=", "every="))]
     shared = os.environ.get("BENCH_ROOT")  # several ranks need one directory
     with tempfile.TemporaryDirectory() as own:
-        found = measure(configured(overrides), shared or own) | {"overrides": overrides}
+        found = measure(configured(overrides), shared or own, every) | {"overrides": overrides}
     if os.environ.get("RANK", "0") == "0":
         text = json.dumps(found, indent=1)
         print(text)

@@ -1,6 +1,6 @@
 """Decoding on one GPU: hybrid KSA against full attention of the same shape, random weights, bf16.
 
-    python -m tests.bench.decode             the shape of Qwen3-4B on a GPU; writes docs/results/decode.json and .png
+    python -m tests.bench.decode [out=DIR]   the shape of Qwen3-4B on a GPU; writes docs/results/decode.json and .png
     python -m tests.bench.decode size=toy    a small shape on any device, to see that it runs; writes nothing
 
 For each model and mode the prompts are prefilled by the training forward, then tokens are decoded greedily. A step that
@@ -157,7 +157,7 @@ def largest_batch(model: Decoder, tokens: int) -> dict:
     return {"bytes_of_a_request": one, "computed": computed, "allocated": found}
 
 
-def main(size: str) -> None:
+def main(size: str, out: Path) -> None:
     device = parallel.pick_device("cuda" if size == "4b" else "auto")
     world = parallel.initialize(parallel.ParallelConfig(), device)
     rate = copy_rate(device)
@@ -199,10 +199,10 @@ def main(size: str) -> None:
         mode["bar"] = BARS.get((tokens, batch))
         print(f"{tokens} x {batch}: {mode['speed_up']} x full attention, the floor allows {mode['floor_speed_up']}")
     if size == "4b":
-        path = ROOT / "docs/results/decode.json"
+        path = out / "decode.json"
         path.write_text(json.dumps(results, indent=1) + "\n")
         draw(results, path.with_suffix(".png"))
-        print(f"wrote {path.relative_to(ROOT)} and its picture")
+        print(f"wrote {path} and its picture")
     parallel.shutdown()
 
 
@@ -231,4 +231,5 @@ def draw(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(dict(argument.split("=", 1) for argument in sys.argv[1:]).get("size", "4b"))
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    main(given.get("size", "4b"), Path(given.get("out", ROOT / "docs/results")))
