@@ -31,7 +31,7 @@ from train.metrics import read_records
 from train.trainer import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-SAVES = 5
+SAVES = 3
 
 
 def configured(overrides: list[str]) -> TrainConfig:
