@@ -19,7 +19,7 @@ import torch
 from ksa_model import rows
 from ksa_model.rows import triton_module
 
-FEW_ROWS = 16  # up to which products without gradients go to the kernels of decoding
+FEW_ROWS = 2  # up to which products without gradients go to the kernels of decoding; cuBLAS is as good from 3 on
 
 
 class Norm(NamedTuple):
