@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -13,11 +14,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 from data_pipeline import IGNORE_INDEX, PackedSample
+from data_pipeline.samples import join
 from train import parallel, trainer
 from train.batches import Batch, batch_maker
 from train.config import TrainConfig
@@ -38,6 +41,21 @@ def sample(seq_len: int, vocab_size: int, index: int, cuts: list[int]) -> Packed
     return PackedSample(tokens, labels, starts, lengths, np.zeros(len(starts), bool), index)
 
 
+@functools.cache
+def _table() -> torch.Tensor:
+    return torch.randn((1 << 20) + 1, generator=torch.Generator().manual_seed(7))
+
+
+def _from_a_table(weight: torch.Tensor, mean: float = 0.0, std: float = 1.0, generator=None) -> torch.Tensor:
+    """Instead of `torch.nn.init.normal_`: one table over and over. Drawing two billion numbers takes half a minute."""
+    with torch.no_grad():
+        flat, table = weight.view(-1), (mean + std * _table()).to(weight.dtype)
+        for first in range(0, len(flat), len(table)):  # of odd length, so that no two rows are alike
+            part = flat[first : first + len(table)]
+            part.copy_(table[: len(part)])
+    return weight
+
+
 @dataclass
 class Bench:
     """A model under the engine on this rank, and the samples of its steps."""
@@ -47,20 +65,22 @@ class Bench:
     cuts: list[list[int]]  # document starts of each sample of a step
 
     def __post_init__(self) -> None:
-        self.engine, self.sums = trainer.build_engine(self.config, self.world), StepSums(self.world)
+        with mock.patch("torch.nn.init.normal_", _from_a_table):
+            self.engine = trainer.build_engine(self.config, self.world)
+        self.sums = StepSums(self.world)
         context = self.world.context_group
         self._make = batch_maker(self.config.model, context.rank(), context.size())
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
         assert self.config.model.vocab_size is not None
-        count, made = self.config.run.samples_per_step, []
-        for j in range(self.world.data_rank, count, self.world.data_size):
-            drawn = sample(
-                self.config.seq_len, self.config.model.vocab_size, count * step + j, self.cuts[j % len(self.cuts)]
-            )
-            made.append(self._make(drawn).to(self.world.device))
-        return made
+        run, mine = self.config.run, []
+        for j in range(self.world.data_rank, run.samples_per_step, self.world.data_size):
+            index, cuts = run.samples_per_step * step + j, self.cuts[j % len(self.cuts)]
+            mine.append(sample(self.config.seq_len, self.config.model.vocab_size, index, cuts))
+        size = run.samples_per_micro_batch
+        packs = [join(mine[first : first + size]) for first in range(0, len(mine), size)]
+        return [self._make(pack).to(self.world.device) for pack in packs]
 
     def step(self, batches: list[Batch], lr: float = 1e-3) -> None:
         trainer.train_step(self.engine, batches, self.world, self.sums, lr)
