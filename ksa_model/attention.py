@@ -17,24 +17,27 @@ from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig
 from ksa_model.layout import SequenceLayout
 from ksa_model.linear import Norm
+from ksa_model.rope import inverse_frequencies
 from ksa_model.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """cos and sin of every row's angles, [rows, 1, d/2] fp32, for text and for summaries."""
+    """cos and sin of every row's angles, [rows, 1, d/2] fp32, for text and for summaries.
+
+    Where positions are scaled by YaRN they are multiplied by its attention factor.
+    """
 
     text: tuple[torch.Tensor, torch.Tensor]
     summary: tuple[torch.Tensor, torch.Tensor]
 
     @staticmethod
-    def build(layout: SequenceLayout, head_dim: int, base: float, device: torch.device) -> RotaryTables:
-        inverse = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+    def build(layout: SequenceLayout, config: ModelConfig, device: torch.device) -> RotaryTables:
+        inverse, factor = inverse_frequencies(config, device)
 
         def table(positions) -> tuple[torch.Tensor, torch.Tensor]:
-            # Angles in float64: at position 10^6 a float32 product is off by 0.06 radians.
-            angles = torch.as_tensor(positions, device=device)[:, None, None] * inverse
-            return angles.cos().float(), angles.sin().float()
+            angles = torch.as_tensor(positions, device=device)[:, None, None] * inverse  # fp64
+            return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
         return RotaryTables(table(layout.text_positions), table(layout.summary_positions))
 

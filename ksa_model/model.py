@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         if self.config.has_summaries:
             rows = self.tp.replicated(self.summary_embedding, meets_all=not self.tp.shards_rows)
             x = torch.cat([x, rows.repeat(self.tp.local_rows(layout.num_summary // self.config.summary_tokens), 1)])
-        rotary = RotaryTables.build(layout, self.config.head_dim, self.config.rope_base, x.device)
+        rotary = RotaryTables.build(layout, self.config, x.device)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, rotary, mix, use_reentrant=False)
