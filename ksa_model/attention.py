@@ -16,6 +16,7 @@ from ksa_model import kernels, rows
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig
 from ksa_model.layout import SequenceLayout
+from ksa_model.memory import Kept
 from ksa_model.tensor_parallel import TensorParallel
 
 
@@ -148,17 +149,22 @@ class Attention(nn.Module):
         return share * own(rows) + (1 - share) * base(rows)
 
     @staticmethod
-    def mix(attention: Attention, heads: Heads, layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of every row of a sample at once: text rows' outputs, and the summaries' where they are updated."""
+    def mix(
+        attention: Attention, heads: Heads, layout: SequenceLayout, kept: Kept | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of every row of a sample at once: text rows' outputs, and the summaries' where they are updated.
+
+        `kept` holds the text rows' result for a re-run; the summaries' is so little work that it is done again.
+        """
         layer, config = attention.layer, attention.config
         backend, context = config.attention_backend, attention.context
         q, k, v, k_summary, v_summary = heads.q, heads.k, heads.v, heads.k_summary, heads.v_summary
         if layer.mixer == "K":
             window = layer.window_chunks
-            out = kernels.ksa_attention(q, k, v, k_summary, v_summary, layout, window, backend, context)
+            out = kernels.ksa_attention(q, k, v, k_summary, v_summary, layout, window, backend, context, kept)
         else:
             windows = (layer.window_chunks, config.window_tokens)
-            out = kernels.text_attention(q, k, v, layout, layer.mixer, *windows, backend, context)
+            out = kernels.text_attention(q, k, v, layout, layer.mixer, *windows, backend, context, kept)
         if heads.q_summary is None:
             return out, None
         # A chunk lies on one rank with its summaries, so this part never exchanges anything.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ksa_model.model import MLP
 from train import sharded_state
 from train.health import bad_norm
 from train.optim import OptimConfig, parameter_groups
@@ -20,6 +21,7 @@ from train.sharded_state import OwnedState
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.utils import set_z3_leaf_module
 
 if not torch.cuda.is_available():
     # On the CPU DeepSpeed compiles a shared-memory collective when groups start (over a minute, and it needs a C++
@@ -52,6 +54,11 @@ class Engine:
         self._own_clip = optim.grad_clip if parallel.zero == 0 and precision == "fp32" else None
         groups = parameter_groups(self.module, optim.weight_decay, trains)
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        for part in self.module.modules():
+            # An MLP in slices computes gradients of all its weights in one backward of its own, where stage 3 must have
+            # brought in all of them and not one layer's.
+            if parallel.zero == 3 and isinstance(part, MLP) and part.rows is not None:
+                set_z3_leaf_module(part, True)
         with _quiet():
             self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.module,

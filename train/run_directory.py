@@ -15,6 +15,8 @@ CHANGEABLE = (
     "logging",
     "checkpoint",
     "parallel",
+    "memory",
+    "run.recompute",  # what runs of earlier versions have instead of memory.recompute
     "resume",
     "init_from",
     "dry_run",
@@ -31,7 +33,6 @@ CHANGEABLE = (
     "run.max_bad_steps",
     "run.skip_samples",
     "run.spike_factor",
-    "run.recompute",
     "data.cache_dir",
     "data.cache_gb",
     "data.prefetch_samples",

@@ -112,7 +112,7 @@ def test_zero_shards_what_it_says():
 def test_command_plans_four_thousand_ranks(tmp_path):
     code, out, err = commands.run(
         "train", "dry_run=true", "model=hybrid_1b9", "model.vocab_size=151936", "seq_len=1048576",
-        "run.precision=bf16", "run.recompute=true", "parallel.tensor=2", "parallel.sequence=true",
+        "run.precision=bf16", "memory=full", "parallel.tensor=2", "parallel.sequence=true",
         "parallel.context=64", "dry_run_ranks=4096", "run.samples_per_step=32", f"run.root={tmp_path}",
     )  # fmt: skip
     assert code == 0, err
