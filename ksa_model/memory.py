@@ -271,5 +271,5 @@ class _InSlices(torch.autograd.Function):
             for total, found in zip(sums, of_weights):
                 total += found
         found_sums = iter(sums)
-        of_weights = [next(found_sums).to(w.dtype) if needs else None for w, needs in zip(ctx.weights, needed)]
-        return None, None, None, grad_x, *of_weights
+        grads = [next(found_sums).to(w.dtype) if needs else None for w, needs in zip(ctx.weights, needed)]
+        return None, None, None, grad_x, *grads

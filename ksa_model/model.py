@@ -140,7 +140,13 @@ class Decoder(nn.Module):
 
 
 def _run_block(
-    block: Block, x: torch.Tensor, kept: Kept | None, *, layout: SequenceLayout, rotary: RotaryTables, mix: Mix | None
+    block: nn.Module,
+    x: torch.Tensor,
+    kept: Kept | None,
+    *,
+    layout: SequenceLayout,
+    rotary: RotaryTables,
+    mix: Mix | None,
 ) -> torch.Tensor:
     return block(x, layout, rotary, mix or partial(Attention.mix, kept=kept))
 
