@@ -17,6 +17,7 @@ from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig
 from ksa_model.layout import SequenceLayout
 from ksa_model.memory import Kept
+from ksa_model.ranges import to_device
 from ksa_model.tensor_parallel import TensorParallel
 
 
@@ -33,7 +34,9 @@ class RotaryTables:
 
         def table(positions) -> tuple[torch.Tensor, torch.Tensor]:
             # Angles in float64: at position 10^6 a float32 product is off by 0.06 radians.
-            angles = torch.as_tensor(positions, device=device)[:, None, None] * inverse
+            if not isinstance(positions, torch.Tensor):
+                positions = to_device(positions, device)
+            angles = positions[:, None, None] * inverse
             return angles.cos().float(), angles.sin().float()
 
         return RotaryTables(table(layout.text_positions), table(layout.summary_positions))

@@ -26,7 +26,7 @@ from ksa_model.collectives import Arrived, ContextParallel, Exchange, Pending, g
 from ksa_model.config import ModelConfigError
 from ksa_model.layout import SequenceLayout
 from ksa_model.memory import Kept
-from ksa_model.ranges import KeyRanges
+from ksa_model.ranges import KeyRanges, to_device
 
 
 def ksa_attention(
@@ -153,7 +153,7 @@ def summary_attention(
 def _summary_mask(layout: SequenceLayout, device: torch.device, group: int) -> torch.Tensor:
     """bool [C, 1, m*group, k+m]."""
     m = layout.summary_tokens
-    length = layout.cached(("chunk_lengths", device), lambda: torch.from_numpy(layout.chunk_lengths).to(device))
+    length = layout.cached(("chunk_lengths", device), lambda: to_device(layout.chunk_lengths, device))
     text = torch.arange(layout.chunk_size, device=device)[None, :] < length[:, None]
     text = text[:, None, :].expand(-1, m, -1)
     own = torch.ones(m, m, dtype=torch.bool, device=device).tril().expand(layout.num_chunks, -1, -1)

@@ -87,8 +87,8 @@ class Kept:
 
 
 class Shelf:
-    """The kept tensors of one block. With a pool they are copied to the host while the block runs, leave the device when
-    the next one begins, and come back together, one block before backward asks for them.
+    """The kept tensors of one block. With a pool they are copied to the host while the block runs, leave the device
+    when the next one begins, and come back together, one block before backward asks for them.
 
     Copies of both directions run on the pool's own stream, so a buffer is never written before it was read. The device
     lets go of a tensor, or uses one, behind an event of that stream: the host waits for neither.

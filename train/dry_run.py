@@ -175,7 +175,7 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
 
     Legend: h hidden, q and kv projected features of this tensor rank, f MLP features of it, b bytes a value.
     """
-    tensor, context = config.parallel.tensor, config.parallel.context
+    tensor = config.parallel.tensor
     share = tensor if config.parallel.sequence else 1
     b = 2 if config.run.precision == "bf16" else 4
     fused = _fused(config)
@@ -201,13 +201,12 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     # gate, up, their product; plain torch keeps silu(gate) as well
     wide = f * (3 if fused else 4) * b
     local, rows = updated / share, config.memory.mlp_rows
-    mlp_norm, mlp_input, mlp = local * h * norm, updated * h * b, updated * wide
-    if sliced := rows is not None and rows < local:
-        mlp_input, mlp = local * h * b, 0.0  # rows as they stand, before they are gathered
-
+    mlp_norm, mlp_input, mlp = local * h * norm, float(updated * h * b), float(updated * wide)
     # Backward of the MLP: the gradient of what leaves the block, and of gate and up when their product is gone.
     of_mlp = local * h * b + updated * (2 * f + h) * b
-    if sliced:  # one slice's forward and gradients, the input's gradient, and the weights' in fp32 beside a slice's own
+    if rows is not None and rows < local:
+        mlp_input, mlp = local * h * b, 0.0  # rows as they stand, before they are gathered
+        # One slice's forward and gradients, the input's gradient, and the weights' in fp32 beside a slice's own.
         of_mlp = 2 * local * h * b + rows * share * (wide + (2 * f + 2 * h) * b) + 3 * h * f * (4 + b)
     # Backward of attention, with the MLP's tensors gone: gradients of outputs, queries, keys and values (those of other
     # ranks twice, once as they are sent), and the library kernel's workspace.

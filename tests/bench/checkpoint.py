@@ -1,8 +1,9 @@
-"""What saving costs: `python -m tests.bench.checkpoint [out=FILE] [every=STEPS] [key=value ...]`, keys of `python -m train`.
+"""What saving costs: `python -m tests.bench.checkpoint [out=FILE] [every=STEPS] [key=value ...]`, keys of the trainer.
 
 Trains some steps of the default run (or of any other, on any device; under torchrun on several) with a checkpoint every
-fourth step (or `every`: a save that begins before the last one is written waits for it), and compares the seconds that training stood still for a save with the time between saves at the
-configured `checkpoint.every_steps`. Steps that run while a checkpoint is being written are timed apart from the others.
+fourth step (or `every`: a save that begins before the last one is written waits for it), and compares the seconds that
+training stood still for a save with the time between saves at the configured `checkpoint.every_steps`. Steps that run
+while a checkpoint is being written are timed apart from the others.
 For a model of more than 500M parameters on a GPU:
 
     python -m tests.bench.checkpoint every=25 model=hybrid_1b9 model.num_layers=8 run.precision=bf16 seq_len=8192

@@ -143,8 +143,8 @@ PRESETS = {
 
 
 def test_presets_take_what_is_counted():
-    """Every preset's peak on the CPU against the plan's. Kernels of the CPU pass some copies that the plan's GPU kernels
-    do not, hence the tolerance; the order of the presets has none."""
+    """Every preset's peak on the CPU against the plan's. The CPU's kernels make some copies that the plan's do not,
+    hence the tolerance; the order of the presets has none."""
     base = WIDE | dict(model__layer_pattern="KKKF", model__num_layers=12, model__ffn_size=1024, run__samples_per_step=4)
     found = {name: run_on_ranks(1, peak_bytes, base | settings)[0] for name, settings in PRESETS.items()}
     for name, (measured, counted) in found.items():
