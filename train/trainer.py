@@ -389,7 +389,7 @@ def build_engine(config: TrainConfig, world: World) -> Engine:
     torch.manual_seed(config.run.seed)
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     tp = TensorParallel(world.tensor_group, config.parallel.sequence, dtype)
-    model = Decoder(config.model, tp, ContextParallel(world.context_group), recompute=config.run.recompute)
+    model = Decoder(config.model, tp, ContextParallel(world.context_group), config.memory)
     return Engine(
         model,
         config.optim,
