@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from ksa_model.megatron import vocab_parallel_cross_entropy
 from ksa_model.tensor_parallel import TensorParallel
 
 IGNORE_INDEX = -100

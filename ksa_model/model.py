@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +20,7 @@ from ksa_model.attention import Attention, Mix, RMSNorm, RotaryTables
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_tensor_parallel
 from ksa_model.layout import SequenceLayout
+from ksa_model.megatron import gather_from_tensor_model_parallel_region
 from ksa_model.tensor_parallel import TensorParallel
 
 # (model, tokens, labels, layout) -> loss, summed over the rows that carry one

@@ -18,7 +18,7 @@ FORBIDDEN = {
     "train": {"launch"},
     "launch": {"ksa_model", "data_pipeline", "deepspeed", "megatron"},
 }
-ONE_DOOR = {"deepspeed": "train/engine.py", "wandb": "train/metrics.py"}
+ONE_DOOR = {"deepspeed": "train/engine.py", "wandb": "train/metrics.py", "megatron": "ksa_model/megatron.py"}
 
 
 def sources(package: str) -> list[Path]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ksa_model.megatron import lean_imports
 from train import sharded_state
 from train.health import bad_norm
 from train.optim import OptimConfig, parameter_groups
@@ -20,6 +21,9 @@ from train.sharded_state import OwnedState
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 from deepspeed.runtime.utils import clip_grad_norm_
+
+with lean_imports():  # its optimizers ask for this one, which nothing here uses and which brings in torch's compiler
+    import deepspeed.runtime.zero.muon.original_muon
 
 if not torch.cuda.is_available():
     # On the CPU DeepSpeed compiles a shared-memory collective when groups start (over a minute, and it needs a C++
