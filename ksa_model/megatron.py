@@ -17,7 +17,8 @@ import torch
 @contextlib.contextmanager
 def lean_imports() -> Iterator[None]:
     """For imports: `torch.compile` leaves a function as it is, and wandb is not there unless it was imported before."""
-    compiler, torch.compile = torch.compile, lambda function: function
+    compiler = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
     hides_wandb = "wandb" not in sys.modules
     if hides_wandb:
         sys.modules["wandb"] = None  # type: ignore[assignment]  # an import of it fails
