@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.samples import IGNORE_INDEX, PackedSample, Samples, row_at
+from data_pipeline.samples import IGNORE_INDEX, PackedSample, Samples, join, row_at
 
 __all__ = ["IGNORE_INDEX", "Loader", "PackedSample", "row_at"]
 
@@ -31,7 +31,8 @@ class Loader:
         dp_rank: this rank, in `range(dp_size)`.
         dp_size: number of data-parallel ranks.
         prefetch: samples kept ready, at least 1.
-        transform: called on each sample in the thread; `next_step` returns what it returns.
+        joined: consecutive samples of this rank that become one by `join`; divides its samples of a step.
+        transform: called on each sample (joined) in the thread; `next_step` returns what it returns.
 
     Attributes:
         wait_seconds: time that `next_step` has spent waiting for samples, in all.
@@ -48,6 +49,7 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         prefetch: int = 4,
+        joined: int = 1,
         transform: Callable[[PackedSample], Any] | None = None,
     ) -> None:
         if dp_size < 1 or not 0 <= dp_rank < dp_size:
@@ -57,12 +59,17 @@ class Loader:
                 f"samples_per_step={samples_per_step} must be a positive multiple of dp_size={dp_size}, so that every "
                 f"data-parallel rank gets as many samples"
             )
+        if joined < 1 or samples_per_step // dp_size % joined:
+            raise DataError(
+                f"joined={joined} must be positive and divide the {samples_per_step // dp_size} samples that a "
+                f"data-parallel rank has in a step"
+            )
         if prefetch < 1:
             raise DataError(f"prefetch={prefetch} must be at least 1")
         self._plan = plan
         self._samples_per_step = samples_per_step
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._prefetch = prefetch
+        self._prefetch, self._joined = prefetch, joined
         self._transform = transform
         self._next_sample = 0
         self._reader: _Reader | None = None
@@ -70,7 +77,8 @@ class Loader:
         self.wait_seconds = 0.0
 
     def next_step(self) -> list[Any]:
-        """This rank's `samples_per_step / dp_size` samples of the next global step, in global order.
+        """This rank's `samples_per_step / dp_size` samples of the next global step, in global order, `joined` by
+        `joined`.
 
         An error of the reading thread, or of `transform` in it, is raised here as it was raised there; the loader then
         stays at the failed step.
@@ -78,9 +86,9 @@ class Loader:
         if self._closed:
             raise RuntimeError("next_step() of a closed Loader")
         if self._reader is None:
-            self._reader = _Reader(self._make_fetch(self._next_sample), self._prefetch)
+            self._reader = _Reader(self._make_fetch(self._next_sample), -(-self._prefetch // self._joined))
         started = time.perf_counter()
-        samples = self._reader.take(self._samples_per_step // self._dp_size)
+        samples = self._reader.take(self._samples_per_step // self._dp_size // self._joined)
         self.wait_seconds += time.perf_counter() - started
         self._next_sample += self._samples_per_step
         return samples
@@ -133,13 +141,16 @@ class Loader:
     def _make_fetch(self, first: int) -> Callable[[int], Any]:
         # Free of `self`, so that a loader nobody holds any more is not kept alive by its own thread.
         plan, transform, prefetch = self._plan, self._transform, self._prefetch
-        dp_rank, dp_size = self._dp_rank, self._dp_size
+        dp_rank, dp_size, joined = self._dp_rank, self._dp_size, self._joined
 
-        def fetch(number: int) -> Any:
+        def read(number: int) -> PackedSample:
             index = first + number * dp_size + dp_rank
             for ahead in range(1 if number == 0 else prefetch, prefetch + 1):
                 plan.will_need(index + ahead * dp_size)
-            sample = plan.at(index)
+            return plan.at(index)
+
+        def fetch(number: int) -> Any:
+            sample = join([read(number * joined + place) for place in range(joined)])
             return sample if transform is None else transform(sample)
 
         return fetch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,21 @@ class PackedSample:
     doc_lengths: np.ndarray
     continuation: np.ndarray
     index: int
+
+
+def join(samples: Sequence[PackedSample]) -> PackedSample:
+    """One pack that holds several samples one after another, each with its own documents; it has the first's index."""
+    if len(samples) == 1:
+        return samples[0]
+    offsets = np.cumsum([0] + [len(sample.tokens) for sample in samples[:-1]])
+    return PackedSample(
+        tokens=np.concatenate([sample.tokens for sample in samples]),
+        labels=np.concatenate([sample.labels for sample in samples]),
+        doc_starts=np.concatenate([sample.doc_starts + offset for sample, offset in zip(samples, offsets)]),
+        doc_lengths=np.concatenate([sample.doc_lengths for sample in samples]),
+        continuation=np.concatenate([sample.continuation for sample in samples]),
+        index=samples[0].index,
+    )
 
 
 class Samples:

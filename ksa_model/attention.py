@@ -16,6 +16,7 @@ from ksa_model import kernels, rows
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig
 from ksa_model.layout import SequenceLayout
+from ksa_model.linear import Norm
 from ksa_model.tensor_parallel import TensorParallel
 
 
@@ -50,11 +51,11 @@ class RMSNorm(nn.Module):
         self.eps, self.tp, self.meets_all = eps, tp, meets_all
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rows.rms_norm(x, self.gain(), self.eps)
+        return rows.rms_norm(x, *self.ready())
 
-    def gain(self) -> torch.Tensor:
-        """The weight, ready for use."""
-        return self.tp.replicated(self.weight, self.meets_all)
+    def ready(self) -> Norm:
+        """The gain, ready for use."""
+        return Norm(self.tp.replicated(self.weight, self.meets_all), self.eps)
 
 
 @dataclass
@@ -100,52 +101,58 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(config.head_dim, config.norm_eps, tp, meets_all=tp.size == 1)
 
     def forward(
-        self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables, mix: Mix | None = None
+        self, x: torch.Tensor, norm: Norm, layout: SequenceLayout, rotary: RotaryTables, mix: Mix | None = None
     ) -> torch.Tensor:
-        """x: normed rows, [text | summaries] while the layer carries summaries, text alone otherwise.
+        """x: rows before the norm, [text | summaries] while the layer carries summaries, text alone otherwise.
 
-        Returns the sub-layer's output for the rows it updates: both streams, or text alone. `mix` replaces the
-        attention itself; decoding brings its cache that way.
+        Returns the heads' outputs [rows, H*d] for the rows that the layer updates, both streams or text alone, which
+        `output` brings back to the hidden size. `mix` replaces the attention itself; decoding brings its cache so.
         """
-        heads = self.project(x, layout.num_text, rotary)
+        heads = self.project(x, norm, layout, rotary)
         out, out_summary = (mix or self.mix)(self, heads, layout)
         if out_summary is None:
-            return self.output(out.flatten(1))
-        return self.output(self.tp.join_streams(out.flatten(1), out_summary.flatten(1)))
+            return out.flatten(1)
+        return self.tp.join_streams(out.flatten(1), out_summary.flatten(1))
 
-    def project(self, x: torch.Tensor, num_text: int, rotary: RotaryTables) -> Heads:
+    def project(self, x: torch.Tensor, norm: Norm, layout: SequenceLayout, rotary: RotaryTables) -> Heads:
         """Queries, keys and values of both streams, normed and rotated; what the layer does not need is left out."""
-        text, summary = self.tp.gather(x), None
-        if self.layer.carries_summaries:
-            text, summary = self.tp.split_streams(text, num_text)
+        text = [self.query.weight, self.key.weight, self.value.weight]
+        names = ["key", "value"] * self.layer.projects_summaries + ["query"] * self.layer.updates_summaries
+        if not layout.num_summary:  # kernels are for rows that exist
+            q, k, v = self.tp.project(x, norm, layout.num_text, text)
+        else:
+            summary = [weight for name in names for weight in self._summary_weights(name)]
+            q, k, v, *of_summary = self.tp.project(x, norm, layout.num_text, text, summary)
         heads = Heads(
-            q=self._heads(self.query(text), "query_norm", rotary.text),
-            k=self._heads(self.key(text), "key_norm", rotary.text),
-            v=self._heads(self.value(text)),
+            q=self._heads(q, "query_norm", rotary.text), k=self._heads(k, "key_norm", rotary.text), v=self._heads(v)
         )
-        if summary is not None and not len(summary):  # a layout without summaries: kernels are for rows that exist
-            if self.layer.projects_summaries:
-                heads.k_summary, heads.v_summary = heads.k[:0], heads.v[:0]
-            if self.layer.updates_summaries:
-                heads.q_summary = heads.q[:0]
+        if not layout.num_summary:
+            none = {"key": heads.k[:0], "value": heads.v[:0], "query": heads.q[:0]}
+            heads.k_summary, heads.v_summary, heads.q_summary = (
+                none[name] if name in names else None for name in ("key", "value", "query")
+            )
             return heads
         if self.layer.projects_summaries:
-            heads.k_summary = self._heads(self._of_summary("key", summary), "key_norm", rotary.summary)
-            heads.v_summary = self._heads(self._of_summary("value", summary))
+            heads.k_summary = self._heads(self._summary_rows(of_summary), "key_norm", rotary.summary)
+            heads.v_summary = self._heads(self._summary_rows(of_summary))
         if self.layer.updates_summaries:
-            heads.q_summary = self._heads(self._of_summary("query", summary), "query_norm", rotary.summary)
+            heads.q_summary = self._heads(self._summary_rows(of_summary), "query_norm", rotary.summary)
         return heads
 
-    def _of_summary(self, name: str, rows: torch.Tensor | None) -> torch.Tensor:
-        """Summary rows through their own projection, text's, or a mean of both while their own is annealed away."""
-        assert rows is not None  # a layer that asks for them carries them
-        base, own = getattr(self, name), getattr(self, f"summary_{name}")
+    def _summary_weights(self, name: str) -> list[torch.Tensor]:
+        """What summary rows are multiplied with: their own projection, text's, or both while their own is annealed."""
+        base, own = getattr(self, name).weight, getattr(self, f"summary_{name}")
         if own is None:
-            return base(rows)
-        if self.own_share is None:
-            return own(rows)
-        share = self.own_share.to(rows.dtype)
-        return share * own(rows) + (1 - share) * base(rows)
+            return [base]
+        return [own.weight] if self.own_share is None else [own.weight, base]
+
+    def _summary_rows(self, products: list[torch.Tensor]) -> torch.Tensor:
+        """Takes the products of one projection's `_summary_weights` from the front of `products`: their mean."""
+        own = products.pop(0)
+        if self.own_share is None or self.summary_key is None:
+            return own
+        share = self.own_share.to(own.dtype)
+        return share * own + (1 - share) * products.pop(0)
 
     @staticmethod
     def mix(attention: Attention, heads: Heads, layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -169,5 +176,5 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (-1, self.config.head_dim))
         if table is None:
             return x
-        gain = getattr(self, norm).gain() if norm is not None and self.config.qk_norm else None
+        gain = getattr(self, norm).ready().gain if norm is not None and self.config.qk_norm else None
         return rows.norm_rotate(x, gain, self.config.norm_eps, *table)

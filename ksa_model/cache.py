@@ -93,11 +93,12 @@ class LayerCache:
         self._buffer[0][at], self._buffer[1][at] = k, v
 
     def append(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put one row a request, k, v [B, G, d], into `slots` [B]."""
+        """Put rows k, v [n, G, d] into `slots` [n]: the same number of rows for each request in turn."""
         if (fast := _kernels(k)) is not None:
             fast.store_rows(self._buffer, slots, k, v)
         else:
-            self.write(torch.arange(len(slots), device=slots.device), slots, k, v)
+            requests = torch.arange(self._buffer.shape[1], device=slots.device)
+            self.write(requests.repeat_interleave(len(slots) // len(requests)), slots, k, v)
 
     def text_slots(self, positions):
         """Slots of text `positions`, an array or a tensor of any shape."""
@@ -111,6 +112,17 @@ class LayerCache:
         at = slots.clamp(max=self.rows - 1)[None, :, None, :, None]
         rows = self._buffer.gather(3, at.expand(2, -1, self._buffer.shape[2], -1, self._buffer.shape[4]))
         return rows[0], rows[1]
+
+    def summarise(self, heads: Heads, step: Step) -> torch.Tensor:
+        """The summaries [B*m, H, d] of the chunk that each request's step summarises."""
+        q, k_own, v_own = heads.q_summary, heads.k_summary, heads.v_summary
+        assert q is not None and k_own is not None and v_own is not None
+        found = None
+        if (fast := _kernels(q)) is not None:
+            found = fast.summarise(q, self._buffer, self.ring_rows, step.chunk, step.chunk_size, k_own, v_own)
+        if found is None:
+            found = _summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own)
+        return found
 
     def attend(self, q: torch.Tensor, visible: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
         """q [B, H, d] over the rows that `visible` [B, rows] names, none from `stops` [B] on -> [B, H, d]."""
@@ -303,11 +315,9 @@ class DecodingCache:
         cache, out_summary = self._layers[attention.layer.index], None
         if step.closing and heads.k_summary is not None and heads.v_summary is not None:
             if heads.q_summary is not None:  # before this token may take a slot of the chunk
-                text = cache.read(cache.text_slots(step.inside_chunk()))
-                out_summary = _summarise(heads.q_summary, *text, heads.k_summary, heads.v_summary)
+                out_summary = cache.summarise(heads, step)
             if cache.keeps_summaries:
-                request = torch.arange(step.num_text, device=self._device).repeat_interleave(step.summary_tokens)
-                cache.write(request, cache.summary_slots(step.summary_index()), heads.k_summary, heads.v_summary)
+                cache.append(cache.summary_slots(step.summary_index()), heads.k_summary, heads.v_summary)
         cache.append(cache.text_slots(step.position), heads.k, heads.v)
         return cache.attend(heads.q, *step.visible(cache)), out_summary
 

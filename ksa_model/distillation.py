@@ -19,9 +19,10 @@ import torch.distributed as dist
 from ksa_model import kernels
 from ksa_model.attention import Attention, Heads
 from ksa_model.layout import SequenceLayout, TextLayout
+from ksa_model.linear import add_product_fp32
 from ksa_model.loss import IGNORE_INDEX, LOSS_ROWS
 from ksa_model.megatron import reduce_from_tensor_model_parallel_region
-from ksa_model.model import Decoder
+from ksa_model.model import Block, Decoder
 from ksa_model.tensor_parallel import TensorParallel
 
 PARTS = ("lm", "kl", "attention")
@@ -95,12 +96,17 @@ def attention_gap(student: torch.Tensor, teacher: torch.Tensor, counted: torch.T
 
 @contextlib.contextmanager
 def _watching(model: Decoder, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Show `see` the output of each attention sub-layer, bottom to top."""
+    """Show `see` what each attention sub-layer adds to the residual stream, bottom to top."""
 
-    def hook(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> None:
-        see(output)
+    def watch(block: Block):
+        def hook(module: torch.nn.Module, inputs: object, mixed: torch.Tensor) -> None:
+            # Nothing that is kept here may be counted to a block that is run again: nobody watches then.
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+                see(block.attended(mixed))
 
-    handles = [module.register_forward_hook(hook) for module in model.modules() if isinstance(module, Attention)]
+        return block.attention.register_forward_hook(hook)
+
+    handles = [watch(block) for block in model.modules() if isinstance(block, Block)]
     try:
         yield
     finally:
@@ -142,7 +148,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.matmul(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += grad.t() @ hidden[rows]
+                add_product_fp32(grad_weight, grad, hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(parts)

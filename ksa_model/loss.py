@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ksa_model.config import FUSED_LOSS_ROWS, LOSS_ROWS
+from ksa_model.linear import add_product_fp32
 from ksa_model.megatron import vocab_parallel_cross_entropy
 from ksa_model.tensor_parallel import TensorParallel
 
@@ -49,7 +50,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += loss
             if grad_logits is not None:
                 torch.matmul(grad_logits, weight, out=grad_hidden[rows])
-                grad_weight += grad_logits.t() @ hidden[rows]
+                add_product_fp32(grad_weight, grad_logits, hidden[rows])
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype

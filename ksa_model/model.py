@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ksa_model import loss, rows
+from ksa_model import loss
 from ksa_model.attention import Attention, Mix, RMSNorm, RotaryTables
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_tensor_parallel
 from ksa_model.layout import SequenceLayout
+from ksa_model.linear import Norm
 from ksa_model.megatron import gather_from_tensor_model_parallel_region
 from ksa_model.tensor_parallel import TensorParallel
 
@@ -151,21 +152,23 @@ class Block(nn.Module):
         self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables, mix: Mix | None = None
     ) -> torch.Tensor:
         """x [rows, h]: both streams while some layer from here on reads summaries, text alone above that."""
-        mixed = self.attention(self.attention_norm(x), layout, rotary, mix)
+        mixed = self.attention(x, self.attention_norm.ready(), layout, rotary, mix)
         # A layer that leaves summaries as they are updates the text rows alone; the last `K` layer drops them.
-        text_rows = self.tp.local_rows(layout.num_text)
-        kept = x[text_rows:] if self._passes_summaries_by else None
-        x = x[: len(mixed)] + mixed
-        x = x + self.mlp(self.mlp_norm(x))
-        return x if kept is None else torch.cat([x, kept])
+        updated, kept = x, None
+        if self.layer.carries_summaries and not self.layer.updates_summaries:
+            text_rows = self.tp.local_rows(layout.num_text)
+            updated, kept = x.split([text_rows, len(x) - text_rows])
+        x = self.tp.add_product(updated, mixed, self.attention.output.weight)
+        x = self.mlp(x, self.mlp_norm.ready())
+        return x if kept is None or self.layer.is_last_ksa else torch.cat([x, kept])
 
-    @property
-    def _passes_summaries_by(self) -> bool:
-        return self.layer.carries_summaries and not self.layer.updates_summaries and not self.layer.is_last_ksa
+    def attended(self, mixed: torch.Tensor) -> torch.Tensor:
+        """What attention adds to the residual stream, for what it returned."""
+        return self.tp.product(mixed, self.attention.output.weight)
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU (arXiv 2002.05202) behind a norm, added to the residual stream."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel):
         super().__init__()
@@ -174,6 +177,6 @@ class MLP(nn.Module):
         self.gate, self.up = tp.column(h, f, config.init_std), tp.column(h, f, config.init_std)
         self.down = tp.row(f, h, config.init_std / (2 * config.num_layers) ** 0.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.tp.gather(x)
-        return self.down(rows.swiglu(self.gate(x), self.up(x)))
+    def forward(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        parts = self.tp.gated(x, norm, self.gate.weight, self.up.weight)
+        return self.tp.add_gated(x, parts, self.down.weight)

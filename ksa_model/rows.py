@@ -37,6 +37,19 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return fast.SwiGLU.apply(gate, up) if fast else plain_swiglu(gate, up)
 
 
+def swiglu_and_gradients(
+    gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """swiglu(gate, up), and the gradients of gate and up under `grad`, its gradient."""
+    if (fast := _kernels(gate)) is not None:
+        return fast.swiglu_backward(gate, up, grad, and_product=True)
+    with torch.enable_grad():
+        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        product = plain_swiglu(gate, up)
+    grad_gate, grad_up = torch.autograd.grad(product, (gate, up), grad)
+    return product.detach(), grad_gate, grad_up
+
+
 def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Twin of `rms_norm`."""
     return nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)

@@ -4,17 +4,22 @@ Legend: t tensor ranks, rows = [text | summaries] of this context rank, h hidden
 
 A block alternates between two states. *Sharded*: hidden rows, under sequence parallelism each tensor rank holds
 1/t of the text rows and 1/t of the summary rows; otherwise every rank holds all. *Gathered*: all rows on every tensor
-rank, each rank owning some heads or some MLP columns. `gather` enters the second state once per sub-layer (one
-collective for all its projections), the row-parallel output projection leaves it.
+rank, each rank owning some heads or some MLP columns. `project` and `gated` enter the second state once per sub-layer
+(one collective for all its products), `add_product` and `add_gated` leave it.
+
+Megatron's layers hold and initialise the weights; `ksa_model.linear` multiplies with them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from ksa_model import linear, rows
+from ksa_model.linear import Norm, Target
 from ksa_model.megatron import (
     ColumnParallelLinear,
     ModelParallelConfig,
@@ -22,6 +27,8 @@ from ksa_model.megatron import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 
 
@@ -56,9 +63,8 @@ class TensorParallel:
     # -- layers -----------------------------------------------------------------------------------------------------
 
     def column(self, in_size: int, out_size: int, init_std: float) -> ColumnParallelLinear:
-        """Gathered rows in, this rank's share of the output features out. Its input comes from `gather`, which also
-        reduces the input's gradient, so the layer itself must not."""
-        return _QuietColumn(
+        """The weight of gathered rows in, this rank's share of the output features out."""
+        return ColumnParallelLinear(
             in_size,
             out_size,
             config=self._config(False),
@@ -69,8 +75,8 @@ class TensorParallel:
         )
 
     def row(self, in_size: int, out_size: int, init_std: float) -> RowParallelLinear:
-        """This rank's share of the features in, summed over ranks and back in the sharded state out."""
-        return _QuietRow(
+        """The weight of this rank's share of the features in, all output features out."""
+        return RowParallelLinear(
             in_size,
             out_size,
             config=self._config(self.shards_rows),
@@ -109,19 +115,55 @@ class TensorParallel:
             return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group)
         return copy_to_tensor_model_parallel_region(x, group=self.group)
 
-    def split_streams(self, x: torch.Tensor, num_text: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gathered rows -> (text [T, ...], summaries [S, ...]), each in sequence order.
+    def project(
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        num_text: int,
+        text: Sequence[torch.Tensor],
+        summary: Sequence[torch.Tensor] = (),
+    ) -> list[torch.Tensor]:
+        """Sharded rows x behind a norm, gathered, text rows times each of the weights `text` and summary rows times
+        each of `summary`: one tensor [T or S, this rank's features] for each weight, rows in sequence order."""
+        x, own_norm = self._enter(x, norm)
+        if self.shards_rows and len(x) > num_text:
+            # The gathered rows stand rank by rank, [text_0 | summaries_0 | text_1 | ...].
+            by_rank, local_text = x.view(self.size, -1, *x.shape[1:]), num_text // self.size
+            x = torch.cat([*by_rank[:, :local_text].unbind(), *by_rank[:, local_text:].unbind()])
+        targets = [Target(0, num_text, weight) for weight in text]
+        return linear.project(x, own_norm, targets + [Target(num_text, len(x), weight) for weight in summary])
 
-        Under sequence parallelism the gathered rows stand rank by rank, `[text_0 | summaries_0 | text_1 | ...]`.
-        """
-        if not self.shards_rows:
-            return x[:num_text], x[num_text:]
-        by_rank = x.view(self.size, -1, *x.shape[1:])
-        local_text = num_text // self.size
-        return by_rank[:, :local_text].flatten(0, 1), by_rank[:, local_text:].flatten(0, 1)
+    def gated(self, x: torch.Tensor, norm: Norm, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Sharded rows x behind a norm, gathered, as SwiGLU's two factors (or what `linear.gated` makes of them)."""
+        return linear.gated(*self._enter(x, norm), gate, up)
+
+    def add_product(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Sharded rows x plus gathered rows y, a share of their features, times a weight, summed over ranks."""
+        return linear.add_product(x, y, weight) if self.size == 1 else x + self.product(y, weight)
+
+    def add_gated(self, x: torch.Tensor, parts: tuple[torch.Tensor, ...], weight: torch.Tensor) -> torch.Tensor:
+        """The same for y = swiglu of `parts`."""
+        if self.size == 1:
+            return linear.add_gated(x, parts, weight)
+        return x + self._leave(linear.add_gated(None, parts, weight))
+
+    def product(self, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What `add_product` adds."""
+        return self._leave(linear.add_product(None, y, weight))
+
+    def _enter(self, x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, Norm | None]:
+        """Gathered rows, and the norm where it still has to be applied."""
+        if self.size == 1:
+            return x, norm
+        return self.gather(rows.rms_norm(x, norm.gain, norm.eps)), None
+
+    def _leave(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shards_rows:
+            return reduce_scatter_to_sequence_parallel_region(x, group=self.group)
+        return reduce_from_tensor_model_parallel_region(x, group=self.group)
 
     def join_streams(self, text: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
-        """Inverse of `split_streams`."""
+        """Text and summary rows, each in sequence order, as gathered rows stand."""
         if not self.shards_rows:
             return torch.cat([text, summary])
         return torch.cat(
@@ -135,20 +177,6 @@ class TensorParallel:
         is summed over the ranks in backward. Without this the ranks' copies drift apart silently.
         """
         return weight if meets_all or self.size == 1 else copy_to_tensor_model_parallel_region(weight, group=self.group)
-
-
-class _QuietColumn(ColumnParallelLinear):
-    """Returns the output alone; Megatron's layers return (output, bias)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0]
-
-
-class _QuietRow(RowParallelLinear):
-    """Returns the output alone."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0]
 
 
 def _normal(std: float):

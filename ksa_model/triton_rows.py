@@ -114,7 +114,7 @@ def _swiglu(gate, up, out, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(gate, up, grad, grad_gate, grad_up, count, BLOCK: tl.constexpr):
+def _swiglu_backward(gate, up, grad, grad_gate, grad_up, out, count, BLOCK: tl.constexpr, OUT: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
@@ -122,6 +122,8 @@ def _swiglu_backward(gate, up, grad, grad_gate, grad_up, count, BLOCK: tl.conste
     given = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     share = 1 / (1 + tl.exp(-g))
     tl.store(grad_up + at, (given * g * share).to(grad_up.dtype.element_ty), mask=inside)
+    if OUT:
+        tl.store(out + at, (g * share * u).to(out.dtype.element_ty), mask=inside)
     slope = share * (1 + g * (1 - share))
     tl.store(grad_gate + at, (given * u * slope).to(grad_gate.dtype.element_ty), mask=inside)
 
@@ -203,13 +205,22 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        if gate.numel():
-            _swiglu_backward[(triton.cdiv(gate.numel(), ELEMENTS),)](
-                gate, up, grad, grad_gate, grad_up, gate.numel(), ELEMENTS
-            )
-        return grad_gate, grad_up
+        return swiglu_backward(gate, up, grad)[1:]
+
+
+def swiglu_backward(
+    gate, up, grad, and_product: bool = False
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """(silu(gate) * up if `and_product`, gradient of gate, gradient of up), all in one pass."""
+    gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    product = torch.empty_like(gate) if and_product else None
+    if gate.numel():
+        _swiglu_backward[(triton.cdiv(gate.numel(), ELEMENTS),)](
+            gate, up, grad, grad_gate, grad_up, grad_gate if product is None else product, gate.numel(), ELEMENTS,
+            OUT=and_product,
+        )  # fmt: skip
+    return product, grad_gate, grad_up
 
 
 def _norm_warps(block: int) -> int:

@@ -40,6 +40,7 @@ class RunConfig:
     stop_at_step: int | None = None  # end early, as if interrupted: schedules still aim at `steps`
     max_minutes: float | None = None  # save and exit with train.signals.REQUEUE after this time in the loop
     samples_per_step: int = 1  # packed sequences per optimizer step, over all ranks
+    samples_per_micro_batch: int = 1  # of these, how many one forward pass takes, one after another
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "fp32"  # fp32 | bf16 (bf16 compute, fp32 master weights and gradient accumulation)
@@ -52,7 +53,14 @@ class RunConfig:
     spike_factor: float | None = None  # a loss this many times the recent median: go back, past its samples
 
     def __post_init__(self) -> None:
-        for name in ("steps", "samples_per_step", "log_every", "eval_every", "max_bad_steps"):
+        for name in (
+            "steps",
+            "samples_per_step",
+            "samples_per_micro_batch",
+            "log_every",
+            "eval_every",
+            "max_bad_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name}={getattr(self, name)} must be at least 1")
         if self.max_minutes is not None and self.max_minutes <= 0:
@@ -133,6 +141,10 @@ class TrainConfig:
     def alignment(self) -> int:
         return self.document_alignment or self.model.chunk_size
 
+    def micro_batches(self, data_size: int) -> int:
+        """Of a step, on each of `data_size` data-parallel ranks."""
+        return self.run.samples_per_step // data_size // self.run.samples_per_micro_batch
+
 
 def validate(config: TrainConfig, world_size: int) -> None:
     """Raise one of `USER_ERRORS` unless the sections fit each other and a world of `world_size` ranks."""
@@ -141,10 +153,21 @@ def validate(config: TrainConfig, world_size: int) -> None:
     check_tensor_parallel(model, parallel.tensor)
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence=true shares rows among tensor ranks and needs parallel.tensor > 1")
+    if config.run.precision == "bf16" and parallel.zero == 0:
+        raise ConfigError(
+            "run.precision=bf16 adds gradients up in fp32, for which DeepSpeed needs parallel.zero=1 or more (on a "
+            "single rank stage 1 shards nothing)"
+        )
     if config.run.samples_per_step % data_size:
         raise ConfigError(
             f"run.samples_per_step={config.run.samples_per_step} is not a multiple of the {data_size} data-parallel "
             f"ranks ({world_size} ranks / parallel.tensor={parallel.tensor} / parallel.context={parallel.context})"
+        )
+    if config.run.samples_per_step // data_size % config.run.samples_per_micro_batch:
+        raise ConfigError(
+            f"run.samples_per_micro_batch={config.run.samples_per_micro_batch} does not divide the "
+            f"{config.run.samples_per_step // data_size} samples that a data-parallel rank has in a step "
+            f"(run.samples_per_step={config.run.samples_per_step} / {data_size} ranks)"
         )
     if config.alignment % model.chunk_size:
         raise ConfigError(

@@ -71,8 +71,11 @@ def _state_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, floa
     state = (8 + 4) * local  # two moments and the fp32 master copy (kept beside fp32 weights too, except in stage 0)
     if zero == 0 and not bf16:
         state = 8 * local
-    # bf16 at stages 0 and 1 accumulates in fp32 beside the gradient that backward just made.
-    gradients = (value + 4 if bf16 and zero < 2 else value) * local
+    gradients = value * local
+    if bf16 and zero < 2:  # sums in fp32, to which products add; the vocabulary's gradients come in bf16 first
+        model = config.model
+        vocabulary = model.padded_vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+        gradients = 4 * local + value * vocabulary // config.parallel.tensor
     return {
         "weights": value * local / (shards if zero == 3 else 1),
         "gradients": gradients / (shards if zero >= 2 else 1),
@@ -86,8 +89,8 @@ def _fused(config: TrainConfig) -> bool:
 
 
 def _rows(config: TrainConfig) -> tuple[int, int]:
-    """Text and summary rows of one context rank."""
-    text = config.seq_len // config.parallel.context
+    """Text and summary rows of one context rank in a micro-batch."""
+    text = config.seq_len * config.run.samples_per_micro_batch // config.parallel.context
     return text, text // config.model.chunk_size * config.model.summary_tokens
 
 
@@ -139,7 +142,8 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     projected = summary_in if layer.projects_summaries else 0
 
     norms = (entering + updated) / share * h * norm  # the residual stream, and the norms' own
-    gathered = (entering + updated) * h * b  # their outputs, gathered: the projections' and the MLP's input
+    # Their outputs, gathered: the projections' and the MLP's input. On a GPU a single tensor rank makes them again.
+    gathered = 0 if fused and tensor == 1 else (entering + updated) * h * b
     heads = text * (q + 2 * kv) * b + projected * 2 * kv * b + summary_out * q * b  # as attention saved them
     if model.qk_norm:  # the norm's input beside its output, which RoPE turns into another tensor
         heads += (text * (q + kv) + projected * kv + summary_out * q) * norm
@@ -157,7 +161,7 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
             exchanged = text * context * 2 * kv * b
         elif layer.mixer == "K":
             exchanged += projected * context * 2 * kv * b
-    mlp = updated * f * (3 if fused else 4) * b  # gate, up, their product; plain torch keeps silu(gate) as well
+    mlp = updated * f * (2 if fused else 4) * b  # gate and up; plain torch keeps silu(gate) and the product as well
     return norms + gathered + heads + log_sum_exp + out + exchanged + mlp
 
 
@@ -200,7 +204,7 @@ def describe(config: TrainConfig, world_size: int, gpu: str) -> str:
         f"k={model.chunk_size}, seq_len {config.seq_len:,}, {config.run.precision}",
         f"{world_size} ranks = tensor {parallel.tensor}{' + sequence' if parallel.sequence else ''} x context "
         f"{parallel.context} x data {counted.data_size}, ZeRO-{parallel.zero}; "
-        f"{config.run.samples_per_step // counted.data_size} micro-batches a step",
+        f"{config.micro_batches(counted.data_size)} micro-batches a step",
         "",
         "who holds what",
         *_ranks(config, counted),

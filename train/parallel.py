@@ -6,6 +6,7 @@ replica are neighbours.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -182,6 +183,7 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
     )
 
 
+SHUTDOWN_WAIT = timedelta(seconds=60)  # for the other ranks
 _rendezvous: list[dist.Store] = []  # of this process: it outlives a job, and jobs of one process are told apart
 _jobs = 0
 
@@ -201,5 +203,18 @@ def shutdown() -> None:
     from ksa_model.megatron import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() != "nccl" or dist.get_world_size() == 1:
         dist.destroy_process_group()
+        return
+    # Closing NCCL's communicators in good order waits for the other ranks, one communicator at a time, and with three
+    # over the same two ranks (context parallelism) it was seen to wait forever. When all ranks are done none has
+    # anything left to say, so the communicators may as well be aborted. A rank that failed never comes: not for long.
+    torch.cuda.synchronize()
+    store = dist.PrefixStore(f"shutdown{_jobs}", _rendezvous[0])
+    if store.add("ranks", 1) == dist.get_world_size():
+        store.set("all", "1")
+    with contextlib.suppress(dist.DistError, RuntimeError):
+        store.wait(["all"], SHUTDOWN_WAIT)
+    dist.distributed_c10d._abort_process_group()

@@ -32,6 +32,7 @@ CHANGEABLE = (
     "run.skip_samples",
     "run.spike_factor",
     "run.recompute",
+    "run.samples_per_micro_batch",
     "data.cache_dir",
     "data.cache_gb",
     "data.prefetch_samples",

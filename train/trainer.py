@@ -392,7 +392,7 @@ def build_engine(config: TrainConfig, world: World) -> Engine:
         config.parallel,
         world,
         precision=config.run.precision,
-        micro_batches=config.run.samples_per_step // world.data_size,
+        micro_batches=config.micro_batches(world.data_size),
         trains=config.stage.trains,
     )
 
@@ -404,6 +404,7 @@ def make_loader(config: TrainConfig, data: TrainingData, world: World) -> Loader
         dp_rank=world.data_rank,
         dp_size=world.data_size,
         prefetch=config.data.prefetch_samples,
+        joined=config.run.samples_per_micro_batch,
         transform=batch_maker(config.model, world.context_group.rank(), world.context_group.size()),
     )
 

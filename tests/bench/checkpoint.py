@@ -1,7 +1,8 @@
-"""What saving costs: `python -m tests.bench.checkpoint [out=FILE] [every=STEPS] [key=value ...]`, keys of `python -m train`.
+"""What saving costs: `python -m tests.bench.checkpoint [out=FILE] [every=STEPS] [key=value ...]`
 
-Trains some steps of the default run (or of any other, on any device; under torchrun on several) with a checkpoint every
-fourth step (or `every`: a save that begins before the last one is written waits for it), and compares the seconds that training stood still for a save with the time between saves at the
+The other keys are those of `python -m train`. Trains some steps of the default run (or of any other, on any device;
+under torchrun on several) with a checkpoint every fourth step (or `every`: a save that begins before the last one is
+written waits for it), and compares the seconds that training stood still for a save with the time between saves at the
 configured `checkpoint.every_steps`. Steps that run while a checkpoint is being written are timed apart from the others.
 For a model of more than 500M parameters on a GPU:
 
@@ -30,7 +31,7 @@ from train.metrics import read_records
 from train.trainer import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-SAVES = 5
+SAVES = 3
 
 
 def configured(overrides: list[str]) -> TrainConfig:

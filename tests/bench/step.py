@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = ModelConfig(
     hidden_size=2048, num_layers=24, num_heads=16, num_kv_heads=16, head_dim=128, ffn_size=6144, vocab_size=151_936
 )
-CASES = {  # name: (seq_len, samples of a step, layers, recompute, patterns)
-    "8k": (8_192, 8, 24, False, ("KKKF",)),
-    "128k": (131_072, 1, 12, True, ("KKKF", "K", "F")),
+CASES = {  # name: (seq_len, samples of a step, of these in a micro-batch, layers, recompute, patterns)
+    "8k": (8_192, 8, 2, 24, False, ("KKKF",)),
+    "8k-single": (8_192, 8, 1, 24, False, ("KKKF",)),
+    "128k": (131_072, 1, 1, 12, True, ("KKKF", "K", "F")),
 }
 PARTS = {  # words in a kernel's name: the part it is counted to; the first that fits
     "_summary_": "summaries' attention",
@@ -59,11 +60,12 @@ PARTS = {  # words in a kernel's name: the part it is counted to; the first that
 
 
 def run(name: str, pattern: str) -> dict:
-    seq_len, samples, layers, recompute, _ = CASES[name]
+    seq_len, samples, joined, layers, recompute, _ = CASES[name]
     model = dataclasses.replace(MODEL, layer_pattern=pattern, num_layers=layers)
-    config = TrainConfig(
-        model=model, seq_len=seq_len, run=RunConfig(samples_per_step=samples, precision="bf16", recompute=recompute)
+    settings = RunConfig(
+        samples_per_step=samples, samples_per_micro_batch=joined, precision="bf16", recompute=recompute
     )
+    config = TrainConfig(model=model, seq_len=seq_len, run=settings)
     world = workload.start(config)
     bench = workload.Bench(config, world, [[0]])
     batches = bench.batches(0)
@@ -83,8 +85,9 @@ def run(name: str, pattern: str) -> dict:
             kernels.append((round(ms, 2), event.count, event.key[:90]))
     busy = sum(parts.values())
     result = {
-        "case": name, "pattern": pattern, "seq_len": seq_len, "samples": samples, "layers": layers,
-        "recompute": recompute, "loss": loss, "seconds": seconds, "tokens_per_second": samples * seq_len / seconds,
+        "case": name, "pattern": pattern, "seq_len": seq_len, "samples": samples, "samples_per_micro_batch": joined,
+        "layers": layers, "recompute": recompute, "loss": loss, "seconds": seconds,
+        "tokens_per_second": samples * seq_len / seconds,
         "mfu": flops / seconds / (peak_flops(world.device) or float("nan")), "peak_gib": peak / 2**30,
         "predicted_gib": dry_run.plan(config, 1).total / 2**30, "idle_share": max(0.0, 1 - busy / seconds / 1e3),
         "parts_ms": {part: round(ms, 2) for part, ms in parts.most_common()},
@@ -100,7 +103,7 @@ def run(name: str, pattern: str) -> dict:
 def main(arguments: dict[str, str]) -> None:
     results = []
     for name in arguments.get("cases", ",".join(CASES)).split(","):
-        for pattern in CASES[name][4]:
+        for pattern in CASES[name][5]:
             result = run(name, pattern)
             results.append(result)
             shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items() if k != "kernels"}

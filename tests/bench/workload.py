@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from data_pipeline import IGNORE_INDEX, PackedSample
+from data_pipeline.samples import join
 from train import parallel, trainer
 from train.batches import Batch, batch_maker
 from train.config import TrainConfig
@@ -54,13 +55,13 @@ class Bench:
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
         assert self.config.model.vocab_size is not None
-        count, made = self.config.run.samples_per_step, []
-        for j in range(self.world.data_rank, count, self.world.data_size):
-            drawn = sample(
-                self.config.seq_len, self.config.model.vocab_size, count * step + j, self.cuts[j % len(self.cuts)]
-            )
-            made.append(self._make(drawn).to(self.world.device))
-        return made
+        run, mine = self.config.run, []
+        for j in range(self.world.data_rank, run.samples_per_step, self.world.data_size):
+            index, cuts = run.samples_per_step * step + j, self.cuts[j % len(self.cuts)]
+            mine.append(sample(self.config.seq_len, self.config.model.vocab_size, index, cuts))
+        size = run.samples_per_micro_batch
+        packs = [join(mine[first : first + size]) for first in range(0, len(mine), size)]
+        return [self._make(pack).to(self.world.device) for pack in packs]
 
     def step(self, batches: list[Batch], lr: float = 1e-3) -> None:
         trainer.train_step(self.engine, batches, self.world, self.sums, lr)

@@ -55,6 +55,24 @@ def test_a_sample_is_that_row_of_the_plan(plan):
     loader.close()
 
 
+@pytest.mark.parametrize("size, joined", [(1, 2), (1, 3), (2, 3)])
+def test_joined_samples_are_the_same_samples_in_one_pack(plan, size, joined):
+    together, apart = (make(plan, 6, size - 1, size, joined=count, prefetch=3) for count in (joined, 1))
+    for _ in range(3):
+        singles = apart.next_step()
+        for i, pack in enumerate(together.next_step()):
+            parts = singles[i * joined : (i + 1) * joined]
+            assert pack.index == parts[0].index
+            assert np.array_equal(pack.tokens, np.concatenate([part.tokens for part in parts]))
+            assert np.array_equal(pack.labels, np.concatenate([part.labels for part in parts]))
+            starts = [start + 512 * j for j, part in enumerate(parts) for start in part.doc_starts]
+            assert pack.doc_starts.tolist() == starts and len(pack.doc_lengths) == len(pack.continuation) == len(starts)
+        assert together.state() == apart.state()
+    together.close(), apart.close()
+    with pytest.raises(DataError, match="joined=4"):
+        make(plan, 6, joined=4)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("resumed_size", [1, 2, 4])
 def test_resume_at_every_step_keeps_the_global_order(plan, size, resumed_size):

@@ -27,7 +27,10 @@ def with_outputs(decoder, tokens, pack):
     """Scores of every row, and the outputs of each attention sub-layer."""
     outputs = []
     modules = [m for m in decoder.modules() if isinstance(m, Attention)]
-    handles = [m.register_forward_hook(lambda module, given, out: outputs.append(out)) for m in modules]
+    handles = [
+        m.register_forward_hook(lambda module, given, mixed: outputs.append(mixed @ module.output.weight.t()))
+        for m in modules
+    ]
     logits = decoder.logits(tokens, pack)
     for handle in handles:
         handle.remove()

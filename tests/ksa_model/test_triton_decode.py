@@ -6,8 +6,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[test]'")
 
 from ksa_model import triton_decode, triton_rows
-from ksa_model.cache import DecodingCache, Sampling, generate
+from ksa_model.cache import DecodingCache, Sampling, _summarise, generate
+from ksa_model.linear import Target
 from ksa_model.model import Decoder
+from ksa_model.rows import plain_rms_norm, plain_swiglu
 from ksa_model.tensor_parallel import TensorParallel
 from tests.ksa_model.test_cache import model_for
 from tests.ksa_model.test_model import small_config
@@ -47,6 +49,36 @@ def test_attend(monkeypatch, heads, kv_heads, d, rows, stops):
     torch.testing.assert_close(triton_decode.attend(q, buffer, visible, stop), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("ring, k, m, heads", [(None, 4, 1, 4), (12, 4, 2, 2), (None, 3, 1, 6), (1, 1, 1, 2)])
+def test_summarise(ring, k, m, heads):
+    """Against `cache._summarise` over rows read from the cache; the third request has no chunk yet."""
+    buffer, chunk = draw(2, 3, 2, ring or 19, 24), torch.tensor([2, 4, 0], device=DEVICE)
+    q, k_own, v_own = draw(3 * m, heads, 24, seed=1), draw(3 * m, 2, 24, seed=2), draw(3 * m, 2, 24, seed=3)
+    positions = chunk[:, None] * k + torch.arange(k, device=DEVICE)
+    slots = (positions if ring is None else positions % ring).clamp(max=buffer.shape[3] - 1)
+    at = slots[None, :, None, :, None].expand(2, -1, 2, -1, 24)
+    want = _summarise(q, *buffer.gather(3, at), k_own, v_own)
+    got = triton_decode.summarise(q, buffer, ring, chunk, k, k_own, v_own)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert triton_decode.summarise(q, buffer, ring, chunk, triton_decode.MOST_KEYS, k_own, v_own) is None
+
+
+@pytest.mark.parametrize("rows, size", [(1, 300), (5, 40), (16, 256)])
+def test_products_of_few_rows(rows, size):
+    x, gain = draw(rows, size) / 4, draw(size, seed=1)
+    weights = [draw(features, size, seed=2 + i) / size**0.5 for i, features in enumerate((40, 16, 7, 33, 20))]
+    normed = plain_rms_norm(x, gain, 1e-6)
+    spans = [(0, rows)] * 4 + [(rows // 2, rows)]
+    got = triton_decode.project(x, gain, 1e-6, [Target(*span, w) for span, w in zip(spans, weights)])
+    for out, (start, stop), weight in zip(got, spans, weights, strict=True):
+        torch.testing.assert_close(out, normed[start:stop] @ weight.t(), rtol=1e-4, atol=1e-4)
+    gate, up, down = draw(40, size, seed=8), draw(40, size, seed=9), draw(size, 40, seed=10)
+    product = plain_swiglu(normed @ gate.t(), normed @ up.t())
+    torch.testing.assert_close(triton_decode.gated(x, gain, 1e-6, gate, up), product, rtol=1e-3, atol=1e-3)
+    want = x + product @ down.t()
+    torch.testing.assert_close(triton_decode.add_product(x, product, down), want, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("changes", [dict(), dict(layer_pattern="KSCF", window_chunks=0, summary_tokens=2)], ids=str)
 def test_a_whole_model_with_these_kernels(world, monkeypatch, changes):
     """Decoding through them, as on a GPU: rows for every shape a step has, read to the last allocated one."""
@@ -56,6 +88,8 @@ def test_a_whole_model_with_these_kernels(world, monkeypatch, changes):
     monkeypatch.setattr(triton_decode, "PROGRAMS", 12)  # the interpreter takes milliseconds for each
     monkeypatch.setattr("ksa_model.rows._kernels", lambda x: triton_rows)
     monkeypatch.setattr("ksa_model.cache._kernels", lambda x: None if x.requires_grad else triton_decode)
+    few = lambda x: triton_decode if len(x) <= 6 else None
+    monkeypatch.setattr("ksa_model.linear._decoding", few)
     forward = DecodingCache._forward
     monkeypatch.setattr(
         DecodingCache, "_forward", lambda self, tokens, closing, _: forward(self, tokens, closing, None)
@@ -63,6 +97,17 @@ def test_a_whole_model_with_these_kernels(world, monkeypatch, changes):
     with torch.no_grad():
         got, _ = generate(decoder.to(DEVICE), prompts, Sampling(max_tokens=10))
     assert got == want
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_products_in_bf16(rows):
+    x, gain = draw(rows, 2560, dtype=torch.bfloat16), draw(2560, seed=1, dtype=torch.bfloat16)
+    weights = [(draw(n, 2560, seed=n) / 50).bfloat16() for n in (4096, 1024, 1000)]
+    normed = plain_rms_norm(x.double(), gain.double(), 1e-6)
+    for out, weight in zip(triton_decode.project(x, gain, 1e-6, [Target(0, rows, w) for w in weights]), weights):
+        want = normed @ weight.double().t()
+        assert (out.double() - want).norm() / want.norm() < 6e-3
 
 
 @pytest.mark.gpu

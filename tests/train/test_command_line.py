@@ -85,6 +85,8 @@ def refused(monkeypatch, capsys, *arguments):
         (["run.device=cuda"], "run.device=cuda, but this process sees no CUDA device"),
         (["model.attention_backend=fused"], "attention_backend=fused computes in 16 bits, and run.precision=fp32"),
         (["model.attention_backend=fused", "run.precision=bf16", "run.device=cpu"], "needs a CUDA device"),
+        (["run.precision=bf16", "parallel.zero=0"], "needs parallel.zero=1"),
+        (["run.samples_per_step=4", "run.samples_per_micro_batch=3"], "samples_per_micro_batch=3 does not divide"),
         (["run.name=../elsewhere"], "run.name='../elsewhere' must be a relative path"),
         (["resume=/no/such/run"], "resume=/no/such/run: neither a checkpoint"),
         (["logging.wandb=perhaps"], "logging.wandb='perhaps' is not one of online, offline, off"),

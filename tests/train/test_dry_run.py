@@ -98,15 +98,20 @@ def test_exchanges_are_what_collectives_count():
 
 def test_zero_shards_what_it_says():
     sizes = {}
-    for zero in (0, 1, 2, 3):
+    for zero in (1, 2, 3):
         config = make_config(
             Path("c"), Path("r"), **WIDE, parallel__zero=zero, run__precision="bf16", run__samples_per_step=8
         )
-        sizes[zero] = dry_run.plan(config, 8).memory
-    p = sum(p for p in [dry_run.plan(config, 8).parameters_per_rank])
-    assert sizes[0]["weights"] == sizes[1]["weights"] == 2 * p and sizes[3]["weights"] == 2 * p / 8
-    assert sizes[0]["optimizer"] == 12 * p and sizes[1]["optimizer"] == sizes[3]["optimizer"] == 12 * p / 8
-    assert sizes[1]["gradients"] == 6 * p and sizes[2]["gradients"] == 2 * p / 8
+        counted = dry_run.plan(config, 8)
+        sizes[zero], p = counted.memory, counted.parameters_per_rank
+    assert sizes[1]["weights"] == 2 * p and sizes[3]["weights"] == 2 * p / 8
+    assert sizes[1]["optimizer"] == sizes[3]["optimizer"] == 12 * p / 8
+    vocabulary = sizes[1]["gradients"] - 4 * p  # whose gradients come in bf16 before they are added up in fp32
+    assert vocabulary == 2 * config.model.padded_vocab_size * config.model.hidden_size * 2
+    assert sizes[2]["gradients"] == 2 * p / 8
+    plain = make_config(Path("c"), Path("r"), **WIDE, parallel__zero=0, run__samples_per_step=8)
+    found = dry_run.plan(plain, 8).memory
+    assert (found["weights"], found["gradients"], found["optimizer"]) == (4 * p, 4 * p, 8 * p)
 
 
 def test_command_plans_four_thousand_ranks(tmp_path):

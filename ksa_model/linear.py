@@ -1,0 +1,169 @@
+"""Products of rows with weights: several from one input, and one that is added to the residual stream.
+
+Legend: n rows, h features of a row; a weight is [out, h].
+
+What torch would do in many passes over memory is done in the products themselves: the gradients of an input that
+several weights share add up in its one gradient; a weight's gradient adds up in fp32 where the weight has a `main_grad`
+(fp32, of its shape, as Megatron calls it), with no copy in 16 bits on the way; a residual is added by the product. On a
+GPU the normed rows and the MLP's activations are made again in backward instead of kept: one cheap pass each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from ksa_model import rows
+from ksa_model.rows import triton_module
+
+FEW_ROWS = 16  # up to which products without gradients go to the kernels of decoding
+
+
+class Norm(NamedTuple):
+    """An RMSNorm that stands before a product."""
+
+    gain: torch.Tensor
+    eps: float
+
+
+class Target(NamedTuple):
+    """Rows from `start` to `stop` times `weight`."""
+
+    start: int
+    stop: int
+    weight: torch.Tensor
+
+
+def project(x: torch.Tensor, norm: Norm | None, targets: Sequence[Target]) -> list[torch.Tensor]:
+    """For each target `normed[start:stop] @ weight.T`, where `normed` is x [n, h] behind the norm, or x itself."""
+    if norm is not None and (fast := _decoding(x)) is not None:
+        return fast.project(x, norm.gain, norm.eps, targets)
+    normed = x if norm is None else rows.rms_norm(x, norm.gain, norm.eps)
+    again = norm if norm is not None and _remakes(x) else None
+    spans = [(target.start, target.stop) for target in targets]
+    source = x.detach() if again is not None else None
+    return list(_Project.apply(normed, source, again, spans, *(target.weight for target in targets)))
+
+
+def gated(x: torch.Tensor, norm: Norm | None, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What SwiGLU multiplies: (gate, up) [n, f] of the normed rows, or its product alone, where nothing keeps them."""
+    if norm is not None and (fast := _decoding(x)) is not None:
+        return (fast.gated(x, norm.gain, norm.eps, gate, up),)
+    return tuple(project(x, norm, [Target(0, len(x), gate), Target(0, len(x), up)]))
+
+
+def add_product(x: torch.Tensor | None, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x + y @ weight.T: x [n, out] or None, y [n, h]."""
+    if x is not None and (fast := _decoding(x)) is not None:
+        return fast.add_product(x, y, weight)
+    return _AddProduct.apply(x, weight, y)
+
+
+def add_gated(x: torch.Tensor | None, parts: tuple[torch.Tensor, ...], weight: torch.Tensor) -> torch.Tensor:
+    """x + swiglu(gate, up) @ weight.T for `parts` as `gated` gives them."""
+    if len(parts) == 1:
+        return add_product(x, *parts, weight)
+    if _remakes(parts[0]):
+        return _AddProduct.apply(x, weight, *parts)
+    return add_product(x, rows.swiglu(*parts), weight)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, source, again: Norm | None, spans: list[tuple[int, int]], *weights):
+        ctx.spans, ctx.eps = spans, None if again is None else again.eps
+        ctx.weights = len(weights)
+        ctx.save_for_backward(*weights, *((x,) if again is None else (source, again.gain)))
+        return tuple(x[start:stop] @ weight.t() for (start, stop), weight in zip(spans, weights))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors
+        weights, (x, *gain) = saved[: ctx.weights], saved[ctx.weights :]
+        if gain:
+            x = rows.rms_norm(x, gain[0], ctx.eps)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            written: list[tuple[int, int]] = []
+            for span, weight, grad in zip(ctx.spans, weights, grads):
+                mine = grad_x[slice(*span)]
+                if span in written:
+                    mine.addmm_(grad, weight)
+                else:
+                    torch.mm(grad, weight, out=mine)
+                    written.append(span)
+            _zero_rest(grad_x, written)
+        of_weights = (
+            _weight_gradient(weight, grad, x[slice(*span)]) if ctx.needs_input_grad[4 + i] else None
+            for i, (span, weight, grad) in enumerate(zip(ctx.spans, weights, grads))
+        )
+        return grad_x, None, None, None, *of_weights
+
+
+def _zero_rest(x: torch.Tensor, written: list[tuple[int, int]]) -> None:
+    """Rows of x outside the spans `written`, which do not overlap, become zero."""
+    row = 0
+    for start, stop in sorted(written):
+        assert start >= row, f"targets overlap in part: {written}"
+        x[row:start].zero_()
+        row = stop
+    x[row:].zero_()
+
+
+class _AddProduct(torch.autograd.Function):
+    """x + y @ weight.T, where y is given, or made of `gate` and `up` and made again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, *parts):
+        ctx.save_for_backward(weight, *parts)
+        y = parts[0] if len(parts) == 1 else rows.swiglu(*parts)
+        return y @ weight.t() if x is None else torch.addmm(x, y, weight.t())
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, *parts = ctx.saved_tensors
+        grad = grad.contiguous()
+        of_y = grad @ weight if any(ctx.needs_input_grad[2:]) else None
+        if len(parts) == 1:
+            (y,), of_parts = parts, [of_y]
+        elif of_y is None:
+            y, of_parts = rows.swiglu(*parts), [None, None]
+        else:
+            gate, up = parts
+            y, *of_parts = rows.swiglu_and_gradients(gate, up, of_y)
+        of_weight = _weight_gradient(weight, grad, y) if ctx.needs_input_grad[1] else None
+        return grad if ctx.needs_input_grad[0] else None, of_weight, *of_parts
+
+
+def _weight_gradient(weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """grad.T @ x, or None after adding it to the weight's `main_grad`."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return grad.t() @ x
+    add_product_fp32(main_grad, grad, x)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return None
+
+
+def add_product_fp32(total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
+    """total [out, h] fp32 += grad.T @ x for grad [n, out], x [n, h] of any dtype."""
+    if grad.is_cuda and grad.dtype != torch.float32:
+        torch.addmm(total, grad.t(), x, out_dtype=torch.float32, out=total)
+    else:
+        total += grad.t() @ x
+
+
+def _remakes(x: torch.Tensor) -> bool:
+    """Whether cheap rows are made again in backward. On the CPU a pass over memory costs more than keeping them."""
+    return x.is_cuda
+
+
+def _decoding(x: torch.Tensor) -> ModuleType | None:
+    """The kernels for few rows, where no gradients are asked for."""
+    if x.is_cuda and len(x) <= FEW_ROWS and not torch.is_grad_enabled():
+        return triton_module("triton_decode")
+    return None
