@@ -51,6 +51,7 @@ with lean_imports():
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
         reduce_from_tensor_model_parallel_region,
+        reduce_scatter_to_sequence_parallel_region,
     )
 
 __all__ = [
@@ -64,5 +65,6 @@ __all__ = [
     "lean_imports",
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",
+    "reduce_scatter_to_sequence_parallel_region",
     "vocab_parallel_cross_entropy",
 ]
