@@ -70,10 +70,14 @@ def wait_for_end(cluster: Cluster, run: Path, timeout: float = 300) -> str:
     """The state in which the run's job has ended."""
     job, final = job_of(run), ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
     try:
-        wait_for(lambda: state(cluster, job) in final, f"the end of job {job}", timeout)
+        wait_for(lambda: state(cluster, job) in final, f"the end of job {job}", timeout, every=0.5)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{told(run)}") from None
     return state(cluster, job)
+
+
+def wait_for_empty_queue(cluster: Cluster, timeout: float = 240) -> None:
+    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the queue to empty", timeout, every=0.5)
 
 
 def told(run: Path) -> str:
@@ -142,14 +146,14 @@ def test_out_of_time_the_chain_goes_on(cluster, small, root):
     resumed = [int(step) for step in re.findall(r"resumed from .* at step (\d+)", logs)]
     assert len(saved) >= 1 and saved == sorted(saved) and resumed[: len(saved)] == saved[: len(resumed)], told(run)
     assert list(losses(run)) == list(range(1, len(losses(run)) + 1))
-    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the queue to empty", 90)
+    wait_for_empty_queue(cluster, 90)
     assert {state(cluster, job) for job in jobs[2:]} == {"CANCELLED"}
 
 
 def test_the_link_that_finishes_takes_the_rest_away(cluster, small, root):
     chain = ["launch.continuation=chain", "launch.chain_jobs=3"]
     launch(cluster, *chain, "--", *small, f"run.root={hydra(root)}", "run.name=short", "run.steps=3")
-    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the queue to empty")
+    wait_for_empty_queue(cluster)
     jobs = json.loads((root / "short/launch/launch.json").read_text())["jobs"]
     assert [state(cluster, job) for job in jobs] == ["COMPLETED", "CANCELLED", "CANCELLED"], told(root / "short")
     assert sorted(losses(root / "short")) == [1, 2, 3]
@@ -168,7 +172,7 @@ def test_cancelled_jobs_stay_away(when, cluster, two_nodes, root):
     else:
         wait_for(lambda: state(cluster, job_of(run)) == "RUNNING", "the job to run", 60)
     assert "cancelled job" in launch(cluster, "cancel", str(run)).stdout
-    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the queue to empty", 90)
+    wait_for_empty_queue(cluster, 90)
     assert state(cluster, job_of(run)) == "CANCELLED", told(run)
     assert "requeued" not in (history(run) if (run / "launch/history.log").exists() else "")
     assert "start 1.0" not in (history(run) if (run / "launch/history.log").exists() else "")
@@ -189,7 +193,7 @@ def test_sweep_as_an_array(cluster, small, root):
                           "launch.partition=low", cwd=ROOT, check=False)  # fmt: skip
     assert refused.returncode == 2 and "still in the queue" in refused.stderr
     cluster.run("scontrol", "update", "PartitionName=low", "State=UP")
-    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the array", 240)
+    wait_for_empty_queue(cluster)
     assert sorted(losses(home / "chunk_size=4")) == [1, 2, 3, 4], told(home / "chunk_size=4")
     assert "ended with 2" in history(spoiled) and "start 0.1" not in history(spoiled)
     assert (state(cluster, f"{job}_0"), state(cluster, f"{job}_1")) == ("COMPLETED", "FAILED")
