@@ -7,7 +7,7 @@ reports. They are derived here once, from the attention rule in `ksa_model.refer
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 MIXERS = {"K": "KSA", "F": "full", "S": "sliding window", "C": "sliding chunk"}
 LOSS_ROWS = 1024  # rows of logits that the loss holds at a time, in fp32
@@ -16,6 +16,64 @@ FUSED_LOSS_ROWS = 4096  # where the kernels of `ksa_model.triton_loss` keep them
 
 class ModelConfigError(ValueError):
     """A model that cannot be built; the message names the keys, their values and the relation they break."""
+
+
+# What each kind of `RopeScaling` reads besides its factor.
+ROPE_SCALINGS = {
+    "linear": (),
+    "ntk": (),
+    "yarn": ("original_max_positions", "beta_fast", "beta_slow", "attention_factor"),
+    "llama3": ("original_max_positions", "low_freq_factor", "high_freq_factor"),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE reaches `factor` times the positions that a model was trained on; `ksa_model.rope` computes it.
+
+    `linear` divides every frequency by the factor (position interpolation, arXiv 2306.15595); `ntk` raises the base by
+    `factor^(d/(d-2))`, which divides the lowest frequency by the factor and leaves the highest; `yarn` (arXiv
+    2309.00071) divides those that turn less than `beta_slow` times within `original_max_positions`, leaves those that
+    turn more than `beta_fast` times, and sharpens attention by `attention_factor` (null: 0.1 ln(factor) + 1) on
+    queries and on keys; `llama3` (arXiv 2407.21783) does so between wavelengths of `original_max_positions` over
+    `low_freq_factor` and over `high_freq_factor`.
+    """
+
+    kind: str  # linear | ntk | yarn | llama3
+    factor: float
+    original_max_positions: int | None = None  # yarn and llama3 need it: the positions trained on before
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_SCALINGS:
+            raise ModelConfigError(f"model.rope_scaling.kind={self.kind!r} is not one of {', '.join(ROPE_SCALINGS)}")
+        if not 1 <= self.factor < math.inf:
+            raise ModelConfigError(f"model.rope_scaling.factor={self.factor} must be at least 1: it extends positions")
+        reads = ROPE_SCALINGS[self.kind]
+        for option in fields(self)[2:]:
+            value = getattr(self, option.name)
+            if value != option.default and option.name not in reads:
+                raise ModelConfigError(
+                    f"model.rope_scaling.{option.name}={value} has no part in kind={self.kind}, which reads "
+                    f"{', '.join(('factor', *reads))}; leave it out"
+                )
+        if "original_max_positions" in reads and (self.original_max_positions or 0) < 1:
+            raise ModelConfigError(
+                f"model.rope_scaling.kind={self.kind} needs original_max_positions, the positions that the model was "
+                f"trained on before; it is {self.original_max_positions}"
+            )
+        for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                raise ModelConfigError(
+                    f"model.rope_scaling.{low}={getattr(self, low)} must be above 0 and below "
+                    f"model.rope_scaling.{high}={getattr(self, high)}"
+                )
+        if self.attention_factor is not None and self.attention_factor <= 0:
+            raise ModelConfigError(f"model.rope_scaling.attention_factor={self.attention_factor} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -46,6 +104,7 @@ class ModelConfig:
     qk_norm: bool = True
     tie_embeddings: bool = False
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     init_std: float = 0.02
     vocab_multiple: int = 128  # embedding rows are padded to this, so that shapes do not depend on tensor parallelism
@@ -88,6 +147,13 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ModelConfigError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        if self.rope_base <= 1:
+            raise ModelConfigError(f"model.rope_base={self.rope_base} must be above 1: frequencies fall with it")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "ntk" and self.head_dim == 2:
+            raise ModelConfigError(
+                "model.rope_scaling.kind=ntk leaves the highest frequency as it is, and model.head_dim=2 has no other; "
+                "use kind=linear"
+            )
         if isinstance(self.window_chunks, tuple) and len(self.window_chunks) != len(self.layer_pattern):
             raise ModelConfigError(
                 f"model.window_chunks={list(self.window_chunks)} must be one number, or one for each of the "

@@ -78,11 +78,13 @@ class Decoder(nn.Module):
     def logits(
         self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Scores of the next token, [T, vocab_size]; for some text `rows` only where given, which saves the rest."""
-        hidden = self.tp.gather(self.norm(self.hidden(tokens, layout, mix)))
+        """Scores of the next token, [T, vocab_size]; for some text `rows` only where given, which saves the rest and
+        needs all rows on every rank."""
+        hidden = self.hidden(tokens, layout, mix)
         if rows is not None:
             hidden = hidden[rows]
-        local = nn.functional.linear(hidden, self.head_weight)
+        count = len(hidden) * (self.tp.size if self.tp.shards_rows else 1)
+        (local,) = self.tp.project(hidden, self.norm.ready(), count, [self.head_weight])
         return gather_from_tensor_model_parallel_region(local, group=self.tp.group)[:, : self.config.vocab_size]
 
     def hidden(self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None) -> torch.Tensor:
@@ -92,7 +94,7 @@ class Decoder(nn.Module):
         if self.config.has_summaries:
             rows = self.tp.replicated(self.summary_embedding, meets_all=not self.tp.shards_rows)
             x = torch.cat([x, rows.repeat(self.tp.local_rows(layout.num_summary // self.config.summary_tokens), 1)])
-        rotary = RotaryTables.build(layout, self.config.head_dim, self.config.rope_base, x.device)
+        rotary = RotaryTables.build(layout, self.config, x.device)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, rotary, mix, use_reentrant=False)

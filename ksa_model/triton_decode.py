@@ -1,10 +1,10 @@
 """Kernels of decoding: attention of one row a request over its cache, storing a row there, summarising a chunk that
-stands there, and products of few rows with weights, with the norm before them and what follows them in one launch.
+stands there, and products of one or two rows with weights, the norm before and what follows in the same launch.
 
 Decoding reads every weight and every cached key once a token; what else it does must be few launches. All kernels have
 fixed shapes and read lengths from the device, so that a CUDA graph can hold them.
 
-Legend: B requests, H query heads, G key/value heads, d head dimension, N rows of a cache, n rows, h features of a row.
+Legend: B requests, H query heads, G key/value heads, d head dimension, N rows of a cache, h features of a row.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 PROGRAMS = 512  # of the attention over a cache, some for each multiprocessor; each walks over its share of the rows
 MOST_SPLITS = 64
 BLOCK_ROWS = 64
-# Of products with few rows: output features of a program, and features of the input that it takes at a time. What is
-# under way must hide the memory's latency: some 2 MB on the whole device.
-FEATURES = 16
-DEPTH = 256
+# Of products with one or two rows: output features of a program, and features of the input that it takes at a time.
+# All of a tile is under way at once, 8 KiB a program, which hides the memory's latency: docs/log.md.
+FEATURES = 8
+DEPTH = 512
+WARPS = 4
 MOST_KEYS = 256  # of a chunk and its summaries, in one tile
 
 
@@ -133,11 +134,12 @@ def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, ring, heads, sc
 
 @triton.jit
 def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1, features_2,
-              rows, size, eps, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
-              FEATURES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Some output features of one of three weights (or of two together, GATED) for all rows.
+              size, eps, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
+              FEATURES: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """Some output features of one of three weights (or of two together, GATED) for one or two rows.
 
-    A norm's scale is one number a row, so it multiplies the result: rows are read once.
+    Reading weights is all there is to do, so products are taken element by element, without the matrix units and the
+    ways to them, and added up once at the end. A norm's scale is one number a row, so it multiplies the result.
     """
     block, weight, out, features = tl.program_id(0), weight_0, out_0, features_0
     if not GATED:
@@ -147,38 +149,83 @@ def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out
             before = tl.cdiv(features_1, FEATURES)
             if block >= before:
                 block, weight, out, features = block - before, weight_2, out_2, features_2
-    row, feature = tl.arange(0, ROWS), block * FEATURES + tl.arange(0, FEATURES)
-    in_rows, in_features = row < rows, feature < features
+    feature = block * FEATURES + tl.arange(0, FEATURES)
+    in_features = feature < features
     line = feature.to(tl.int64)[:, None] * size
-    acc = tl.zeros([FEATURES, ROWS], tl.float32)
-    acc_up = tl.zeros([FEATURES, ROWS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
+    first = tl.zeros([FEATURES, DEPTH], tl.float32)
+    first_up, second, second_up = first, first, first
+    first_squares = tl.zeros([DEPTH], tl.float32)
+    second_squares = first_squares
     for begin in range(0, size, DEPTH):
         column = begin + tl.arange(0, DEPTH)
         inside = column < size
         held = in_features[:, None] & inside[None, :]
-        w = tl.load(weight + line + column[None, :], mask=held, other=0.0)
-        values = tl.load(x + row[None, :] * size + column[:, None], mask=inside[:, None] & in_rows[None, :], other=0.0)
-        if NORM:
-            exact = values.to(tl.float32)
-            squares += tl.sum(exact * exact, 0)
-            values = exact * tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)[:, None]
-            values = values.to(x.dtype.element_ty)
-        acc = tl.dot(w, values, acc, input_precision=PRECISION)
+        w = tl.load(weight + line + column[None, :], mask=held, other=0.0).to(tl.float32)
+        up = w
         if GATED:
-            up = tl.load(weight_1 + line + column[None, :], mask=held, other=0.0)
-            acc_up = tl.dot(up, values, acc_up, input_precision=PRECISION)
+            up = tl.load(weight_1 + line + column[None, :], mask=held, other=0.0).to(tl.float32)
+        factor = tl.zeros([DEPTH], tl.float32)
+        if NORM:
+            factor = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            first_squares += values * values
+            values *= factor
+        first += w * values[None, :]
+        if GATED:
+            first_up += up * values[None, :]
+        if ROWS == 2:
+            values = tl.load(x + size + column, mask=inside, other=0.0).to(tl.float32)
+            if NORM:
+                second_squares += values * values
+                values *= factor
+            second += w * values[None, :]
+            if GATED:
+                second_up += up * values[None, :]
+    _finish(first, first_up, first_squares, residual, out, feature, in_features, size, eps, NORM, GATED, ADD)
+    if ROWS == 2:
+        _finish(second, second_up, second_squares, residual + features, out + features, feature, in_features, size, eps,
+                NORM, GATED, ADD)  # fmt: skip
+
+
+@triton.jit
+def _norm_rotate_both(q, k, q_gain, k_gain, cos, sin, q_out, k_out, q_heads, k_heads, eps, HALF: tl.constexpr,
+                      BLOCK: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """One head of one row: those of the queries come first."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    x, gain, out, heads = q, q_gain, q_out, q_heads
+    if head >= q_heads:
+        x, gain, out, heads, head = k, k_gain, k_out, k_heads, head - q_heads
+    column = tl.arange(0, BLOCK)
+    inside = column < HALF
+    at = (row * heads + head) * (2 * HALF) + column
+    left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
     if NORM:
-        scale = 1 / tl.sqrt(squares / size + eps)
-        acc *= scale[None, :]
-        acc_up *= scale[None, :]
+        scale = 1 / tl.sqrt((tl.sum(left * left, 0) + tl.sum(right * right, 0)) / (2 * HALF) + eps)
+        left *= scale * tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
+        right *= scale * tl.load(gain + HALF + column, mask=inside, other=0.0).to(tl.float32)
+        left = left.to(x.dtype.element_ty).to(tl.float32)  # as the norm by itself hands it on
+        right = right.to(x.dtype.element_ty).to(tl.float32)
+    c = tl.load(cos + row * HALF + column, mask=inside, other=0.0)
+    s = tl.load(sin + row * HALF + column, mask=inside, other=0.0)
+    tl.store(out + at, (left * c - right * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at + HALF, (right * c + left * s).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _finish(products, up_products, squares, residual, out, feature, in_features, size, eps, NORM: tl.constexpr,
+            GATED: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+    """One row of `_few_rows`."""
+    scale = 1.0
+    if NORM:
+        scale = 1 / tl.sqrt(tl.sum(squares, 0) / size + eps)
+    total = tl.sum(products, 1) * scale
     if GATED:
-        acc = acc / (1 + tl.exp(-acc)) * acc_up
-    at = row[None, :] * features + feature[:, None]
-    real = in_features[:, None] & in_rows[None, :]
+        total = total / (1 + tl.exp(-total)) * (tl.sum(up_products, 1) * scale)
     if ADD:
-        acc += tl.load(residual + at, mask=real, other=0.0).to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=real)
+        total += tl.load(residual + feature, mask=in_features, other=0.0).to(tl.float32)
+    tl.store(out + feature, total.to(out.dtype.element_ty), mask=in_features)
 
 
 def store_rows(buffer: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -220,7 +267,7 @@ def summarise(
 
 
 def project(x: torch.Tensor, gain: torch.Tensor, eps: float, targets: Sequence[Target]) -> list[torch.Tensor]:
-    """`linear.project` behind a norm, for few rows."""
+    """`linear.project` behind a norm, for one or two rows."""
     found: list[torch.Tensor] = []
     for (start, stop), alike in groupby(targets, key=lambda target: (target.start, target.stop)):
         weights = [target.weight for target in alike]
@@ -230,7 +277,7 @@ def project(x: torch.Tensor, gain: torch.Tensor, eps: float, targets: Sequence[T
 
 
 def gated(x: torch.Tensor, gain: torch.Tensor, eps: float, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """swiglu of both products of the normed rows: [n, f]."""
+    """swiglu of both products of the normed rows: [rows, f]."""
     return _launch(x, [gate, up], gain=gain, eps=eps, is_gated=True)[0]
 
 
@@ -239,18 +286,33 @@ def add_product(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch
     return _launch(y, [weight], residual=x)[0]
 
 
+def norm_rotate_both(
+    q: torch.Tensor, k: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor] | None, eps: float, cos, sin
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows.norm_rotate` of q [n, H, d] and k [n, G, d], with a gain [d] each or without a norm."""
+    q, k, (count, heads, d) = q.contiguous(), k.contiguous(), q.shape
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    q_gain, k_gain = (q, k) if gains is None else gains
+    _norm_rotate_both[(count, heads + k.shape[1])](
+        q, k, q_gain, k_gain, cos, sin, q_out, k_out, heads, k.shape[1], eps, HALF=d // 2,
+        BLOCK=triton.next_power_of_2(d // 2), NORM=gains is not None, num_warps=1,
+    )  # fmt: skip
+    return q_out, k_out
+
+
 def _launch(x, weights, gain=None, eps=0.0, residual=None, is_gated=False) -> list[torch.Tensor]:
+    """x [1 or 2, h] times up to three weights."""
     x, (rows, size) = x.contiguous(), x.shape
     outs = [x.new_empty(rows, len(weight)) for weight in weights[: 1 if is_gated else 3]]
-    programs = sum(triton.cdiv(out.shape[1], FEATURES) for out in outs)
+    block = FEATURES // 2 if is_gated else FEATURES  # as much under way for two weights as for one
+    programs = sum(triton.cdiv(out.shape[1], block) for out in outs)
     weights, outs_3 = weights + weights[:1] * (3 - len(weights)), outs + outs[:1] * (3 - len(outs))
     features = [out.shape[1] for out in outs] + [0] * (3 - len(outs))
     if rows:
         _few_rows[(programs,)](
             x, x if gain is None else gain, x if residual is None else residual.contiguous(), *weights, *outs_3,
-            *features, rows, size, eps, NORM=gain is not None, GATED=is_gated, ADD=residual is not None,
-            ROWS=max(16, triton.next_power_of_2(rows)), FEATURES=FEATURES, DEPTH=DEPTH, PRECISION=_precision(x),
-            num_stages=4,
+            *features, size, eps, NORM=gain is not None, GATED=is_gated, ADD=residual is not None, ROWS=rows,
+            FEATURES=block, DEPTH=DEPTH, num_warps=WARPS,
         )  # fmt: skip
     return outs
 

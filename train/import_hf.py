@@ -10,10 +10,11 @@ Training reads a checkpoint directly, without this command: `init_from=hf:HF_DIR
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
@@ -176,8 +177,11 @@ def initialise(engine: Any, world: World, config: TrainConfig, run: Place | None
             flat[taken : taken + count].copy_(part.reshape(-1))
             taken += count
     engine.finish_loading(engine.optimizer_steps())
-    theirs, ours = weights.source.config.rope_base, config.model.rope_base
-    note = "" if theirs == ours else f"; model.rope_base={ours:g} here, {theirs:g} there"
+    note = "".join(
+        f"; model.{name}={getattr(config.model, name)} here, {getattr(weights.source.config, name)} there"
+        for name in ("rope_base", "rope_scaling")
+        if getattr(config.model, name) != getattr(weights.source.config, name)
+    )
     return f"weights from {config.init_from}, {weights.source.kind}{note}"
 
 
@@ -266,10 +270,15 @@ def find_tokenizer(directory: Path) -> Path | None:
 def overrides(model: ModelConfig) -> str:
     """The settings of a model as command-line overrides."""
     values = {f.name: getattr(model, f.name) for f in fields(model) if f.name != "attention_backend"}
-    shown = {
-        key: json.dumps(list(value) if isinstance(value, tuple) else value).strip('"') for key, value in values.items()
-    }
-    return " ".join(f"model.{key}={value}".replace(" ", "") for key, value in shown.items())
+    return " ".join(shlex.quote(f"model.{key}={_override(value)}") for key, value in values.items())
+
+
+def _override(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides, whose groups have keys without quotes."""
+    if is_dataclass(value):
+        chosen = [f for f in fields(value) if getattr(value, f.name) != f.default]
+        return "{" + ",".join(f"{f.name}:{_override(getattr(value, f.name))}" for f in chosen) + "}"
+    return json.dumps(list(value) if isinstance(value, tuple) else value, separators=(",", ":")).strip('"')
 
 
 def _run(arguments: list[str]) -> str:
@@ -290,7 +299,7 @@ def _run(arguments: list[str]) -> str:
         else:
             raise unknown_key(key, sorted(known | options.keys()))
     source = read_config(HfDirectory(directory, options["allow_pickle"]).config)
-    values = {f.name: getattr(source.config, f.name) for f in fields(ModelConfig)} | changes
+    values = asdict(source.config) | changes
     model = from_mapping(ModelConfig, values, "model.")
     if not options["out"]:
         return overrides(model)

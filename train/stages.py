@@ -3,7 +3,7 @@
     scratch  all weights, the language-model loss, from fresh weights (or others' weights, with `init_from`)
     distill  summary parameters against the same model without summaries (`ksa_model.distillation`)
     anneal   the summaries' own queries, keys and values give way to text's, and are then dropped
-    extend   the same model at another length, RoPE base and data
+    extend   the same model at another length, RoPE base, RoPE scaling and data
 
 What a stage is follows from its configuration and the step alone, so a run that is resumed in the middle of one goes
 on as if it had never stopped. `train.chain` runs several in a row. Source of the recipe: arXiv 2604.24432.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 KINDS = ("scratch", "distill", "anneal", "extend")
 OWN_PROJECTIONS = ("summary_query", "summary_key", "summary_value")
 # What an extension may change of the model: where positions turn, and how attention is computed.
-EXTENDABLE = ("rope_base", "attention_backend")
+EXTENDABLE = ("rope_base", "rope_scaling", "attention_backend")
 
 
 class StageError(ValueError):
@@ -123,7 +123,7 @@ def check_inherited(stage: StageConfig, model: ModelConfig, place: str, before: 
             continue
         if name not in EXTENDABLE and old != (list(value) if isinstance(value, tuple) else value):
             raise StageError(
-                f"stage.kind=extend leaves the model as it is, apart from {' and '.join(EXTENDABLE)}: model.{name} was "
+                f"stage.kind=extend leaves the model as it is, apart from {', '.join(EXTENDABLE)}: model.{name} was "
                 f"{old} in {place} and is now {value}"
             )
 
@@ -138,7 +138,8 @@ def what_is_inherited(stage: StageConfig, place: str, state: Mapping[str, Any], 
     for key in sorted(key for key in now if key.startswith(chosen)):
         before: Any = state.get("config", {})
         for part in key.split("."):
-            before = before.get(part, now[key]) if isinstance(before, Mapping) else now[key]
+            if before is not None:  # a group that was null has had none of its keys
+                before = before.get(part, now[key]) if isinstance(before, Mapping) else now[key]
         if before != now[key]:
             changes.append(f"{key} {before} -> {now[key]}")
     moments = "weights and moments" if stage.inherits_moments else "weights"

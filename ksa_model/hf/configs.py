@@ -7,11 +7,13 @@ keys say `use_summary_attention`, `summary_chunk_size`, `summary_sliding_chunk_n
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ksa_model.config import ModelConfig, ModelConfigError
+from ksa_model.config import ModelConfig, ModelConfigError, RopeScaling
+from ksa_model.rope import attention_factor, rope_base
 
 MODELING_FILE, TOKENIZER_FILE = "modeling_ksa.py", "tokenization_ksa.py"
 _MOST_LAYERS = 4096
@@ -80,6 +82,9 @@ def check_same_shape(source: Source, target: ModelConfig) -> None:
 def exported_config(config: ModelConfig, max_positions: int, eos_token: int | None, dtype: str) -> dict[str, Any]:
     """config.json of an export: plain `Qwen3ForCausalLM` where every layer is full attention, else with our code."""
     assert config.vocab_size is not None
+    rope = _rope_parameters(config)
+    if rope["rope_type"] == "yarn":  # some releases take the factor from the two lengths, whatever it says
+        max_positions = round(rope["factor"] * rope["original_max_position_embeddings"])
     shared = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -89,7 +94,8 @@ def exported_config(config: ModelConfig, max_positions: int, eos_token: int | No
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base,
+        "rope_theta": rope["rope_theta"],
+        "rope_parameters": rope,
         "max_position_embeddings": max_positions,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
@@ -103,7 +109,7 @@ def exported_config(config: ModelConfig, max_positions: int, eos_token: int | No
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
             **shared,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+            **({} if rope["rope_type"] == "default" else {"rope_scaling": rope}),  # what releases before 5 read
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
@@ -229,10 +235,7 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, computed in (("attention_bias", False), ("hidden_act", "silu"), ("use_sliding_window", False)):
         if config.get(key, computed) != computed:
             raise ModelConfigError(f"config.json says {key}={config[key]!r}; computed here is {computed!r}")
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or rope
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ModelConfigError(f"config.json scales its positions ({scaling}); only plain RoPE is computed here")
+    base, scaling = _rope(config)
     try:
         heads = int(config["num_attention_heads"])
         return dict(
@@ -244,12 +247,72 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
             ffn_size=config["intermediate_size"],
             vocab_size=config["vocab_size"],
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_base=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+            rope_base=base,
+            rope_scaling=scaling,
             init_std=float(config.get("initializer_range", 0.02)),
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
     except KeyError as error:
         raise ModelConfigError(f"config.json lacks {error.args[0]}") from None
+
+
+# Our names of what transformers' `rope_parameters` say, by kind. `ntk` is a larger `rope_theta` there.
+_ROPE_KEYS = {
+    "linear": {"factor": "factor"},
+    "yarn": {"factor": "factor", "original_max_position_embeddings": "original_max_positions",
+             "beta_fast": "beta_fast", "beta_slow": "beta_slow", "attention_factor": "attention_factor"},
+    "llama3": {"factor": "factor", "original_max_position_embeddings": "original_max_positions",
+               "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"},
+}  # fmt: skip
+_ROPE_SHARED = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+
+def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
+    """How positions turn, in the words of transformers."""
+    scaling, theta = config.rope_scaling, rope_base(config)
+    if scaling is None or scaling.kind == "ntk":
+        return {"rope_type": "default", "rope_theta": theta}
+    values = {theirs: getattr(scaling, ours) for theirs, ours in _ROPE_KEYS[scaling.kind].items()}
+    if scaling.kind == "yarn":
+        values["attention_factor"] = attention_factor(scaling)
+    return {"rope_type": scaling.kind, "rope_theta": theta, **values}
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """The base and the scaling of config.json; of `rope_scaling` and `rope_parameters` the first that is there."""
+    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    base = float(
+        given.get("rope_theta")
+        or (config.get("rope_parameters") or {}).get("rope_theta")
+        or config.get("rope_theta", 10_000.0)
+    )
+    kind = given.get("rope_type", given.get("type", "default"))
+    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    if kind not in ("default", *_ROPE_KEYS) or partial != 1.0 or any(isinstance(v, Mapping) for v in given.values()):
+        raise ModelConfigError(
+            f"config.json scales its positions ({given}); computed here are rope_type default, "
+            f"{', '.join(_ROPE_KEYS)}, over the whole head and alike in every layer"
+        )
+    names = _ROPE_KEYS.get(kind, {})
+    values = {ours: given.pop(theirs) for theirs, ours in names.items() if given.get(theirs) is not None}
+    if "original_max_position_embeddings" in names:
+        values.setdefault("original_max_positions", config.get("original_max_position_embeddings", _positions(config)))
+    if kind == "yarn":
+        values.setdefault("factor", _positions(config) / values["original_max_positions"])
+        if given.get("truncate") is True:  # what is computed here
+            del given["truncate"]
+        scales = [given.pop(key, None) for key in ("mscale", "mscale_all_dim")]
+        if all(scales) and "attention_factor" not in values:
+            log = 0.1 * math.log(max(1.0, values["factor"]))
+            values["attention_factor"] = (scales[0] * log + 1) / (scales[1] * log + 1)
+    left = {key: value for key, value in given.items() if key not in (*_ROPE_SHARED, *names) and value is not None}
+    if left:
+        raise ModelConfigError(f"config.json says {left} of rope_type={kind!r}; that is not computed here")
+    if kind == "default":
+        return base, None
+    if "factor" not in values:
+        raise ModelConfigError(f"config.json says rope_type={kind!r} and lacks its factor")
+    return base, RopeScaling(kind, **values)
 
 
 def _positions(config: Mapping[str, Any]) -> int:

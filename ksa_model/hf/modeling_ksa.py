@@ -15,6 +15,8 @@ Requests of a batch may be padded left or right, as `attention_mask` says; chunk
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -43,6 +45,7 @@ class KsaConfig(PretrainedConfig):
         head_dim=128,
         rms_norm_eps=1e-6,
         rope_theta=10000.0,
+        rope_parameters=None,
         max_position_embeddings=131072,
         layer_pattern="KKKF",
         chunk_size=8,
@@ -66,6 +69,7 @@ class KsaConfig(PretrainedConfig):
         self.head_dim = head_dim
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
+        self.rope_parameters = rope_parameters
         self.max_position_embeddings = max_position_embeddings
         self.layer_pattern = layer_pattern
         self.chunk_size = chunk_size
@@ -125,11 +129,34 @@ class KsaCache:
         return sum(t.numel() * t.element_size() for store in (self.text, self.summaries) for t in store.values())
 
 
-def _rotary(positions, head_dim, base):
+def _frequencies(config, device):
+    """Radians that pairs of features turn by from a position to the next, fp64 [d/2]; the factor of cos and sin."""
+    d, rope = config.head_dim, config.rope_parameters or {}
+    kind, base, factor = rope.get("rope_type", "default"), rope.get("rope_theta", config.rope_theta), rope.get("factor")
+    plain = base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d)
+    if kind == "default":
+        return plain, 1.0
+    if kind == "linear":
+        return plain / factor, 1.0
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi)
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        share, attention = ((turns * plain - low) / (high - low)).clamp(0, 1), 1.0
+    elif kind == "yarn":
+        low, high = (d * math.log(turns / rope[key]) / (2 * math.log(base)) for key in ("beta_fast", "beta_slow"))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), d - 1)
+        index = torch.arange(d // 2, device=device, dtype=torch.float64)
+        share, attention = 1 - ((index - low) / ((high - low) or 0.001)).clamp(0, 1), rope["attention_factor"]
+    else:
+        raise ValueError(f"rope_type={kind!r} is not one of default, linear, yarn, llama3")
+    return plain * (share + (1 - share) / factor), attention
+
+
+def _rotary(positions, config):
     """cos and sin [..., 1, d/2] of angles in float64: at position 10^6 a float32 product is off by 0.06 radians."""
-    inverse = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
+    inverse, factor = _frequencies(config, positions.device)
     angles = positions[..., None, None] * inverse
-    return angles.cos().float(), angles.sin().float()
+    return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
 def _rotate(x, table):
@@ -394,7 +421,7 @@ class KsaModel(KsaPreTrainedModel):
         c = self.config
         ends = [max((a + 1) * c.chunk_size // c.summary_tokens - 1, 0) for a in range(c.summary_tokens)]
         summary = (chunk[..., None] * c.chunk_size + torch.tensor(ends, device=text.device)).flatten(-2)
-        return tuple(_rotary(positions, c.head_dim, c.rope_theta) for positions in (text, summary))
+        return tuple(_rotary(positions, c) for positions in (text, summary))
 
     def _prompt(self, input_ids, attention_mask, cache):
         (batch, columns), device, size = input_ids.shape, input_ids.device, self.config.chunk_size

@@ -50,7 +50,7 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
     p = dict(decoder.named_parameters())
     x = p["embedding.weight"][tokens]
     s = p["summary_embedding"].repeat(pack.num_chunks, 1) if config.has_summaries else x[:0]
-    rotary = RotaryTables.build(pack, config.head_dim, config.rope_base, x.device)
+    rotary = RotaryTables.build(pack, config, x.device)
 
     def norm(x, name):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.norm_eps) * p[name]

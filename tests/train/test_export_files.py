@@ -160,7 +160,7 @@ def break_qwen(directory, what):
         ("no config", "config.json is missing"),
         (dict(architectures=["LlamaForCausalLM"], model_type="llama"), "architectures=LlamaForCausalLM"),
         (dict(attention_bias=True), "attention_bias=True; computed here is False"),
-        (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "scales its positions"),
+        (dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4)), "scales its positions"),
         (PUBLISHED | dict(summary_token_position_ids_type="zeros"), "summary_token_position_ids_type='zeros'"),
         (PUBLISHED | dict(summary_sliding_chunk_num="exit()"), "summary_sliding_chunk_num='exit()' is not a pattern"),
     ],

@@ -1,6 +1,7 @@
 """In from Qwen3 and published KSA checkpoints, out to transformers: logits, tokens and bits."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from ksa_model.cache import Sampling, generate  # noqa: E402
+from ksa_model.config import ModelConfig, RopeScaling  # noqa: E402
 from ksa_model.model import Decoder  # noqa: E402
 from ksa_model.tensor_parallel import TensorParallel  # noqa: E402
 from tests.ksa_model.test_model import small_config  # noqa: E402
@@ -25,6 +27,7 @@ from tests.train.interop import (  # noqa: E402
     spread,
 )
 from train import export, import_hf  # noqa: E402
+from train.config import from_mapping  # noqa: E402
 
 # -- Qwen3 ------------------------------------------------------------------------------------------------------------
 
@@ -45,6 +48,55 @@ def test_qwen3_comes_in_and_goes_out_unchanged(world, tmp_path, capsys, tied):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(again) is transformers.Qwen3ForCausalLM
     assert torch.equal(again(torch.tensor([TOKENS])).logits[0], want)
+
+
+# Positions of the checkpoint: 16 times 16, most of which TOKENS reach.
+SCALED = {
+    "linear": dict(rope_type="linear", factor=4.0),
+    "yarn": dict(rope_type="yarn", factor=16.0, original_max_position_embeddings=16),
+    "yarn, its own": dict(rope_type="yarn", factor=16.0, original_max_position_embeddings=16, beta_fast=4.0,
+                          beta_slow=0.5, attention_factor=1.5),
+    "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", SCALED.values(), ids=SCALED)
+def test_qwen3_with_scaled_positions_comes_in_and_goes_out(world, tmp_path, capsys, scaling):
+    theirs = make_qwen(tmp_path / "qwen", tied=True, rope_scaling=dict(scaling))
+    want = theirs(torch.tensor([TOKENS])).logits[0]
+    got = our_logits(imported(world, tmp_path / "qwen"), TOKENS)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    plain = our_logits(imported(world, tmp_path / "qwen", rope_scaling=None), TOKENS)
+    assert (plain - want).abs().max() > 0.1, "positions that nobody scales would pass as well"
+    code, said = run_command(import_hf, tmp_path / "qwen", f"out={tmp_path}/run", capsys=capsys)
+    assert code == 0, said
+    code, said = run_command(export, tmp_path / "run", f"out={tmp_path}/out", "dtype=fp32", capsys=capsys)
+    assert code == 0, said
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again) is transformers.Qwen3ForCausalLM
+    torch.testing.assert_close(again(torch.tensor([TOKENS])).logits[0], want, rtol=0, atol=1e-6)
+
+
+def test_ntk_leaves_as_a_larger_base(world, tmp_path, capsys):
+    config = small_config(layer_pattern="F", rope_scaling=RopeScaling("ntk", 8.0))
+    decoder = make_run(world, tmp_path / "run", config)
+    code, said = run_command(export, tmp_path / "run", f"out={tmp_path}/out", "dtype=fp32", capsys=capsys)
+    assert code == 0, said
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(theirs(torch.tensor([TOKENS])).logits[0], our_logits(decoder, TOKENS), rtol=0, atol=1e-4)
+
+
+def test_settings_that_fit_are_overrides_that_hydra_reads(tmp_path, capsys):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    make_qwen(tmp_path / "qwen", tied=True, rope_scaling=dict(SCALED["yarn"]))
+    code, said = run_command(import_hf, tmp_path / "qwen", capsys=capsys)
+    assert code == 0, said
+    parsed = OverridesParser.create().parse_overrides(shlex.split(said))
+    values = {o.key_or_group.removeprefix("model."): o.value() for o in parsed}
+    model = from_mapping(ModelConfig, values, "model.")
+    assert model == import_hf.open_source(tmp_path / "qwen")[1].config
 
 
 def assert_same_files(one, other):
@@ -192,6 +244,10 @@ MODELS = {
     ),
     "k=1": dict(chunk_size=1, window_chunks=5),
     "no norm of q and k": dict(layer_pattern="F", qk_norm=False),
+    "linear": dict(rope_scaling=RopeScaling("linear", 4.0)),
+    "ntk": dict(rope_scaling=RopeScaling("ntk", 4.0)),
+    "yarn": dict(rope_scaling=RopeScaling("yarn", 8.0, 16), summary_tokens=2),
+    "llama3": dict(rope_scaling=RopeScaling("llama3", 8.0, 16)),
 }
 
 

@@ -8,11 +8,19 @@ import torch
 from tests.ranks import run_on_ranks
 from tests.train.runs import losses, make_config, newest_tensors
 
+SCALED = {"kind": "yarn", "factor": 2, "original_max_positions": 256}
 CHAIN = [
     {"name": "full", "run.steps": 4, "model.layer_pattern": "F", "optim.decay_steps": 0},
     {"name": "distill", "stage": "distill", "run.steps": 4, "model.layer_pattern": "KKKF"},
     {"name": "anneal", "stage": "anneal", "run.steps": 5, "stage.anneal_from": 1, "stage.anneal_to": 4},
-    {"name": "extend", "stage": "extend", "tokens": 3 * 4 * 512, "seq_len": 512, "model.rope_base": 5e4},
+    {
+        "name": "extend",
+        "stage": "extend",
+        "tokens": 3 * 4 * 512,
+        "seq_len": 512,
+        "model.rope_base": 5e4,
+        "model.rope_scaling": SCALED,
+    },
 ]
 
 
@@ -84,12 +92,13 @@ def test_extension_changes_what_it_says_and_nothing_else(chain, corpus, tmp_path
     before, after = state_of(root / "2-anneal")["config"], state_of(root / "3-extend")["config"]
     changed = {key for key in after if after[key] != before[key]}
     assert changed == {"seq_len", "model", "run", "stage", "init_from"}
-    assert {k for k in after["model"] if after["model"][k] != before["model"][k]} == {"rope_base"}
+    assert {k for k in after["model"] if after["model"][k] != before["model"][k]} == {"rope_base", "rope_scaling"}
     assert (after["run"]["steps"], after["seq_len"]) == (3, 512)
     # Without a step of its own it is the same weights and moments, bit for bit.
     changes = dict(
         init_from=str(root / "2-anneal"), stage__kind="extend", seq_len=512, model__layer_pattern="KKKF",
-        model__independent_qkv=False, model__rope_base=5e4, optim__lr=1e-30, optim__weight_decay=0.0, run__steps=1,
+        model__independent_qkv=False, model__rope_scaling=SCALED, optim__lr=1e-30, optim__weight_decay=0.0,
+        run__steps=1,
     )  # fmt: skip
     run_on_ranks(1, one_run, str(corpus), str(tmp_path), changes)
     kept, there = newest_tensors(tmp_path / "default"), newest_tensors(root / "2-anneal")
@@ -98,6 +107,20 @@ def test_extension_changes_what_it_says_and_nothing_else(chain, corpus, tmp_path
     # After one step the second moment is 0.95 of what it was and 0.05 of the squared gradient.
     name = "exp_avg_sq/blocks.0.mlp.gate.weight"
     assert (kept[name] >= 0.9499 * there[name]).all() and there[name].max() > 0
+
+
+def test_what_an_extension_takes_over_is_said(corpus, tmp_path):
+    from train.config import flatten, to_mapping
+    from train.stages import StageConfig, what_is_inherited
+
+    plain, scaled = (make_config(corpus, tmp_path, model__rope_scaling=scaling) for scaling in (None, SCALED))
+    for before, now, words in (
+        (plain, scaled, "model.rope_scaling.factor None -> 2.0"),
+        (scaled, plain, "'factor': 2.0"),
+        (scaled, scaled, "all else as there"),
+    ):
+        state = {"step": 3, "config": to_mapping(before)}
+        assert words in what_is_inherited(StageConfig("extend"), "there", state, flatten(to_mapping(now)))
 
 
 def one_run(corpus: str, root: str, changes: dict):
@@ -168,7 +191,7 @@ def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
         config(stage__kind="melt")
     extend = dict(stage__kind="extend", init_from=str(root / "3-extend"), model__layer_pattern="KKKF")
     with pytest.raises(StageError, match=r"model.chunk_size was 4 in .* and is now 8"):
-        train(config(**extend, model__rope_base=1.0, model__independent_qkv=False, model__chunk_size=8))
+        train(config(**extend, model__rope_base=2.0, model__independent_qkv=False, model__chunk_size=8))
     own = dict(init_from=str(root / "1-distill"), stage__kind="extend", model__layer_pattern="KKKF")
     with pytest.raises(StageError, match=r"has summary projections of its own .* anneal them first"):
         train(config(**own, model__independent_qkv=False))
