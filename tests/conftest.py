@@ -1,3 +1,4 @@
+import atexit
 import gc
 import os
 from pathlib import Path
@@ -66,6 +67,7 @@ def pytest_collection_finish(session):
     """What was imported stays: a tenth of the tests' time went into looking through it for garbage."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries that count what they made call it leaked
 
 
 def pytest_addoption(parser):
