@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, fields
 
 MIXERS = {"K": "KSA", "F": "full", "S": "sliding window", "C": "sliding chunk"}
+LOSS_ROWS = 1024  # rows of logits that the loss holds at a time, in fp32
+FUSED_LOSS_ROWS = 4096  # where the kernels of `ksa_model.triton_loss` keep them in 16 bits
 
 
 class ModelConfigError(ValueError):

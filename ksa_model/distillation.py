@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 
 from ksa_model import kernels
 from ksa_model.attention import Attention, Heads
 from ksa_model.layout import SequenceLayout, TextLayout
 from ksa_model.linear import add_product_fp32
 from ksa_model.loss import IGNORE_INDEX, LOSS_ROWS
+from ksa_model.megatron import reduce_from_tensor_model_parallel_region
 from ksa_model.model import Block, Decoder
 from ksa_model.tensor_parallel import TensorParallel
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from ksa_model.config import FUSED_LOSS_ROWS, LOSS_ROWS
 from ksa_model.linear import add_product_fp32
+from ksa_model.megatron import vocab_parallel_cross_entropy
 from ksa_model.tensor_parallel import TensorParallel
 
 IGNORE_INDEX = -100
-LOSS_ROWS = 1024  # rows of logits that exist at a time, in fp32
-FUSED_LOSS_ROWS = 4096  # where the kernels of `triton_loss` keep them in 16 bits
 
 
 def cross_entropy(

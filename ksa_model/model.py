@@ -13,7 +13,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import nn
 
 from ksa_model import loss
@@ -22,6 +21,7 @@ from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_tensor_parallel
 from ksa_model.layout import SequenceLayout
 from ksa_model.linear import Norm
+from ksa_model.megatron import gather_from_tensor_model_parallel_region
 from ksa_model.memory import GIB, HostPool, Kept, MemoryConfig, Pass, in_slices
 from ksa_model.tensor_parallel import TensorParallel
 

@@ -17,17 +17,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.mappings import (
+
+from ksa_model import linear, rows
+from ksa_model.linear import Norm, Target
+from ksa_model.megatron import (
+    ColumnParallelLinear,
+    ModelParallelConfig,
+    RowParallelLinear,
+    VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-
-from ksa_model import linear, rows
-from ksa_model.linear import Norm, Target
 
 
 @dataclass(frozen=True)

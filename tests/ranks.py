@@ -18,23 +18,33 @@ from typing import Any
 
 import torch
 
-# All that a training run imports, also what it imports late: matplotlib draws the loss, DeepSpeed looks at every model.
+# All that a training run imports, also what it imports late: matplotlib draws the loss, DeepSpeed looks at every model,
+# an optimizer asks for torch._dynamo.
 PRELOAD = [
     "train.trainer",
     "train.dry_run",
     "hydra.main",
     "matplotlib.pyplot",
     "matplotlib.backends.backend_agg",
+    "PIL.BmpImagePlugin",
+    "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin",
     "PIL.PngImagePlugin",
+    "PIL.PpmImagePlugin",
     "sentencepiece",
+    "numpy.random",
+    "torch._dynamo",
     "torch.distributed.checkpoint",
     "torch.utils.checkpoint",
     "torch.profiler",
-    "deepspeed.module_inject",
+    "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.engine",
+    "deepspeed.runtime.superoffload",
+    "fsspec.implementations.chained",
     "fsspec.implementations.local",
     "tests.ranks",
     "tests.train.runs",
+    "tests.freeze",
 ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ FORBIDDEN = {
     "train": {"launch"},
     "launch": {"ksa_model", "data_pipeline", "deepspeed", "megatron"},
 }
-ONE_DOOR = {"deepspeed": "train/engine.py", "wandb": "train/metrics.py"}
+ONE_DOOR = {"deepspeed": "train/engine.py", "wandb": "train/metrics.py", "megatron": "ksa_model/megatron.py"}
 
 
 def sources(package: str) -> list[Path]:
@@ -52,6 +54,25 @@ def test_one_door(library, door):
         if any(name.split(".")[0] == library for name in imported(path))
     }
     assert users == {door}
+
+
+STARTED = """
+import sys, torch
+compiler = torch.compile
+import train.__main__, train.dry_run, train.records
+assert "megatron" not in sys.modules, "a configuration is checked without megatron-core"
+import train.trainer
+brought = {"torch._inductor.compile_fx", "wandb"} & set(sys.modules)
+assert not brought, f"the trainer imports {brought}"
+assert torch.compile is compiler
+import wandb
+"""
+
+
+def test_what_starting_costs():
+    """Imports that nothing needs cost every rank seconds; see `ksa_model.megatron`."""
+    done = subprocess.run([sys.executable, "-c", STARTED], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_host_sync_outside_metrics():

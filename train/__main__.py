@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import re
 import shlex
@@ -43,8 +45,12 @@ def _run(composed: DictConfig) -> None:
             return
         for run in runs:
             validate(run, environment_world()[1])
+        gc.disable()
         from train.trainer import train  # seconds of imports, which a refused configuration need not wait for
 
+        gc.freeze()  # what is imported stays: neither now nor between steps need it be looked through for garbage
+        gc.enable()
+        atexit.register(gc.unfreeze)  # or libraries that count what they made call it leaked
         result = chain.run(config) if config.stages else train(config)
     except USER_ERRORS as error:
         _exit_with(error)

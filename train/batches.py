@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from data_pipeline import PackedSample
+from data_pipeline import IGNORE_INDEX, PackedSample
 from ksa_model import layout
 from ksa_model.config import ModelConfig
 from ksa_model.layout import SequenceLayout, ShardedLayout
-from ksa_model.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ksa_model.config import LayerConfig, ModelConfig
-from ksa_model.loss import FUSED_LOSS_ROWS, LOSS_ROWS
+from ksa_model.config import FUSED_LOSS_ROWS, LOSS_ROWS, LayerConfig, ModelConfig
 from train.config import ConfigError, TrainConfig, validate
 
 GIB = 2**30

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.profiler import record_function
 
+from ksa_model.megatron import lean_imports
 from train import sharded_state
 from train.health import bad_norm
 from train.optim import OptimConfig, parameter_groups
@@ -23,6 +24,9 @@ import deepspeed
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import set_z3_leaf_modules
+
+with lean_imports():  # its optimizers ask for this one, which nothing here uses and which brings in torch's compiler
+    import deepspeed.runtime.zero.muon.original_muon
 
 if not torch.cuda.is_available():
     # On the CPU DeepSpeed compiles a shared-memory collective when groups start (over a minute, and it needs a C++

@@ -162,7 +162,7 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
         store=dist.PrefixStore("groups", store),
         device_id=device if device.type == "cuda" else None,  # NCCL would guess it from the rank
     )
-    from megatron.core import parallel_state  # seconds of imports, which a refused configuration need not wait for
+    from ksa_model.megatron import parallel_state  # seconds of imports, which a refused configuration need not wait for
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     parallel_state.initialize_model_parallel(
@@ -200,7 +200,7 @@ def _job_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
 
 def shutdown() -> None:
     """Undo `initialize`, so that one process can run several jobs in turn (Hydra's multirun does)."""
-    from megatron.core import parallel_state
+    from ksa_model.megatron import parallel_state
 
     parallel_state.destroy_model_parallel()
     if not dist.is_initialized():

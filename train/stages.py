@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ksa_model.config import ModelConfig
-from ksa_model.distillation import Distillation
+
+if TYPE_CHECKING:
+    from ksa_model.distillation import Distillation
 
 KINDS = ("scratch", "distill", "anneal", "extend")
 OWN_PROJECTIONS = ("summary_query", "summary_key", "summary_value")
@@ -82,6 +84,9 @@ class StageConfig:
         """What replaces the language-model loss, with sums of its own; None where nothing does."""
         if self.kind != "distill":
             return None
+        # seconds of imports, which a refused configuration need not wait for
+        from ksa_model.distillation import Distillation
+
         return Distillation(self.lm_weight, self.kl_weight, self.attention_weight)
 
     def own_share(self, step: int, steps: int) -> float:

@@ -17,7 +17,7 @@ from tests.ranks import run_on_ranks
 from tests.train.runs import write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STEPS = 200  # enough that a run still trains when Slurm gets round to taking its nodes away
+STEPS = 150  # enough that a run still trains when Slurm gets round to taking its nodes away
 LOCAL_STEPS = 60
 MODEL = (
     "seq_len=256 model.hidden_size=32 model.num_layers=4 model.num_heads=2 model.num_kv_heads=2 model.head_dim=16 "
@@ -80,8 +80,9 @@ def losses(run: Path) -> dict[int, float]:
     return found
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout: float = 240) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout: float = 240, every: float = 0.05) -> None:
+    """Look every `every` seconds; raise after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout:.0f} s for {what}"
-        time.sleep(0.05)
+        time.sleep(every)

@@ -52,6 +52,9 @@ def slurm_settings() -> list[str]:
     return ["target=slurm", *(f"launch.{key}" for key in keys.split())]
 
 
+UNCHECKED = "launch.check=false"  # spares what only the first test needs to show: seconds of the trainer's imports
+
+
 def launch(cluster: Cluster, *arguments: str, module: str = "launch"):
     target = [] if arguments[0] in ("status", "logs", "cancel") else slurm_settings()
     return cluster.run(sys.executable, "-m", module, *target, *arguments, cwd=ROOT)
@@ -70,10 +73,14 @@ def wait_for_end(cluster: Cluster, run: Path, timeout: float = 300) -> str:
     """The state in which the run's job has ended."""
     job, final = job_of(run), ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
     try:
-        wait_for(lambda: state(cluster, job) in final, f"the end of job {job}", timeout)
+        wait_for(lambda: state(cluster, job) in final, f"the end of job {job}", timeout, every=0.5)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{told(run)}") from None
     return state(cluster, job)
+
+
+def wait_for_empty_queue(cluster: Cluster, timeout: float = 240) -> None:
+    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the queue to empty", timeout, every=0.5)
 
 
 def told(run: Path) -> str:
@@ -108,7 +115,7 @@ def test_preempted_requeued_and_resumed_bitwise(cluster, two_nodes, undisturbed_
 
 def test_a_node_crashes_the_job_comes_back_on_those_left(cluster, two_nodes, undisturbed_run, root):
     run = root / "crashed"
-    launch(cluster, "nodes=2", "--", *two_nodes, "run.name=crashed")
+    launch(cluster, UNCHECKED, "nodes=2", "--", *two_nodes, "run.name=crashed")
     wait_for(lambda: max(losses(run), default=0) >= 30, "30 steps")
     lost = re.search(r"start 0\.0 on node\[(\d)", history(run))[1]
     cluster.crash(f"node{lost}")
@@ -126,7 +133,7 @@ def test_out_of_time_the_chain_goes_on(cluster, small, root):
     """One-minute links, asked to save 30 s before their end (by Slurm up to a minute earlier)."""
     run = root / "long"
     chain = ["launch.continuation=chain", "launch.chain_jobs=4", "launch.time=1", "launch.signal_seconds=30"]
-    launch(cluster, *chain, "--", *small, f"run.root={hydra(root)}", "run.name=long", "run.steps=1000000")
+    launch(cluster, UNCHECKED, *chain, "--", *small, f"run.root={hydra(root)}", "run.name=long", "run.steps=1000000")
     log = run / "launch/history.log"
     wait_for(lambda: log.exists() and len(set(re.findall(r"job (\d+): start", log.read_text()))) == 3, "the third link")
     launch(cluster, "cancel", str(run))
@@ -142,14 +149,14 @@ def test_out_of_time_the_chain_goes_on(cluster, small, root):
     resumed = [int(step) for step in re.findall(r"resumed from .* at step (\d+)", logs)]
     assert len(saved) >= 1 and saved == sorted(saved) and resumed[: len(saved)] == saved[: len(resumed)], told(run)
     assert list(losses(run)) == list(range(1, len(losses(run)) + 1))
-    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the queue to empty", 90)
+    wait_for_empty_queue(cluster, 90)
     assert {state(cluster, job) for job in jobs[2:]} == {"CANCELLED"}
 
 
 def test_the_link_that_finishes_takes_the_rest_away(cluster, small, root):
     chain = ["launch.continuation=chain", "launch.chain_jobs=3"]
-    launch(cluster, *chain, "--", *small, f"run.root={hydra(root)}", "run.name=short", "run.steps=3")
-    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the queue to empty")
+    launch(cluster, UNCHECKED, *chain, "--", *small, f"run.root={hydra(root)}", "run.name=short", "run.steps=3")
+    wait_for_empty_queue(cluster)
     jobs = json.loads((root / "short/launch/launch.json").read_text())["jobs"]
     assert [state(cluster, job) for job in jobs] == ["COMPLETED", "CANCELLED", "CANCELLED"], told(root / "short")
     assert sorted(losses(root / "short")) == [1, 2, 3]
@@ -159,8 +166,8 @@ def test_the_link_that_finishes_takes_the_rest_away(cluster, small, root):
 def test_cancelled_jobs_stay_away(when, cluster, two_nodes, root):
     """Cancelling signals the ranks too; that they say "run me again" must not bring the job back."""
     run = root / f"cancelled-{when}"
-    launch(cluster, "nodes=2", "--", *two_nodes, "run.steps=100000", f"run.name=cancelled-{when}")
-    again = cluster.run(sys.executable, "-m", "launch", *slurm_settings(), "launch.check=false", "--", *two_nodes,
+    launch(cluster, UNCHECKED, "nodes=2", "--", *two_nodes, "run.steps=100000", f"run.name=cancelled-{when}")
+    again = cluster.run(sys.executable, "-m", "launch", *slurm_settings(), UNCHECKED, "--", *two_nodes,
                         f"run.name=cancelled-{when}", cwd=ROOT, check=False)  # fmt: skip
     assert again.returncode == 2 and "still in the queue" in again.stderr
     if when == "training":
@@ -168,7 +175,7 @@ def test_cancelled_jobs_stay_away(when, cluster, two_nodes, root):
     else:
         wait_for(lambda: state(cluster, job_of(run)) == "RUNNING", "the job to run", 60)
     assert "cancelled job" in launch(cluster, "cancel", str(run)).stdout
-    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the queue to empty", 90)
+    wait_for_empty_queue(cluster, 90)
     assert state(cluster, job_of(run)) == "CANCELLED", told(run)
     assert "requeued" not in (history(run) if (run / "launch/history.log").exists() else "")
     assert "start 1.0" not in (history(run) if (run / "launch/history.log").exists() else "")
@@ -189,7 +196,7 @@ def test_sweep_as_an_array(cluster, small, root):
                           "launch.partition=low", cwd=ROOT, check=False)  # fmt: skip
     assert refused.returncode == 2 and "still in the queue" in refused.stderr
     cluster.run("scontrol", "update", "PartitionName=low", "State=UP")
-    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the array", 240)
+    wait_for_empty_queue(cluster)
     assert sorted(losses(home / "chunk_size=4")) == [1, 2, 3, 4], told(home / "chunk_size=4")
     assert "ended with 2" in history(spoiled) and "start 0.1" not in history(spoiled)
     assert (state(cluster, f"{job}_0"), state(cluster, f"{job}_1")) == ("COMPLETED", "FAILED")
@@ -218,7 +225,7 @@ def test_ssh_target_over_pdsh(cluster, small, tmp_path):
         'exec nsenter --target="$pid" --net --uts --mount --pid -- bash -c "$*"\n')  # fmt: skip
     shim.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    target = ["target=ssh", "launch.hosts=[node1,node2]", "launch.restarts=0"]
+    target = ["target=ssh", "launch.hosts=[node1,node2]", "launch.restarts=0", UNCHECKED]
     training = [*small, f"run.root={tmp_path}", "run.name=r", "run.samples_per_step=2", "run.steps=4"]
     command = [sys.executable, "-m", "launch", *target, "--", *training]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)

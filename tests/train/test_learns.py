@@ -12,9 +12,9 @@ CONFIG = dict(
         hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32, ffn_size=128, layer_pattern="KF",
         chunk_size=4, window_chunks=8, vocab_multiple=32, tie_embeddings=True, init_std=0.1,
     ),
-    data=dict(source="synthetic", vocab_size=2048, tasks=["needle"], probe_tokens=[64, 128]),
+    data=dict(source="synthetic", vocab_size=1024, tasks=["needle"], probe_tokens=[64, 128]),
     optim=dict(lr=3e-3, warmup_steps=30, schedule="cosine", weight_decay=0.0),
-    run=dict(steps=800, samples_per_step=1, log_every=100, eval_every=800, eval_samples=0, device="cpu"),
+    run=dict(steps=600, samples_per_step=1, log_every=100, eval_every=600, eval_samples=0, device="cpu"),
     checkpoint=dict(every_steps=None),
     logging=dict(wandb="off", progress=False),
 )  # fmt: skip
