@@ -189,7 +189,7 @@ class HostPool:
     def take(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """uint8 [bytes of `tensor`], or None where the limit leaves no room for it."""
         size = tensor.numel() * tensor.element_size()
-        if size == 0:  # `checkpoint` of torch before 2.12 saves an empty tensor of the host's beside its input
+        if size == 0:  # `checkpoint` of older torch saves an empty tensor of the host's beside its input
             return None
         self.device = tensor.device
         if free := self._free.get(size):
