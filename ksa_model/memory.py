@@ -188,10 +188,13 @@ class HostPool:
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """uint8 [bytes of `tensor`], or None where the limit leaves no room for it."""
-        self.device, size = tensor.device, tensor.numel() * tensor.element_size()
+        size = tensor.numel() * tensor.element_size()
+        if size == 0:  # `checkpoint` of older torch saves an empty tensor of the host's beside its input
+            return None
+        self.device = tensor.device
         if free := self._free.get(size):
             return free.pop()
-        if size == 0 or self.held_bytes + size > self.limit:
+        if self.held_bytes + size > self.limit:
             return None
         self.held_bytes += size
         buffer = torch.empty(size, dtype=torch.uint8)

@@ -71,7 +71,7 @@ CASES = {
     "128k offload": Case(131_072, "offload"),
     "256k offload": Case(262_144, "offload"),
     "512k offload": Case(524_288, "offload", parallel=ON_HOST),
-    "1M offload": Case(1_048_576, "offload inputs", layers=20, parallel=ON_HOST),
+    "1M offload": Case(1_048_576, "offload inputs", layers=16, parallel=ON_HOST),
     "1M context": Case(1_048_576, "offload", parallel=TWO),
 }
 TOY_SHARE = 512  # of a case's tokens, and of its slices of the MLP, in the toy size

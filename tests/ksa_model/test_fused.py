@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[test]'")
 
 from ksa_model import fused, kernels, layout, reference
+from ksa_model.memory import HostPool, Kept, Shelf
 from tests.ksa_model.test_kernels import PACKS, make_layout
 
 gpu = pytest.mark.gpu
@@ -274,6 +275,23 @@ def check_tiles(tiles, seen):
         some = np.flatnonzero(rows.any(0))
         assert (lo, hi) == ((some[0], some[-1] + 1) if len(some) else (0, 0)) or (lo >= hi and not len(some))
         assert full_lo >= full_hi or rows[:, full_lo:full_hi].all()
+
+
+def test_a_rerun_takes_what_was_kept(monkeypatch):
+    """The joint result of a first run, by way of the host, serves a second one: nothing is attended to again, and
+    gradients are the same bits. 13 rows: the log-sum-exp's own are padded to 16."""
+    pack = make_layout([9, 4], 1, 1, 0)
+    inputs, pool = draw(pack, 2, 1, 16), HostPool(2**20)
+    shelf = Shelf(pool, None)
+    kept, attend, calls = Kept(shelf), fused.attend, []
+    monkeypatch.setattr(fused, "attend", lambda *arguments: calls.append(0) or attend(*arguments))
+    found = []
+    for _ in range(2):
+        out = kernels.ksa_attention(*inputs, pack, 2, "fused", kept=kept)
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        shelf.leave_device()
+    assert len(calls) == 1 and pool.held_bytes == out.numel() * out.element_size() + 2 * 13 * 4
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 @gpu

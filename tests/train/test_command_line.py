@@ -67,6 +67,9 @@ def refused(monkeypatch, capsys, *arguments):
     [
         (["model.chnk_size=4"], "model.chnk_size is not a configuration key; did you mean model.chunk_size?"),
         (["+model.chnk_size=4"], "model.chnk_size is not a configuration key; did you mean model.chunk_size?"),
+        (["run.recompute=true"], "run.recompute is not a configuration key; did you mean memory.recompute?"),
+        (["memory.offload=true"], "memory.recompute=none re-runs nothing; use memory.recompute=selective or full"),
+        (["memory=some"], "Could not find 'memory/some' Available options in 'memory'"),
         (["sequence_length=4096"], "sequence_length is not a configuration key"),
         (["model=tinny"], "Could not find 'model/tinny' Available options in 'model'"),
         (["model.layer_pattern=KKXF"], "model.layer_pattern='KKXF' holds 'X'"),
@@ -144,6 +147,21 @@ def test_a_run_directory_of_another_configuration(monkeypatch, capsys, tmp_path,
     (directory / "config.yaml").write_text(yaml.safe_dump(before))
     said = refused(monkeypatch, capsys, *small_overrides(corpus, tmp_path, model__chunk_size=8))
     assert "model.chunk_size was 4 and is now 8; choose another run.name" in said
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, corpus):
+    """Its configuration says run.recompute, which has become memory.recompute."""
+    from tests.train.runs import make_config
+    from train import run_directory
+    from train.config import from_saved, to_mapping
+
+    config = make_config(corpus, tmp_path, memory__recompute="full")
+    before = to_mapping(config)
+    del before["memory"]
+    before["run"]["recompute"] = True
+    assert from_saved(before) == config
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    run_directory.check(tmp_path, config)
 
 
 def test_help_and_cfg_are_useful():
