@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from ksa_model import loss
 from ksa_model.attention import Attention, Mix, RMSNorm, RotaryTables
 from ksa_model.collectives import ContextParallel
-from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_tensor_parallel
+from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_context_ranks, check_tensor_parallel
+from ksa_model.delta import DeltaNet
 from ksa_model.layout import SequenceLayout
 from ksa_model.linear import Norm
 from ksa_model.tensor_parallel import TensorParallel
@@ -45,6 +46,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         check_tensor_parallel(config, tp.size)
+        check_context_ranks(config, 1 if context is None else context.size)
         self.config, self.tp, self.context, self.recompute = config, tp, context, recompute
         self.embedding = tp.embedding(config.padded_vocab_size, config.hidden_size, config.init_std)
         if config.has_summaries:
@@ -146,7 +148,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer, self.tp = layer, tp
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
-        self.attention = Attention(config, layer, tp, context)
+        self.attention = DeltaNet(config, layer, tp) if layer.mixer == "G" else Attention(config, layer, tp, context)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
         self.mlp = MLP(config, tp)
 

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -94,6 +95,12 @@ class TensorParallel:
             reduce_scatter_embeddings=self.shards_rows,
             tp_group=self.group,
         )
+
+    def share(self, whole: torch.Tensor, dim: int = 0) -> torch.nn.Parameter:
+        """This rank's share of a parameter that no product takes, whole on every rank, cut along `dim`."""
+        parameter = torch.nn.Parameter(whole.chunk(self.size, dim)[self.rank].to(self.dtype).contiguous())
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+        return parameter
 
     def _config(self, sequence_parallel: bool) -> ModelParallelConfig:
         return ModelParallelConfig(
