@@ -121,8 +121,9 @@ class DeltaNet(nn.Module):
             )  # fmt: skip
             out = out[0]
         elif backend == "reference" or keeps_states:
+            rule: Callable = recurrent if backend == "reference" else blocked
             parts = zip(*(x.split(documents.starts_on_host.diff().tolist()) for x in inputs))
-            outs, found = zip(*((recurrent if backend == "reference" else blocked)(*part) for part in parts))
+            outs, found = zip(*(rule(*part) for part in parts))
             out, states = torch.cat(outs), torch.stack(found)
         else:
             out, states = _again(blocked, *inputs, documents.number)[0], None
@@ -172,7 +173,7 @@ def finish(convolved: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What stands behind the convolution: silu, and length one for q and k."""
     q, k, v = F.silu(convolved).unbind(1)
     q, k = (x * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + _EPS).to(x.dtype) for x in (q, k))
-    return q, k, v
+    return q, k, v.contiguous()  # else all three would be kept for it
 
 
 def recurrent(q, k, v, decay, beta, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -282,7 +283,8 @@ class DeltaCache:
         seen = torch.cat([self.tail, given.qkv[:, None]], 1)
         self.tail.copy_(seen[:, 1:])
         q, k, v = finish((seen * delta.taps.permute(3, 0, 1, 2)).sum(1))
-        out, state = recurrent(*(x[:, None] for x in (q, k, v, given.decay, given.beta)), self.state)
+        q, k, v, decay, beta = (x[:, None] for x in (q, k, v, given.decay, given.beta))  # documents of one more token
+        out, state = recurrent(q, k, v, decay, beta, self.state)
         self.state.copy_(state)
         return out[:, 0].to(given.qkv.dtype)
 

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ksa_model.config import LayerConfig, ModelConfig
+from ksa_model.delta import BLOCK_ROWS
 from ksa_model.loss import FUSED_LOSS_ROWS, LOSS_ROWS
 from train.config import ConfigError, TrainConfig, validate
 
@@ -153,6 +154,11 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     if summary_out and not fused:  # per-chunk copies of keys and values for the summary queries
         heads += (text + projected) * 2 * kv * b + summary_out * q * b
     exchanged = 0.0
+    if layer.mixer == "G":
+        # Before the convolution and behind it; the recurrence's output, which a norm takes; gate, normed and product.
+        heads = text * q * (6 * b + norm) + text * (q // model.head_dim) * 4 * 4
+        out = text * q * (3 if fused else 4) * b
+        log_sum_exp = text * (q // model.head_dim) * BLOCK_ROWS * b if fused else 0  # the kernels' solved systems
     if context > 1:
         halo = {"K": layer.window_chunks * model.chunk_size, "S": model.window_tokens - 1, "F": 0}.get(
             layer.mixer, layer.window_chunks * model.chunk_size
