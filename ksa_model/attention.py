@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ksa_model import kernels, rows
+from ksa_model import kernels, linear, rows
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig
 from ksa_model.layout import SequenceLayout
@@ -126,20 +126,20 @@ class Attention(nn.Module):
         else:
             summary = [weight for name in names for weight in self._summary_weights(name)]
             q, k, v, *of_summary = self.tp.project(x, norm, layout.num_text, text, summary)
-        heads = Heads(
-            q=self._heads(q, "query_norm", rotary.text), k=self._heads(k, "key_norm", rotary.text), v=self._heads(v)
-        )
+        q, k = self._queries_and_keys(q, k, rotary.text)
+        heads = Heads(q=q, k=k, v=self._heads(v))
         if not layout.num_summary:
             none = {"key": heads.k[:0], "value": heads.v[:0], "query": heads.q[:0]}
             heads.k_summary, heads.v_summary, heads.q_summary = (
                 none[name] if name in names else None for name in ("key", "value", "query")
             )
             return heads
-        if self.layer.projects_summaries:
-            heads.k_summary = self._heads(self._summary_rows(of_summary), "key_norm", rotary.summary)
-            heads.v_summary = self._heads(self._summary_rows(of_summary))
+        own = {name: self._summary_rows(of_summary) for name in names}
         if self.layer.updates_summaries:
-            heads.q_summary = self._heads(self._summary_rows(of_summary), "query_norm", rotary.summary)
+            heads.q_summary, heads.k_summary = self._queries_and_keys(own["query"], own["key"], rotary.summary)
+        elif self.layer.projects_summaries:
+            heads.k_summary = self._heads(own["key"], "key_norm", rotary.summary)
+        heads.v_summary = self._heads(own["value"]) if own else None
         return heads
 
     def _summary_weights(self, name: str) -> list[torch.Tensor]:
@@ -173,6 +173,13 @@ class Attention(nn.Module):
             return out, None
         # A chunk lies on one rank with its summaries, so this part never exchanges anything.
         return out, kernels.summary_attention(heads.q_summary, k, v, k_summary, v_summary, layout, backend)
+
+    def _queries_and_keys(self, q: torch.Tensor, k: torch.Tensor, table) -> tuple[torch.Tensor, torch.Tensor]:
+        """[rows, heads*d] -> [rows, heads, d] each, normed and rotated."""
+        if (fast := linear.decoding(q)) is None:
+            return self._heads(q, "query_norm", table), self._heads(k, "key_norm", table)
+        gains = (self.query_norm.weight, self.key_norm.weight) if self.config.qk_norm else None
+        return fast.norm_rotate_both(self._heads(q), self._heads(k), gains, self.config.norm_eps, *table)
 
     def _heads(self, x: torch.Tensor, norm: str | None = None, table=None) -> torch.Tensor:
         """[rows, heads*d] -> [rows, heads, d], normed and rotated where asked."""

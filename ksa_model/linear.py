@@ -39,7 +39,7 @@ class Target(NamedTuple):
 
 def project(x: torch.Tensor, norm: Norm | None, targets: Sequence[Target]) -> list[torch.Tensor]:
     """For each target `normed[start:stop] @ weight.T`, where `normed` is x [n, h] behind the norm, or x itself."""
-    if norm is not None and (fast := _decoding(x)) is not None:
+    if norm is not None and (fast := decoding(x)) is not None:
         return fast.project(x, norm.gain, norm.eps, targets)
     normed = x if norm is None else rows.rms_norm(x, norm.gain, norm.eps)
     again = norm if norm is not None and _remakes(x) else None
@@ -50,14 +50,14 @@ def project(x: torch.Tensor, norm: Norm | None, targets: Sequence[Target]) -> li
 
 def gated(x: torch.Tensor, norm: Norm | None, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What SwiGLU multiplies: (gate, up) [n, f] of the normed rows, or its product alone, where nothing keeps them."""
-    if norm is not None and (fast := _decoding(x)) is not None:
+    if norm is not None and (fast := decoding(x)) is not None:
         return (fast.gated(x, norm.gain, norm.eps, gate, up),)
     return tuple(project(x, norm, [Target(0, len(x), gate), Target(0, len(x), up)]))
 
 
 def add_product(x: torch.Tensor | None, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x + y @ weight.T: x [n, out] or None, y [n, h]."""
-    if x is not None and (fast := _decoding(x)) is not None:
+    if x is not None and (fast := decoding(x)) is not None:
         return fast.add_product(x, y, weight)
     return _AddProduct.apply(x, weight, y)
 
@@ -162,8 +162,8 @@ def _remakes(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def _decoding(x: torch.Tensor) -> ModuleType | None:
-    """The kernels for few rows, where no gradients are asked for."""
+def decoding(x: torch.Tensor) -> ModuleType | None:
+    """The kernels for few rows x, where no gradients are asked for."""
     if x.is_cuda and len(x) <= FEW_ROWS and not torch.is_grad_enabled():
         return triton_module("triton_decode")
     return None

@@ -24,10 +24,10 @@ PROGRAMS = 512  # of the attention over a cache, some for each multiprocessor; e
 MOST_SPLITS = 64
 BLOCK_ROWS = 64
 # Of products with one or two rows: output features of a program, and features of the input that it takes at a time.
-# All of a tile is under way at once, 16 KiB a program, which hides the memory's latency.
+# All of a tile is under way at once, 8 KiB a program, which hides the memory's latency: docs/log.md.
 FEATURES = 8
-DEPTH = 1024
-WARPS = 8
+DEPTH = 512
+WARPS = 4
 MOST_KEYS = 256  # of a chunk and its summaries, in one tile
 
 
@@ -189,6 +189,31 @@ def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out
 
 
 @triton.jit
+def _norm_rotate_both(q, k, q_gain, k_gain, cos, sin, q_out, k_out, q_heads, k_heads, eps, HALF: tl.constexpr,
+                      BLOCK: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """One head of one row: those of the queries come first."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    x, gain, out, heads = q, q_gain, q_out, q_heads
+    if head >= q_heads:
+        x, gain, out, heads, head = k, k_gain, k_out, k_heads, head - q_heads
+    column = tl.arange(0, BLOCK)
+    inside = column < HALF
+    at = (row * heads + head) * (2 * HALF) + column
+    left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        scale = 1 / tl.sqrt((tl.sum(left * left, 0) + tl.sum(right * right, 0)) / (2 * HALF) + eps)
+        left *= scale * tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
+        right *= scale * tl.load(gain + HALF + column, mask=inside, other=0.0).to(tl.float32)
+        left = left.to(x.dtype.element_ty).to(tl.float32)  # as the norm by itself hands it on
+        right = right.to(x.dtype.element_ty).to(tl.float32)
+    c = tl.load(cos + row * HALF + column, mask=inside, other=0.0)
+    s = tl.load(sin + row * HALF + column, mask=inside, other=0.0)
+    tl.store(out + at, (left * c - right * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at + HALF, (right * c + left * s).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _finish(products, up_products, squares, residual, out, feature, in_features, size, eps, NORM: tl.constexpr,
             GATED: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
     """One row of `_few_rows`."""
@@ -259,6 +284,20 @@ def gated(x: torch.Tensor, gain: torch.Tensor, eps: float, gate: torch.Tensor, u
 def add_product(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x + y @ weight.T"""
     return _launch(y, [weight], residual=x)[0]
+
+
+def norm_rotate_both(
+    q: torch.Tensor, k: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor] | None, eps: float, cos, sin
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows.norm_rotate` of q [n, H, d] and k [n, G, d], with a gain [d] each or without a norm."""
+    q, k, (count, heads, d) = q.contiguous(), k.contiguous(), q.shape
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    q_gain, k_gain = (q, k) if gains is None else gains
+    _norm_rotate_both[(count, heads + k.shape[1])](
+        q, k, q_gain, k_gain, cos, sin, q_out, k_out, heads, k.shape[1], eps, HALF=d // 2,
+        BLOCK=triton.next_power_of_2(d // 2), NORM=gains is not None, num_warps=1,
+    )  # fmt: skip
+    return q_out, k_out
 
 
 def _launch(x, weights, gain=None, eps=0.0, residual=None, is_gated=False) -> list[torch.Tensor]:

@@ -56,7 +56,8 @@ def test_one_door(library, door):
 
 def test_no_host_sync_outside_metrics():
     """Waiting for the device between log steps would stall it; the places that may are few and named."""
-    may = {f"train/{name}.py" for name in ("metrics", "evaluate", "probes", "checkpoint", "generate", "report")}
+    names = "metrics", "evaluate", "probes", "checkpoint", "generate", "report", "profiling", "parallel"
+    may = {f"train/{name}.py" for name in names}
     pattern = re.compile(r"\.item\(\)|\.cpu\(\)|torch\.cuda\.synchronize|\.nonzero\(")
     for package in ("ksa_model", "train"):
         for path in sources(package):

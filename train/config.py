@@ -19,6 +19,7 @@ from ksa_model.config import ModelConfig, ModelConfigError, check_context_ranks,
 from ksa_model.layout import check_context_parallel
 from train.optim import OptimConfig, OptimConfigError
 from train.parallel import ParallelConfig, ParallelConfigError
+from train.perf import PerfConfig, PerfConfigError
 from train.stages import StageConfig, StageError
 
 
@@ -27,7 +28,15 @@ class ConfigError(ValueError):
 
 
 # What a user's mistake looks like, wherever it is found: printed as one line, exit code 2.
-USER_ERRORS = (ConfigError, ModelConfigError, ParallelConfigError, OptimConfigError, StageError, DataError)
+USER_ERRORS = (
+    ConfigError,
+    ModelConfigError,
+    ParallelConfigError,
+    OptimConfigError,
+    PerfConfigError,
+    StageError,
+    DataError,
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    perf: PerfConfig = field(default_factory=PerfConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     stage: StageConfig = field(default_factory=StageConfig)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.profiler import record_function
 
 from train import sharded_state
 from train.health import bad_norm
@@ -95,13 +96,14 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0 if group["frozen"] else lr
         self._skip = skip
-        if self._own_clip is not None:  # DeepSpeed clips here too, but keeps the norm to itself
-            limit = self._own_clip or float("inf")
-            self._norm = clip_grad_norm_(self.module.parameters(), max_norm=limit, mpu=self._mpu)
+        with record_function("part: optimizer"):  # see train/profiling.py
+            if self._own_clip is not None:  # DeepSpeed clips here too, but keeps the norm to itself
+                limit = self._own_clip or float("inf")
+                self._norm = clip_grad_norm_(self.module.parameters(), max_norm=limit, mpu=self._mpu)
+                self._deepspeed.step()
+                return self._norm
             self._deepspeed.step()
-            return self._norm
-        self._deepspeed.step()
-        return self._deepspeed.get_global_grad_norm()
+            return self._deepspeed.get_global_grad_norm()
 
     # -- state: what `train/checkpoint.py` saves and loads -------------------------------------------------------------
 

@@ -15,6 +15,7 @@ CHANGEABLE = (
     "logging",
     "checkpoint",
     "parallel",
+    "perf",
     "resume",
     "init_from",
     "dry_run",

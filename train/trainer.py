@@ -33,6 +33,7 @@ from train.evaluate import HeldOut
 from train.health import MAX_ROLLBACKS, BadSteps, SpikeDetector, bad_norm, bad_steps_message, next_sample, not_finite
 from train.metrics import Agreed, RunLog, StepSums, Tracker, read_records
 from train.parallel import World
+from train.profiling import StepProfiler
 from train.signals import StopRequest
 from train.watchdog import Watchdog
 
@@ -101,13 +102,15 @@ def _train(
             while step < last_step and not stopping:
                 run.skip_samples()
                 step += 1
-                watch.progress(step, "waiting for data")
-                batches = [batch.to(world.device) for batch in run.loader.next_step()]
-                watch.progress(step, "training")
-                lr = config.optim.lr_at(step - 1, config.run.steps)
-                wishes = dict(stop=request.is_due, save=run.save_is_due)
-                run.engine.anneal(config.stage.own_share(step - 1, config.run.steps))
-                grad_norm = train_step(run.engine, batches, world, run.sums, lr, objective=run.objective, **wishes)
+                with run.profiler.step():
+                    watch.progress(step, "waiting for data")
+                    with run.profiler.range("data"):
+                        batches = [batch.to(world.device) for batch in run.loader.next_step()]
+                    watch.progress(step, "training")
+                    lr = config.optim.lr_at(step - 1, config.run.steps)
+                    wishes = dict(stop=request.is_due, save=run.save_is_due)
+                    run.engine.anneal(config.stage.own_share(step - 1, config.run.steps))
+                    grad_norm = train_step(run.engine, batches, world, run.sums, lr, objective=run.objective, **wishes)
                 agreed = run.sums.agreed()
                 run.check_bad_steps(step, agreed)
                 stopping = agreed.stop
@@ -192,6 +195,7 @@ class _Run:
         self.loader = make_loader(config, data, world)
         self.held_out = _held_out(config, data, world)
         self.engine = build_engine(config, world)
+        self.profiler = StepProfiler(config.perf, self.engine.module, world, directory)
         self.objective = config.stage.objective()
         self.validation_loss: float | None = None
         self.tokenizer_sha256 = hashlib.sha256(Path(data.tokenizer_path).read_bytes()).hexdigest()

@@ -20,22 +20,12 @@ from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import data_pipeline
-from ksa_model import attention, kernels, loss, model
 from train import parallel, trainer
 from train.config import TrainConfig, from_mapping
 from train.metrics import StepSums
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WARM_UP, STEPS = 3, 8
-PARTS = {
-    "KSA near and far": (kernels, "ksa_attention"),
-    "full attention": (kernels, "text_attention"),
-    "summary attention": (kernels, "summary_attention"),
-    "norms": (attention.RMSNorm, "forward"),
-    "RoPE": (attention, "rotate"),
-    "MLP": (model.MLP, "forward"),
-    "loss": (loss._ChunkedCrossEntropy, "forward"),
-}
 
 
 def main() -> None:

@@ -274,3 +274,29 @@ def check_tiles(tiles, seen):
         some = np.flatnonzero(rows.any(0))
         assert (lo, hi) == ((some[0], some[-1] + 1) if len(some) else (0, 0)) or (lo >= hi and not len(some))
         assert full_lo >= full_hi or rows[:, full_lo:full_hi].all()
+
+
+@gpu
+def test_new_documents_compile_nothing(capsys):
+    """Packs of one length with ever new documents: after the first, no kernel of ours is compiled again."""
+    from ksa_model import triton_attention, triton_summary
+
+    def compiled():
+        """Variants of every kernel in the two modules."""
+        found = [x for module in (triton_attention, triton_summary) for x in vars(module).values()]
+        return sum(len(cache[0]) for kernel in found for cache in getattr(kernel, "device_caches", {}).values())
+
+    random, counts = np.random.default_rng(1), []
+    for _ in range(8):
+        lengths = random.integers(1, 3000, 64)
+        lengths = lengths[np.cumsum(-(-lengths // 8) * 8) <= 32768]
+        pack = make_layout(lengths.tolist(), 8, 1, 4096 - int((-(-lengths // 8)).sum()))  # padded to 32,768 rows
+        q, k, v, k_summary, v_summary = draw(pack, 4, 4, 64)
+        out = kernels.ksa_attention(q, k, v, k_summary, v_summary, pack, 16)
+        of_full = kernels.text_attention(q, k, v, pack, "F")
+        of_summaries = kernels.summary_attention(k_summary, k, v, k_summary, v_summary, pack)
+        (out.sum() + of_full.sum() + of_summaries.sum()).backward()
+        counts.append(compiled())
+    with capsys.disabled():
+        print(f"\nkernel variants after each of 8 packs: {counts}")
+    assert counts[0] > 0 and counts[-1] == counts[1]

@@ -9,7 +9,7 @@ from ksa_model import triton_decode, triton_rows
 from ksa_model.cache import DecodingCache, Sampling, _summarise, generate
 from ksa_model.linear import Target
 from ksa_model.model import Decoder
-from ksa_model.rows import plain_rms_norm, plain_swiglu
+from ksa_model.rows import plain_norm_rotate, plain_rms_norm, plain_swiglu
 from ksa_model.tensor_parallel import TensorParallel
 from tests.ksa_model.test_cache import model_for
 from tests.ksa_model.test_model import small_config
@@ -63,6 +63,16 @@ def test_summarise(ring, k, m, heads):
     assert triton_decode.summarise(q, buffer, ring, chunk, triton_decode.MOST_KEYS, k_own, v_own) is None
 
 
+@pytest.mark.parametrize("normed", [True, False])
+def test_norm_rotate_both(normed):
+    q, k, angles = draw(3, 4, 24), draw(3, 2, 24, seed=1), draw(3, 1, 12, seed=2) * 9
+    gains = (draw(24, seed=3), draw(24, seed=4)) if normed else None
+    got = triton_decode.norm_rotate_both(q, k, gains, 1e-6, angles.cos(), angles.sin())
+    for x, gain, found in zip((q, k), gains or (None, None), got):
+        want = plain_norm_rotate(x, gain, 1e-6, angles.cos(), angles.sin())
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("rows, size", [(1, 1100), (2, 40), (2, 2048)])
 def test_products_of_few_rows(rows, size):
     x, gain = draw(rows, size) / 4, draw(size, seed=1)
@@ -91,7 +101,7 @@ def test_a_whole_model_with_these_kernels(world, monkeypatch, changes, several):
     monkeypatch.setattr("ksa_model.rows._kernels", lambda x: triton_rows)
     monkeypatch.setattr("ksa_model.cache._kernels", lambda x: None if x.requires_grad else triton_decode)
     few = lambda x: triton_decode if len(x) <= 2 else None
-    monkeypatch.setattr("ksa_model.linear._decoding", few)
+    monkeypatch.setattr("ksa_model.linear.decoding", few)
     forward = DecodingCache._forward
     monkeypatch.setattr(
         DecodingCache, "_forward", lambda self, tokens, closing, _: forward(self, tokens, closing, None)
