@@ -110,6 +110,16 @@ def test_gated_delta_nets_reproduce_one_rank(tensor, sequence, data, zero, corpu
     assert losses(records)[-1] < losses(records)[0] - 0.2
 
 
+def test_gated_delta_nets_in_bf16(corpus, tmp_path, gated_one_rank):
+    changes = GATED | dict(run__precision="bf16", parallel__zero=1)
+    (records,) = run_on_ranks(1, run_training, str(corpus), str(tmp_path), changes)
+    assert losses(records) == pytest.approx(losses(gated_one_rank[0]), rel=0.01)
+    before, after = gated_one_rank[1], newest_tensors(tmp_path / "default")
+    for key in ("convolution", "decay_rate", "step_bias"):  # no products: their gradients take a way of their own
+        name = f"exp_avg_sq/blocks.0.attention.{key}"
+        assert (after[name] - before[name]).norm() < 0.1 * before[name].norm(), key
+
+
 def test_losses_fall(one_rank):
     values = [r["loss"] for r in one_rank[0] if "loss" in r]
     assert values[-1] < values[0] - 0.2
