@@ -148,6 +148,24 @@ def test_parameters_are_those_counted(world):
     assert gated["attention"] == 5 * 32 * 32 + 2 * 4 * 32 + 3 * 32 * 4 + 2 * 4
 
 
+def test_flops_are_those_of_the_recurrence():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from train.batches import model_flops
+
+    config = small_config(layer_pattern="G", num_layers=1)
+    with FlopCounterMode(display=False) as counter:
+        delta.recurrent(*random_rows(10, heads=4, d=8))
+    # Two reads of the state; the write, an outer product of as many, is no matrix product and is not counted there.
+    assert counter.get_total_flops() * 3 == config.delta_flops(10) * 2
+    weights = [
+        shape for name, (shape, _) in config.parameter_shapes().items() if len(shape) == 2 and "embedding" not in name
+    ]
+    pack = make_layout([13, 1, 22, 7], 4, 1, 3)
+    dense = sum(rows * columns for rows, columns in weights) - (config.padded_vocab_size - config.vocab_size) * 32
+    assert model_flops(config, pack) == 3 * (2 * dense + config.delta_flops(1)) * 43
+
+
 def test_documents_do_not_see_each_other(world):
     """The logits of a document are those it has alone, and nothing it holds has a gradient from another's loss."""
     decoder = build(world, small_config(layer_pattern="GKGF"), seed=2)

@@ -115,9 +115,10 @@ def test_gated_delta_nets_in_bf16(corpus, tmp_path, gated_one_rank):
     (records,) = run_on_ranks(1, run_training, str(corpus), str(tmp_path), changes)
     assert losses(records) == pytest.approx(losses(gated_one_rank[0]), rel=0.01)
     before, after = gated_one_rank[1], newest_tensors(tmp_path / "default")
-    for key in ("convolution", "decay_rate", "step_bias"):  # no products: their gradients take a way of their own
+    # No products take these weights, so that their gradients have a way of their own. bf16 has two or three digits.
+    for key in ("convolution", "decay_rate", "step_bias"):
         name = f"exp_avg_sq/blocks.0.attention.{key}"
-        assert (after[name] - before[name]).norm() < 0.1 * before[name].norm(), key
+        assert (after[name] - before[name]).norm() < 0.2 * before[name].norm(), key
 
 
 def test_losses_fall(one_rank):
