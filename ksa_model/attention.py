@@ -77,7 +77,8 @@ class Heads:
     v_summary: torch.Tensor | None = None
 
 
-# (attention, heads, layout) -> outputs of text rows, and of summary rows where the layer updates them
+# (attention, heads, layout) -> outputs of text rows, and of summary rows where the layer updates them. A gated delta
+# net (`ksa_model.delta`) gives itself and its `DeltaRows` in the first two places.
 Mix = Callable[["Attention", Heads, SequenceLayout], "tuple[torch.Tensor, torch.Tensor | None]"]
 
 

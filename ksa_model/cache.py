@@ -3,7 +3,8 @@
 Legend: B requests, k tokens a chunk, m summaries a chunk, W window chunks, G key/value heads, d head dimension.
 
 A `K` layer keeps a ring of the last `(W+1)*k` text rows and, behind it in the same buffer, the summaries of closed
-chunks: O(n*m/k) rows. `F` layers keep all text rows, `S` and `C` layers a ring. A chunk that a decoded token closes is
+chunks: O(n*m/k) rows. `F` layers keep all text rows, `S` and `C` layers a ring, `G` layers a state of
+their own kind (`ksa_model.delta`). A chunk that a decoded token closes is
 summarised in the forward pass of the next token: its summary rows ride along as extra rows of that step, never in a
 step of their own. Requests of a batch may have any lengths; none is padded to the longest.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ import torch
 from ksa_model import layout
 from ksa_model.attention import Attention, Heads
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError
+from ksa_model.delta import DeltaCache
 from ksa_model.layout import SequenceLayout
 from ksa_model.model import Decoder
 from ksa_model.rows import triton_module
@@ -227,8 +230,10 @@ class DecodingCache:
         config, weight = model.config, model.embedding.weight
         kv_heads = config.num_kv_heads // model.tp.size
         self._model, self._config, self._device = model, config, weight.device
-        self._layers = [
-            LayerCache(config, layer, weight.new_zeros(2, num_requests, kv_heads, 0, config.head_dim))
+        self._layers: list[LayerCache | DeltaCache] = [
+            DeltaCache(num_requests, config.num_heads // model.tp.size, weight, config.head_dim)
+            if layer.mixer == "G"
+            else LayerCache(config, layer, weight.new_zeros(2, num_requests, kv_heads, 0, config.head_dim))
             for layer in config.layers
         ]
         for layer in self._layers:
@@ -247,7 +252,7 @@ class DecodingCache:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of keys and values on this tensor rank."""
+        """Bytes of keys, values and states on this tensor rank."""
         return sum(layer.allocated_bytes for layer in self._layers)
 
     @torch.no_grad()
@@ -273,8 +278,12 @@ class DecodingCache:
         summary_index = np.concatenate([np.arange(count) for count in closed])
         self._make_room(int(lengths.max()))
 
-        def mix(attention: Attention, heads: Heads, whole: SequenceLayout):
+        last = self._upload(starts + lengths - 1)
+
+        def mix(attention: Any, heads: Any, whole: SequenceLayout):
             cache = self._layers[attention.layer.index]
+            if isinstance(cache, DeltaCache):
+                return cache.prefill(attention, heads, whole, last), None
             # Of a ring only the newest position of each slot stays.
             kept = position >= (lengths[request] - (cache.ring_rows or lengths.max()))
             row = self._upload((starts[request] + position)[kept])
@@ -289,7 +298,6 @@ class DecodingCache:
 
         self._lengths, self._prefilled = lengths, lengths.copy()
         self._position.copy_(torch.from_numpy(lengths))
-        last = self._upload(starts + lengths - 1)
         return self._model.logits(self._upload(tokens), pack, mix, rows=last)
 
     @torch.no_grad()
@@ -310,9 +318,11 @@ class DecodingCache:
         self._position += 1
         return logits
 
-    def _mix_step(self, attention: Attention, heads: Heads, step: SequenceLayout):
+    def _mix_step(self, attention: Any, heads: Any, step: SequenceLayout):
         assert isinstance(step, Step)
         cache, out_summary = self._layers[attention.layer.index], None
+        if isinstance(cache, DeltaCache):
+            return cache.step(attention, heads), None
         if step.closing and heads.k_summary is not None and heads.v_summary is not None:
             if heads.q_summary is not None:  # before this token may take a slot of the chunk
                 out_summary = cache.summarise(heads, step)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-MIXERS = {"K": "KSA", "F": "full", "S": "sliding window", "C": "sliding chunk"}
+MIXERS = {"K": "KSA", "F": "full", "S": "sliding window", "C": "sliding chunk", "G": "gated delta net"}
+CONV_TOKENS = 4  # tokens that the convolutions of a `G` layer see, the row's own included
+DELTA_BLOCK_ROWS = 64  # rows whose products with each other a `G` layer forms
 LOSS_ROWS = 1024  # rows of logits that the loss holds at a time, in fp32
 FUSED_LOSS_ROWS = 4096  # where the kernels of `ksa_model.triton_loss` keep them in 16 bits
 
@@ -80,11 +82,11 @@ class RopeScaling:
 class ModelConfig:
     """Shape of a decoder with interleaved KSA and full-attention layers (arXiv 2604.24432).
 
-    `layer_pattern` is one letter per layer (`K` KSA, `F` full, `S` sliding window, `C` sliding chunk), repeated to
-    `num_layers`. `window_chunks` is how many earlier chunks a text token still sees as text: one number for every
-    layer, or one per letter of the pattern. `attention_backend` picks the kernels: `auto` the fastest that fits the
-    device, `fused` the CUDA kernels or an error, `blocked` plain torch with linear memory, `reference` the dense fp32
-    ground truth.
+    `layer_pattern` is one letter per layer (`K` KSA, `F` full, `S` sliding window, `C` sliding chunk, `G` gated delta
+    net, which has `num_heads` heads with keys and values of `head_dim`), repeated to `num_layers`. `window_chunks` is
+    how many earlier chunks a text token still sees as text: one number for every layer, or one per letter of the
+    pattern. `attention_backend` picks the kernels: `auto` the fastest that fits the device, `fused` the CUDA kernels or
+    an error, `blocked` plain torch with linear memory, `reference` the dense fp32 ground truth.
     """
 
     hidden_size: int
@@ -207,11 +209,14 @@ class ModelConfig:
     def has_summaries(self) -> bool:
         return "K" in self.layer_pattern
 
+    def has_mixer(self, letter: str) -> bool:
+        return letter in self.layer_pattern
+
     @property
     def halo_rows(self) -> int:
         """Text rows that the furthest-looking near or sliding part of any layer reaches back."""
         back = {"K": lambda w: w * self.chunk_size, "C": lambda w: w * self.chunk_size,
-                "S": lambda w: self.window_tokens - 1, "F": lambda w: 0}  # fmt: skip
+                "S": lambda w: self.window_tokens - 1, "F": lambda w: 0, "G": lambda w: 0}  # fmt: skip
         return max(back[layer.mixer](layer.window_chunks) for layer in self.layers)
 
     def parameter_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
@@ -224,13 +229,20 @@ class ModelConfig:
         for layer in self.layers:
             at = f"blocks.{layer.index}."
             columns = {"query": q, "key": kv, "value": kv}
+            if layer.mixer == "G":
+                columns = dict.fromkeys(("query", "key", "value", "gate"), q)
+                columns |= dict.fromkeys(("beta", "decay"), self.num_heads)
+                shapes[f"{at}attention.convolution"] = ((3, q, CONV_TOKENS), 1)
+                shapes |= {f"{at}attention.{name}": ((self.num_heads,), 0) for name in ("decay_rate", "step_bias")}
             if self.independent_qkv and layer.updates_summaries:
                 columns["summary_query"] = q
             if self.independent_qkv and layer.projects_summaries:
                 columns |= {"summary_key": kv, "summary_value": kv}
             shapes |= {f"{at}attention.{name}.weight": ((size, h), 0) for name, size in columns.items()}
             shapes[f"{at}attention.output.weight"] = ((h, q), 1)
-            if self.qk_norm:
+            if layer.mixer == "G":
+                shapes[f"{at}attention.output_norm.weight"] = ((d,), None)
+            elif self.qk_norm:
                 shapes |= {f"{at}attention.{name}_norm.weight": ((d,), None) for name in ("query", "key")}
             shapes |= {f"{at}mlp.{name}.weight": ((f, h), 0) for name in ("gate", "up")}
             shapes[f"{at}mlp.down.weight"] = ((h, f), 1)
@@ -260,7 +272,8 @@ class ModelConfig:
         mlp = 3 * h * self.ffn_size
         weights_met = num_text * h * (self.vocab_size or 0)
         for layer in self.layers:
-            weights_met += num_text * (h * (q + 2 * kv) + q * h + mlp)
+            projected = h * (4 * q + 2 * self.num_heads) if layer.mixer == "G" else h * (q + 2 * kv)
+            weights_met += num_text * (projected + q * h + mlp)
             if layer.projects_summaries:
                 weights_met += num_summary * h * 2 * kv
             if layer.updates_summaries:
@@ -271,8 +284,13 @@ class ModelConfig:
         """Forward FLOPs of scores and weighted values over `visible_keys` query-key pairs of one layer."""
         return 4 * visible_keys * self.num_heads * self.head_dim
 
+    def delta_flops(self, num_text: int) -> int:
+        """Forward FLOPs of the recurrence of one `G` layer: its state is read with the key, written, and read with the
+        query. Blocked kernels do more."""
+        return 6 * num_text * self.num_heads * self.head_dim**2
+
     def cache_rows(self, num_text: int) -> int:
-        """Key/value rows a decoding cache holds at length `num_text`, summed over the layers."""
+        """Key/value rows a decoding cache holds at length `num_text`, summed over the layers; `G` layers have none."""
         k, rows = self.chunk_size, 0
         num_chunks = -(-num_text // k)
         for layer in self.layers:
@@ -281,15 +299,19 @@ class ModelConfig:
                 rows += num_text
             elif layer.mixer == "S":
                 rows += min(num_text, self.window_tokens)
-            else:
+            elif layer.mixer != "G":
                 rows += min(num_text, (window + 1) * k)
                 if layer.mixer == "K":
                     rows += self.summary_tokens * max(0, num_chunks - window)
         return rows
 
     def cache_bytes(self, num_text: int, bytes_per_value: int = 2) -> int:
-        """Bytes of keys and values in a decoding cache at length `num_text` (default bf16)."""
-        return 2 * self.cache_rows(num_text) * self.num_kv_heads * self.head_dim * bytes_per_value
+        """Bytes of a decoding cache at length `num_text`: keys and values (default bf16), and for each `G` layer its
+        state, in fp32, and the tokens that its convolutions look back to."""
+        keys = 2 * self.cache_rows(num_text) * self.num_kv_heads * self.head_dim * bytes_per_value
+        features = self.num_heads * self.head_dim
+        state = features * self.head_dim * 4 + (CONV_TOKENS - 1) * 3 * features * bytes_per_value
+        return keys + state * sum(layer.mixer == "G" for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -316,3 +338,12 @@ def check_tensor_parallel(config: ModelConfig, tensor_ranks: int) -> None:
             raise ModelConfigError(
                 f"model.{name}={getattr(config, name)} is not divisible by parallel.tensor={tensor_ranks}"
             )
+
+
+def check_context_ranks(config: ModelConfig, context_ranks: int) -> None:
+    """Raise `ModelConfigError` unless every mixer can share a sample among `context_ranks`."""
+    if context_ranks > 1 and config.has_mixer("G"):
+        raise ModelConfigError(
+            f"model.layer_pattern={config.layer_pattern!r} has gated delta net layers (G), whose state passes from row "
+            f"to row through the whole sample, and parallel.context={context_ranks} cuts it; use parallel.context=1"
+        )

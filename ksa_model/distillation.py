@@ -82,7 +82,10 @@ class Distillation:
 def attend_fully(
     attention: Attention, heads: Heads, layout: SequenceLayout
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A `Mix` that lets every layer see all earlier text of the document, for a layout without summaries."""
+    """A `Mix` that lets every layer see all earlier text of the document, for a layout without summaries. A gated delta
+    net has seen it all anyway."""
+    if attention.layer.mixer == "G":
+        return attention.mix(attention, heads, layout)
     backend, context = attention.config.attention_backend, attention.context
     out = kernels.text_attention(heads.q, heads.k, heads.v, layout, "F", backend=backend, context=context)
     return out, heads.q_summary  # no rows

@@ -30,7 +30,7 @@ def summary_weights(model: Decoder, tokens: torch.Tensor, layout: SequenceLayout
     def mix(attention: Attention, heads: Heads, layout: SequenceLayout):
         if attention.layer.mixer == "K":
             found[attention.layer.index] = _weights(heads, layout, attention.layer.window_chunks, bins)
-        return Attention.mix(attention, heads, layout)
+        return attention.mix(attention, heads, layout)
 
     model.hidden(tokens, layout, mix)
     return found

@@ -121,7 +121,10 @@ class SequenceLayout:
         return int(self.chunk_lengths.sum())
 
     def visible_keys(self, mixer: str, window_chunks: int, window_tokens: int) -> int:
-        """Query-key pairs of one text layer: what the real documents ask for, not what a kernel happens to touch."""
+        """Query-key pairs of one text layer: what the real documents ask for, not what a kernel happens to touch. A
+        gated delta net (`G`) looks at no keys."""
+        if mixer == "G":
+            return 0
         if mixer == "F":
             return self.full_ranges().visible_keys
         if mixer == "S":

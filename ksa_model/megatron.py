@@ -47,6 +47,7 @@ with lean_imports():
         gather_from_tensor_model_parallel_region,
         vocab_parallel_cross_entropy,
     )
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
     from megatron.core.tensor_parallel.mappings import (
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
@@ -66,5 +67,6 @@ __all__ = [
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
+    "set_tensor_model_parallel_attributes",
     "vocab_parallel_cross_entropy",
 ]

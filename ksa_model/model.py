@@ -18,7 +18,8 @@ from torch import nn
 from ksa_model import loss
 from ksa_model.attention import Attention, Mix, RMSNorm, RotaryTables
 from ksa_model.collectives import ContextParallel
-from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_tensor_parallel
+from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_context_ranks, check_tensor_parallel
+from ksa_model.delta import DeltaNet
 from ksa_model.layout import SequenceLayout
 from ksa_model.linear import Norm
 from ksa_model.megatron import gather_from_tensor_model_parallel_region
@@ -45,6 +46,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         check_tensor_parallel(config, tp.size)
+        check_context_ranks(config, 1 if context is None else context.size)
         self.config, self.tp, self.context, self.memory = config, tp, context, memory or MemoryConfig()
         self.host_pool = HostPool(self.memory.host_gib * GIB)
         self.embedding = tp.embedding(config.padded_vocab_size, config.hidden_size, config.init_std)
@@ -151,7 +153,9 @@ def _run_block(
     rotary: RotaryTables,
     mix: Mix | None,
 ) -> torch.Tensor:
-    return block(x, layout, rotary, mix or partial(Attention.mix, kept=kept))
+    if mix is None and isinstance(block.attention, Attention):
+        mix = partial(Attention.mix, kept=kept)
+    return block(x, layout, rotary, mix)
 
 
 class Block(nn.Module):
@@ -168,7 +172,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer, self.tp = layer, tp
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
-        self.attention = Attention(config, layer, tp, context)
+        self.attention = DeltaNet(config, layer, tp) if layer.mixer == "G" else Attention(config, layer, tp, context)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
         self.mlp = MLP(config, tp, mlp_rows)
 

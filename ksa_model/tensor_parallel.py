@@ -29,6 +29,7 @@ from ksa_model.megatron import (
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
 )
 
 
@@ -96,6 +97,12 @@ class TensorParallel:
             reduce_scatter_embeddings=self.shards_rows,
             tp_group=self.group,
         )
+
+    def share(self, whole: torch.Tensor, dim: int = 0) -> torch.nn.Parameter:
+        """This rank's share of a parameter that no product takes, whole on every rank, cut along `dim`."""
+        parameter = torch.nn.Parameter(whole.chunk(self.size, dim)[self.rank].to(self.dtype).contiguous())
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+        return parameter
 
     def _config(self, sequence_parallel: bool) -> ModelParallelConfig:
         return ModelParallelConfig(

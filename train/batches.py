@@ -67,6 +67,8 @@ def model_flops(config: ModelConfig, pack: SequenceLayout) -> int:
     forward = config.dense_flops(pack.num_tokens, num_summary if config.has_summaries else 0)
     for layer in config.layers:
         forward += config.attention_flops(pack.visible_keys(layer.mixer, layer.window_chunks, config.window_tokens))
+        if layer.mixer == "G":
+            forward += config.delta_flops(pack.num_tokens)
         if layer.updates_summaries:
             forward += config.attention_flops(pack.summary_visible_keys())
     return 3 * forward

@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from data_pipeline import DataConfig, DataError
-from ksa_model.config import ModelConfig, ModelConfigError, check_tensor_parallel
+from ksa_model.config import ModelConfig, ModelConfigError, check_context_ranks, check_tensor_parallel
 from ksa_model.layout import check_context_parallel
 from ksa_model.memory import MemoryConfig, MemoryConfigError
 from train.optim import OptimConfig, OptimConfigError
@@ -191,6 +191,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
         )
     config.stage.check(model, config.run.steps, config.init_from)
     _check_seq_len(config)
+    check_context_ranks(model, parallel.context)
     check_context_parallel(config.seq_len, model.chunk_size, model.halo_rows, parallel.context)
     if model.attention_backend == "fused" and config.run.precision != "bf16":
         raise ConfigError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ksa_model.config import FUSED_LOSS_ROWS, LOSS_ROWS, LayerConfig, ModelConfig
+from ksa_model.config import DELTA_BLOCK_ROWS, FUSED_LOSS_ROWS, LOSS_ROWS, LayerConfig, ModelConfig
 from train.config import ConfigError, TrainConfig, validate
 
 GIB = 2**30
@@ -200,6 +200,12 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     out = updated * q * b * (2 if summary_out else 1)  # joined streams are a copy
     if summary_out and not fused:  # per-chunk copies of keys and values for the summary queries
         heads += (text + projected) * 2 * kv * b + summary_out * q * b
+    if layer.mixer == "G":
+        # Before the convolution and behind it; the recurrence's output, which a norm takes; gate, normed and product.
+        heads = text * q * (6 * b + norm) + text * (q // model.head_dim) * 4 * 4
+        out = text * q * (3 if fused else 4) * b
+        # The kernels' solved systems.
+        log_sum_exp = text * (q // model.head_dim) * DELTA_BLOCK_ROWS * b if fused else 0
     exchanged = _exchanged_rows(model, layer, config) * 2 * kv * b
 
     # gate and up; plain torch keeps silu(gate) and the product as well
@@ -223,7 +229,7 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     return BlockBytes(
         saved=attention_norm + attention_input + heads + log_sum_exp + out + exchanged + mlp_norm + mlp_input + mlp,
         input=entering / share * h * b,
-        attention=(text * q * b, log_sum_exp),
+        attention=(0.0, 0.0) if layer.mixer == "G" else (text * q * b, log_sum_exp),
         holds_input=norm == b,
         gradients=max(of_mlp, of_attention),
     )
@@ -232,7 +238,7 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
 def _exchanged_rows(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> float:
     """Rows of keys and values that attention sees as copies, its own and other context ranks'."""
     context = config.parallel.context
-    if context == 1:
+    if context == 1 or layer.mixer == "G":
         return 0.0
     text, summary = _rows(config)
     if layer.mixer == "F":

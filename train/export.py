@@ -28,7 +28,7 @@ import ksa_model.hf
 from data_pipeline import Tokenizer
 from ksa_model.config import ModelConfig
 from ksa_model.hf import naming
-from ksa_model.hf.configs import MODELING_FILE, TOKENIZER_FILE, exported_config, is_plain
+from ksa_model.hf.configs import MODELING_FILE, TOKENIZER_FILE, check_exportable, exported_config, is_plain
 from train import checkpoint, checkpoint_files
 from train.checkpoint import CheckpointError
 from train.checkpoint_files import Place
@@ -91,6 +91,8 @@ def open_run(directory: Path, step: int | None = None) -> Run:
 
 def export(run: Run, config: ExportConfig) -> list[str]:
     """Write the export to `config.out` under another name and rename it; returns the names of its files."""
+    if config.format == "hf":
+        check_exportable(run.config.model)
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out} exists and is not an empty directory: choose another")

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import data_pipeline
 from data_pipeline import Loader, TrainingData
+from ksa_model import delta
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import ModelConfig
 from ksa_model.distillation import PARTS
@@ -57,6 +58,7 @@ def train(config: TrainConfig) -> RunResult:
     device = parallel.pick_device(config.run.device)
     if config.model.attention_backend == "fused" and device.type != "cuda":
         raise ConfigError("model.attention_backend=fused needs a CUDA device; here it is the CPU: use auto")
+    delta.check_device(config.model, device, _dtype(config))
     directory = Path(config.run.root) / config.run.name
     run_directory.check(directory, config)
     # A wrong path must not wait for the data.
@@ -384,11 +386,15 @@ class _Run:
 # -- parts of a run ---------------------------------------------------------------------------------------------------
 
 
+def _dtype(config: TrainConfig) -> torch.dtype:
+    """Of the weights that compute."""
+    return torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+
+
 def build_engine(config: TrainConfig, world: World) -> Engine:
     """The model, initialised from the seed alike on every layout, under its engine."""
     torch.manual_seed(config.run.seed)
-    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    tp = TensorParallel(world.tensor_group, config.parallel.sequence, dtype)
+    tp = TensorParallel(world.tensor_group, config.parallel.sequence, _dtype(config))
     model = Decoder(config.model, tp, ContextParallel(world.context_group), config.memory)
     return Engine(
         model,

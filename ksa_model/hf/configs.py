@@ -81,6 +81,7 @@ def check_same_shape(source: Source, target: ModelConfig) -> None:
 
 def exported_config(config: ModelConfig, max_positions: int, eos_token: int | None, dtype: str) -> dict[str, Any]:
     """config.json of an export: plain `Qwen3ForCausalLM` where every layer is full attention, else with our code."""
+    check_exportable(config)
     assert config.vocab_size is not None
     rope = _rope_parameters(config)
     if rope["rope_type"] == "yarn":  # some releases take the factor from the two lengths, whatever it says
@@ -124,6 +125,15 @@ def exported_config(config: ModelConfig, max_positions: int, eos_token: int | No
         **{key: getattr(config, key) for key in _OWN_KEYS},
         "window_chunks": list(window) if isinstance(window, tuple) else window,
     }
+
+
+def check_exportable(config: ModelConfig) -> None:
+    """Raise `ModelConfigError` for a model that neither transformers nor the code we ship computes."""
+    if config.has_mixer("G"):
+        raise ModelConfigError(
+            f"model.layer_pattern={config.layer_pattern!r} has gated delta net layers (G), a baseline that the "
+            "exported model code does not compute; use format=safetensors for its weights under this project's names"
+        )
 
 
 def is_plain(config: ModelConfig) -> bool:

@@ -46,7 +46,7 @@ DEFAULTS: dict[str, Any] = dict(
 )  # fmt: skip
 # Runs that differ in one thing only, for a picture each.
 FIGURES = {
-    "mixers": ["full", "hybrid_swa", "hybrid_sca", "swa", "pure_ksa", "hybrid_ksa"],
+    "mixers": ["full", "hybrid_swa", "hybrid_sca", "hybrid_delta", "swa", "pure_ksa", "hybrid_ksa"],
     "k": ["full", "hybrid_ksa_k4", "hybrid_ksa", "hybrid_ksa_k16", "hybrid_ksa_k32", "pure_ksa_k4", "pure_ksa",
           "pure_ksa_k16", "pure_ksa_k16_m2", "pure_ksa_k32"],
 }  # fmt: skip

@@ -36,7 +36,9 @@ def gradients_on_a_rank(tensor: int, sequence: bool, changes: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(layer_pattern="KSCF"), dict(layer_pattern="KKFK", tie_embeddings=True)], ids=str
+    "changes",
+    [dict(layer_pattern="KSCF"), dict(layer_pattern="KKFK", tie_embeddings=True), dict(layer_pattern="GKGG")],
+    ids=str,
 )
 @pytest.mark.parametrize("tensor, sequence", [(2, False), (2, True), (4, True)])
 def test_matches_one_rank(tensor, sequence, changes):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ksa_model.config import ModelConfigError
 from tests import commands
 from tests.ranks import run_on_ranks
 from tests.train.runs import make_config
@@ -56,6 +57,9 @@ def kept_bytes_on_a_rank(changes: dict) -> float:
     (1, dict(model__layer_pattern="F")),
     (1, dict(model__layer_pattern="KKKF")),
     (1, dict(model__layer_pattern="KSCK", run__precision="bf16")),
+    (1, dict(model__layer_pattern="GKGG")),
+    (1, dict(model__layer_pattern="G", run__precision="bf16")),
+    (2, dict(model__layer_pattern="KGFG", parallel__tensor=2, parallel__sequence=True)),
     (1, dict(model__layer_pattern="KKKF", model__qk_norm=False, model__summary_tokens=2)),
     (2, dict(model__layer_pattern="KKFK", parallel__tensor=2, parallel__sequence=True)),
     (2, dict(model__layer_pattern="KKFK", parallel__context=2, run__precision="bf16")),
@@ -250,3 +254,9 @@ def test_too_large_and_wrong_inputs():
         dry_run.describe(config, 1, "gtx")
     with pytest.raises(ConfigError, match=r"dry_run needs model.vocab_size"):
         dry_run.plan(make_config(Path("c"), Path("r")), 1)
+
+
+def test_gated_delta_nets_are_refused_where_samples_are_cut():
+    config = make_config(Path("c"), Path("r"), **WIDE, model__layer_pattern="GF", parallel__context=2)
+    with pytest.raises(ModelConfigError, match=r"layer_pattern='GF' has gated delta net layers .* parallel.context=2"):
+        dry_run.plan(config, 2)

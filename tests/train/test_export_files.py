@@ -216,3 +216,15 @@ def test_bad_commands_are_named(world, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
     with pytest.raises(ConfigError, match="no directory of a Hugging Face checkpoint"):
         import_hf.open_source(tmp_path / "nowhere")
+
+
+def test_gated_delta_nets_leave_as_their_own_weights_alone(world, tmp_path, capsys):
+    decoder = make_run(world, tmp_path / "run", small_config(layer_pattern="GKGF"))
+    code, said = run_command(export, tmp_path / "run", f"out={tmp_path}/hf", capsys=capsys)
+    assert code == BAD_INPUT and "use format=safetensors for its weights" in said and not (tmp_path / "hf").exists()
+    arguments = f"out={tmp_path}/weights", "format=safetensors", "dtype=fp32"
+    code, said = run_command(export, tmp_path / "run", *arguments, capsys=capsys)
+    assert code == 0, said
+    held = load_file(tmp_path / "weights/model.safetensors")
+    for name, p in decoder.named_parameters():
+        assert torch.equal(held[name], p[:61] if name in ("embedding.weight", "head.weight") else p), name

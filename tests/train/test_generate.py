@@ -56,6 +56,16 @@ def test_half_precision(world, places, capsys):
     assert said(speaker, ["def f("], GREEDY, capsys).out.startswith("def f(")
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gated_delta_nets_speak(world, places, tmp_path, capsys, dtype):
+    config = small_config(vocab_size=400, layer_pattern="GKGF")
+    make_run(world, tmp_path / "run", config, places[0] / "tokenizer.model", seq_len=128)
+    speaker = generate.load(tmp_path / "run", world, dtype)
+    one, alone = (said(speaker, prompts, GREEDY, capsys) for prompts in (["def f(", "class Point:\n"], ["def f("]))
+    assert alone.out.startswith("def f(") and len(alone.out) > len("def f(") + 10
+    assert dtype == "bf16" or alone.out.strip() in one.out  # what stands beside a request changes nothing
+
+
 def test_stop_tokens_end_the_answer(world, places, capsys):
     speaker = generate.load(places[0], world, "fp32")
     tokens = speaker.tokenizer.encode("def f(").tolist()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.ranks import run_on_ranks
-from tests.train.runs import newest_tensors, run_training
+from tests.train.runs import losses, newest_tensors, run_training
 
 # tensor, sequence, context, data, zero
 SUBSET = [
@@ -81,6 +81,44 @@ def test_reproduces_one_rank(layout, corpus, tmp_path, one_rank):
         if key.startswith("master/"):
             difference = (mine_tensors[key] - want).norm() / want.norm()
             assert difference < 1e-5, (key, float(difference))
+
+
+GATED = CHANGES | dict(model__layer_pattern="GKGF")
+
+
+@pytest.fixture(scope="module")
+def gated_one_rank(corpus, tmp_path_factory):
+    root = tmp_path_factory.mktemp("gated")
+    (records,) = run_on_ranks(1, run_training, str(corpus), str(root), GATED)
+    return records, newest_tensors(root / "default")
+
+
+@pytest.mark.parametrize("tensor, sequence, data, zero", [(2, True, 1, 1), (1, False, 2, 3), (2, False, 2, 2)], ids=str)
+def test_gated_delta_nets_reproduce_one_rank(tensor, sequence, data, zero, corpus, tmp_path, gated_one_rank):
+    changes = GATED | dict(parallel__tensor=tensor, parallel__sequence=sequence, parallel__zero=zero)
+    records, tensors = gated_one_rank
+    got = run_on_ranks(tensor * data, run_training, str(corpus), str(tmp_path), changes)[0]
+    for mine, want in zip(got, records, strict=True):
+        for key in ("loss", "grad_norm", "validation_loss"):
+            if key in want:
+                assert mine[key] == pytest.approx(want[key], rel=1e-5), (key, mine["step"])
+    mine_tensors = newest_tensors(tmp_path / "default")
+    assert mine_tensors.keys() == tensors.keys()
+    for key, want in tensors.items():
+        if key.startswith("master/"):
+            assert (mine_tensors[key] - want).norm() / want.norm() < 1e-5, key
+    assert losses(records)[-1] < losses(records)[0] - 0.2
+
+
+def test_gated_delta_nets_in_bf16(corpus, tmp_path, gated_one_rank):
+    changes = GATED | dict(run__precision="bf16", parallel__zero=1)
+    (records,) = run_on_ranks(1, run_training, str(corpus), str(tmp_path), changes)
+    assert losses(records) == pytest.approx(losses(gated_one_rank[0]), rel=0.01)
+    before, after = gated_one_rank[1], newest_tensors(tmp_path / "default")
+    # No products take these weights, so that their gradients have a way of their own. bf16 has two or three digits.
+    for key in ("convolution", "decay_rate", "step_bias"):
+        name = f"exp_avg_sq/blocks.0.attention.{key}"
+        assert (after[name] - before[name]).norm() < 0.2 * before[name].norm(), key
 
 
 def test_losses_fall(one_rank):
