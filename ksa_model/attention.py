@@ -17,6 +17,8 @@ from ksa_model.collectives import ContextParallel
 from ksa_model.config import LayerConfig, ModelConfig
 from ksa_model.layout import SequenceLayout
 from ksa_model.linear import Norm
+from ksa_model.memory import Kept
+from ksa_model.ranges import to_device
 from ksa_model.rope import inverse_frequencies
 from ksa_model.tensor_parallel import TensorParallel
 
@@ -36,7 +38,9 @@ class RotaryTables:
         inverse, factor = inverse_frequencies(config, device)
 
         def table(positions) -> tuple[torch.Tensor, torch.Tensor]:
-            angles = torch.as_tensor(positions, device=device)[:, None, None] * inverse  # fp64
+            if not isinstance(positions, torch.Tensor):
+                positions = to_device(positions, device)
+            angles = positions[:, None, None] * inverse  # fp64
             return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
         return RotaryTables(table(layout.text_positions), table(layout.summary_positions))
@@ -159,17 +163,22 @@ class Attention(nn.Module):
         return share * own + (1 - share) * products.pop(0)
 
     @staticmethod
-    def mix(attention: Attention, heads: Heads, layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of every row of a sample at once: text rows' outputs, and the summaries' where they are updated."""
+    def mix(
+        attention: Attention, heads: Heads, layout: SequenceLayout, kept: Kept | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of every row of a sample at once: text rows' outputs, and the summaries' where they are updated.
+
+        `kept` holds the text rows' result for a re-run; the summaries' is so little work that it is done again.
+        """
         layer, config = attention.layer, attention.config
         backend, context = config.attention_backend, attention.context
         q, k, v, k_summary, v_summary = heads.q, heads.k, heads.v, heads.k_summary, heads.v_summary
         if layer.mixer == "K":
             window = layer.window_chunks
-            out = kernels.ksa_attention(q, k, v, k_summary, v_summary, layout, window, backend, context)
+            out = kernels.ksa_attention(q, k, v, k_summary, v_summary, layout, window, backend, context, kept)
         else:
             windows = (layer.window_chunks, config.window_tokens)
-            out = kernels.text_attention(q, k, v, layout, layer.mixer, *windows, backend, context)
+            out = kernels.text_attention(q, k, v, layout, layer.mixer, *windows, backend, context, kept)
         if heads.q_summary is None:
             return out, None
         # A chunk lies on one rank with its summaries, so this part never exchanges anything.

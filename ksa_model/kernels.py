@@ -25,7 +25,8 @@ from ksa_model import blocked, flash_cpu, reference
 from ksa_model.collectives import Arrived, ContextParallel, Exchange, Pending, gather, halo
 from ksa_model.config import ModelConfigError
 from ksa_model.layout import SequenceLayout
-from ksa_model.ranges import KeyRanges
+from ksa_model.memory import Kept
+from ksa_model.ranges import KeyRanges, to_device
 
 
 def ksa_attention(
@@ -38,11 +39,13 @@ def ksa_attention(
     window_chunks: int,
     backend: str = "auto",
     context: ContextParallel | None = None,
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """KSA of text rows: near text and far summaries under one softmax.
 
     q_text [T, H, d]; k_text, v_text [T, G, d]; k_summary, v_summary [S, G, d] -> [T, H, d] in q's dtype.
-    Rows of padding give 0. With `context`, the rows and `layout` are this rank's share of the sample.
+    Rows of padding give 0. With `context`, the rows and `layout` are this rank's share of the sample. `kept` holds the
+    result for a second run on the same operands (the dense reference computes it again).
     Twin: `reference.ksa_attention`.
     """
     if backend == "reference":
@@ -50,8 +53,10 @@ def ksa_attention(
     near = Part(layout.near_ranges(window_chunks), halo(context, window_chunks * layout.chunk_size))
     far = Part(layout.far_ranges(window_chunks), gather(context, "summaries"))
     if near.exchange.travels or far.exchange.travels:  # near text has the shorter way
-        return _JointAttention.apply((near, far), choose(q_text, backend), q_text, k_text, v_text, k_summary, v_summary)
-    return _JointAttention.apply((far, near), choose(q_text, backend), q_text, k_summary, v_summary, k_text, v_text)
+        operands = q_text, k_text, v_text, k_summary, v_summary
+        return _JointAttention.apply((near, far), choose(q_text, backend), kept, *operands)
+    operands = q_text, k_summary, v_summary, k_text, v_text
+    return _JointAttention.apply((far, near), choose(q_text, backend), kept, *operands)
 
 
 def text_attention(
@@ -64,8 +69,9 @@ def text_attention(
     window_tokens: int = 0,
     backend: str = "auto",
     context: ContextParallel | None = None,
+    kept: Kept | None = None,
 ) -> torch.Tensor:
-    """Attention of text over text alone: mixers `F`, `S`, `C`. Shapes as in `ksa_attention`."""
+    """Attention of text over text alone: mixers `F`, `S`, `C`. Shapes and `kept` as in `ksa_attention`."""
     if backend == "reference":
         return reference.text_attention(q, k, v, layout, mixer, window_chunks, window_tokens)
     if mixer == "F":
@@ -74,7 +80,7 @@ def text_attention(
         part = Part(layout.sliding_ranges(window_tokens), halo(context, window_tokens - 1))
     else:
         part = Part(layout.near_ranges(window_chunks), halo(context, window_chunks * layout.chunk_size))
-    return _JointAttention.apply((part,), choose(q, backend), q, k, v)
+    return _JointAttention.apply((part,), choose(q, backend), kept, q, k, v)
 
 
 def choose(q: torch.Tensor, backend: str) -> ModuleType:
@@ -147,7 +153,7 @@ def summary_attention(
 def _summary_mask(layout: SequenceLayout, device: torch.device, group: int) -> torch.Tensor:
     """bool [C, 1, m*group, k+m]."""
     m = layout.summary_tokens
-    length = layout.cached(("chunk_lengths", device), lambda: torch.from_numpy(layout.chunk_lengths).to(device))
+    length = layout.cached(("chunk_lengths", device), lambda: to_device(layout.chunk_lengths, device))
     text = torch.arange(layout.chunk_size, device=device)[None, :] < length[:, None]
     text = text[:, None, :].expand(-1, m, -1)
     own = torch.ones(m, m, dtype=torch.bool, device=device).tril().expand(layout.num_chunks, -1, -1)
@@ -168,18 +174,24 @@ class _JointAttention(torch.autograd.Function):
     Every exchange starts before the first part is computed and is waited for when its part's turn comes, so the part
     with the largest exchange stands last; backward runs the other way round. Parts that are here already are handed
     over together, since the fused kernels then join them in one pass.
+
+    A re-run of the block finds the result in `kept` and computes nothing, but exchanges again: backward needs the keys.
     """
 
     @staticmethod
-    def forward(ctx, parts: tuple[Part, ...], kernels, q, *keys_and_values):
+    def forward(ctx, parts: tuple[Part, ...], kernels, kept: Kept | None, q, *keys_and_values):
         own = zip(keys_and_values[::2], keys_and_values[1::2])
         pending = [part.exchange.start(k, v) for part, (k, v) in zip(parts, own)]
         seen: list[torch.Tensor] = []
-        softmax: Any = None
+        found = None if kept is None else kept.take()
+        softmax: Any = None if found is None else kernels.Softmax(*found)
         for group in _groups(parts):
             arrived = [(*pending[i].wait(), parts[i].ranges) for i in group]
             seen += [x for k, v, _ in arrived for x in (k, v)]
-            softmax = kernels.attend(q, arrived, softmax)
+            if found is None:
+                softmax = kernels.attend(q, arrived, softmax)
+        if kept is not None and found is None:
+            kept.put(softmax.out, softmax.lse)
         ctx.parts, ctx.kernels = parts, kernels
         ctx.save_for_backward(q, softmax.out, softmax.lse, *seen)
         return softmax.out
@@ -194,7 +206,7 @@ class _JointAttention(torch.autograd.Function):
             found = gradient.add([(seen[2 * i], seen[2 * i + 1], parts[i].ranges) for i in group])
             pending |= {i: parts[i].exchange.start_backward(*grads) for i, grads in zip(group, found)}
         grads = [grad for i in range(len(parts)) for grad in pending[i].wait()]
-        return None, None, gradient.grad_q, *grads
+        return None, None, None, gradient.grad_q, *grads
 
 
 def _groups(parts: tuple[Part, ...]) -> list[list[int]]:

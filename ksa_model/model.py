@@ -10,11 +10,12 @@ and documents separate samples.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ksa_model import loss
 from ksa_model.attention import Attention, Mix, RMSNorm, RotaryTables
@@ -23,6 +24,7 @@ from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError, check_c
 from ksa_model.delta import DeltaNet
 from ksa_model.layout import SequenceLayout
 from ksa_model.linear import Norm
+from ksa_model.memory import GIB, HostPool, Kept, MemoryConfig, Pass, in_slices
 from ksa_model.tensor_parallel import TensorParallel
 
 # (model, tokens, labels, layout) -> loss, summed over the rows that carry one
@@ -33,8 +35,7 @@ class Decoder(nn.Module):
     """A decoder LLM whose layers follow `config.layer_pattern`.
 
     With `context` of several ranks, every call is given this rank's slices of the sample and a `ShardedLayout`, and
-    the loss is this rank's share of the sum. `recompute` re-runs each block in backward instead of keeping its
-    activations.
+    the loss is this rank's share of the sum. `memory` says what blocks keep for their backward.
     """
 
     def __init__(
@@ -42,18 +43,19 @@ class Decoder(nn.Module):
         config: ModelConfig,
         tp: TensorParallel,
         context: ContextParallel | None = None,
-        recompute: bool = False,
+        memory: MemoryConfig | None = None,
     ):
         super().__init__()
         check_tensor_parallel(config, tp.size)
         check_context_ranks(config, 1 if context is None else context.size)
-        self.config, self.tp, self.context, self.recompute = config, tp, context, recompute
+        self.config, self.tp, self.context, self.memory = config, tp, context, memory or MemoryConfig()
+        self.host_pool = HostPool(self.memory.host_gib * GIB)
         self.embedding = tp.embedding(config.padded_vocab_size, config.hidden_size, config.init_std)
         if config.has_summaries:
             self.summary_embedding = nn.Parameter(
                 torch.empty(config.summary_tokens, config.hidden_size, dtype=tp.dtype).normal_(0, config.init_std)
             )
-        self.blocks = nn.ModuleList(Block(config, layer, tp, context) for layer in config.layers)
+        self.blocks = nn.ModuleList(Block(config, layer, tp, context, self.memory.mlp_rows) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
         self.head = (
             None if config.tie_embeddings else tp.column(config.hidden_size, config.padded_vocab_size, config.init_std)
@@ -97,11 +99,13 @@ class Decoder(nn.Module):
             rows = self.tp.replicated(self.summary_embedding, meets_all=not self.tp.shards_rows)
             x = torch.cat([x, rows.repeat(self.tp.local_rows(layout.num_summary // self.config.summary_tokens), 1)])
         rotary = RotaryTables.build(layout, self.config, x.device)
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, rotary, mix, use_reentrant=False)
-            else:
+        if not torch.is_grad_enabled():
+            for block in self.blocks:
                 x = block(x, layout, rotary, mix)
+            return x
+        running = Pass(self.memory, self.host_pool)
+        for block in self.blocks:
+            x = running.run(partial(_run_block, block, layout=layout, rotary=rotary, mix=mix), x)
         return x
 
     def anneal(self, own_share: float) -> None:
@@ -141,16 +145,35 @@ class Decoder(nn.Module):
             )
 
 
+def _run_block(
+    block: Any,  # a `Block`, which a ModuleList gives as any module
+    x: torch.Tensor,
+    kept: Kept | None,
+    *,
+    layout: SequenceLayout,
+    rotary: RotaryTables,
+    mix: Mix | None,
+) -> torch.Tensor:
+    return block(x, layout, rotary, mix or partial(block.attention.mix, kept=kept))
+
+
 class Block(nn.Module):
     """Pre-norm decoder layer: norm, attention, residual, norm, SwiGLU, residual."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, tp: TensorParallel, context: ContextParallel | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: LayerConfig,
+        tp: TensorParallel,
+        context: ContextParallel | None,
+        mlp_rows: int | None = None,
+    ):
         super().__init__()
         self.layer, self.tp = layer, tp
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
         self.attention = DeltaNet(config, layer, tp) if layer.mixer == "G" else Attention(config, layer, tp, context)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, tp, meets_all=not tp.shards_rows)
-        self.mlp = MLP(config, tp)
+        self.mlp = MLP(config, tp, mlp_rows)
 
     def forward(
         self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables, mix: Mix | None = None
@@ -172,15 +195,21 @@ class Block(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202) behind a norm, added to the residual stream."""
+    """SwiGLU (arXiv 2002.05202) behind a norm, added to the residual stream; where `rows` are given, so many rows at a
+    time, of this rank's in the sharded state."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel):
+    def __init__(self, config: ModelConfig, tp: TensorParallel, rows: int | None = None):
         super().__init__()
         h, f = config.hidden_size, config.ffn_size
-        self.tp = tp
+        self.tp, self.rows = tp, rows
         self.gate, self.up = tp.column(h, f, config.init_std), tp.column(h, f, config.init_std)
         self.down = tp.row(f, h, config.init_std / (2 * config.num_layers) ** 0.5)
 
     def forward(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        if self.rows is None or len(x) <= self.rows:
+            return self._of_rows(x, norm)
+        return in_slices(partial(self._of_rows, norm=norm), x, self.rows, (*self.parameters(), norm.gain))
+
+    def _of_rows(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         parts = self.tp.gated(x, norm, self.gate.weight, self.up.weight)
         return self.tp.add_gated(x, parts, self.down.weight)

@@ -17,6 +17,7 @@ from typing import Any
 from data_pipeline import DataConfig, DataError
 from ksa_model.config import ModelConfig, ModelConfigError, check_context_ranks, check_tensor_parallel
 from ksa_model.layout import check_context_parallel
+from ksa_model.memory import MemoryConfig, MemoryConfigError
 from train.optim import OptimConfig, OptimConfigError
 from train.parallel import ParallelConfig, ParallelConfigError
 from train.perf import PerfConfig, PerfConfigError
@@ -27,10 +28,14 @@ class ConfigError(ValueError):
     """A configuration that cannot run; one line that names the keys, their values and the relation they break."""
 
 
+# Keys of earlier versions, and what has taken their place.
+MOVED = {"run.recompute": "memory.recompute"}
+
 # What a user's mistake looks like, wherever it is found: printed as one line, exit code 2.
 USER_ERRORS = (
     ConfigError,
     ModelConfigError,
+    MemoryConfigError,
     ParallelConfigError,
     OptimConfigError,
     PerfConfigError,
@@ -53,7 +58,6 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "fp32"  # fp32 | bf16 (bf16 compute, fp32 master weights and gradient accumulation)
-    recompute: bool = False  # re-run each block in backward instead of keeping its activations
     log_every: int = 10
     eval_every: int = 100
     eval_samples: int = 8
@@ -133,6 +137,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     run: RunConfig = field(default_factory=RunConfig)
     perf: PerfConfig = field(default_factory=PerfConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -238,10 +243,20 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], place: str = "") -> T
     return cls(**values)
 
 
+def from_saved(mapping: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that a run directory or a checkpoint holds, of this version or an earlier one."""
+    run, memory = dict(mapping.get("run", {})), dict(mapping.get("memory", {}))
+    if run.pop("recompute", False):
+        memory.setdefault("recompute", "full")
+    return from_mapping(TrainConfig, {**mapping, "run": run, "memory": memory})
+
+
 def unknown_key(key: str, known: list[str]) -> ConfigError:
     beside = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
     known = beside or known  # in a section that exists, only its own keys help
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if key in MOVED:
+        near = [MOVED[key]]
     return ConfigError(
         f"{key} is not a configuration key"
         + (f"; did you mean {near[0]}?" if near else f"; the keys there are {', '.join(sorted(known))}")

@@ -24,11 +24,13 @@ GPU_MEMORY = {  # bytes a process can really have, below the label's number
     "b200-192gb": 178.0 * GIB,
 }
 CUDA_CONTEXT_AND_NCCL = 1.5 * GIB
+_WORKSPACE = 0.8  # of a library attention kernel's backward, in shares of its queries: see ksa_model/fused.py
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of the fullest rank, by purpose; bytes it receives in one micro-batch, by exchange."""
+    """Bytes of the fullest rank, by purpose, on its device and its host; bytes it receives in one micro-batch, by
+    exchange."""
 
     world_size: int
     data_size: int
@@ -36,6 +38,7 @@ class Plan:
     parameters_per_rank: int
     memory: dict[str, float]
     exchange: dict[str, float]
+    host: dict[str, float]
 
     @property
     def total(self) -> float:
@@ -63,6 +66,7 @@ def plan(config: TrainConfig, world_size: int) -> Plan:
         parameters_per_rank=local,
         memory=_state_bytes(config, local, data_size * parallel.context) | _working_bytes(config),
         exchange=_exchange_bytes(config, local, data_size * parallel.context),
+        host=_host_bytes(config, local, data_size * parallel.context),
     )
 
 
@@ -70,9 +74,7 @@ def _state_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, floa
     """Weights, gradients and optimizer state of one rank, as the ZeRO stage shards them."""
     zero, bf16 = config.parallel.zero, config.run.precision == "bf16"
     value = 2 if bf16 else 4
-    state = (8 + 4) * local  # two moments and the fp32 master copy (kept beside fp32 weights too, except in stage 0)
-    if zero == 0 and not bf16:
-        state = 8 * local
+    state = _optimizer_bytes(config, local, shards)
     gradients = value * local
     if bf16 and zero < 2:  # sums in fp32, to which products add; the vocabulary's gradients come in bf16 first
         model = config.model
@@ -81,8 +83,23 @@ def _state_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, floa
     return {
         "weights": value * local / (shards if zero == 3 else 1),
         "gradients": gradients / (shards if zero >= 2 else 1),
-        "optimizer": 0.0 if config.parallel.offload == "optimizer" else state / (shards if zero else 1),
+        "optimizer": 0.0 if config.parallel.offload == "optimizer" else state,
     }
+
+
+def _optimizer_bytes(config: TrainConfig, local: int, shards: int) -> float:
+    zero = config.parallel.zero
+    if zero == 0 and config.run.precision != "bf16":
+        return 8 * local
+    # Two moments and the fp32 master copy (kept beside fp32 weights too, except in stage 0).
+    return (8 + 4) * local / (shards if zero else 1)
+
+
+def _host_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, float]:
+    counts = {"activations, pinned": host_bytes(config)[0], "optimizer": 0.0}
+    if config.parallel.offload == "optimizer":
+        counts["optimizer"] = _optimizer_bytes(config, local, shards)
+    return {name: count for name, count in counts.items() if count}
 
 
 def _fused(config: TrainConfig) -> bool:
@@ -97,20 +114,36 @@ def _rows(config: TrainConfig) -> tuple[int, int]:
 
 
 def _working_bytes(config: TrainConfig) -> dict[str, float]:
-    """What forward keeps for backward, and the largest passing tensors."""
+    """What stays on the device from forward to backward, and the largest passing tensors: the loss's, or a block's."""
     model, parallel = config.model, config.parallel
     value = 2 if config.run.precision == "bf16" else 4
     text, _ = _rows(config)
     blocks = [block_bytes(model, layer, config) for layer in model.layers]
-    if config.run.recompute:
-        kept = sum(_block_input_bytes(layer, config) for layer in model.layers) + max(blocks)
-    else:
-        kept = sum(blocks)
+    kept = [block.kept(config.memory.recompute) for block in blocks]
+    activations = float(sum(map(sum, kept)))
+    if config.memory.offload:
+        _, left = host_bytes(config)
+        # The block that is run, and its neighbour on the way out or back.
+        activations = left + 2 * max(map(sum, kept))
+    block = max(block.passing(config.memory.recompute) for block in blocks)
     vocabulary = model.padded_vocab_size // parallel.tensor
     head = model.hidden_size * vocabulary * 4 + text * model.hidden_size * (2 * value + 4)
     rows, bytes_each = (FUSED_LOSS_ROWS, value) if _fused(config) else (LOSS_ROWS, 4 + value)
     logits = min(rows, text) * vocabulary * bytes_each
-    return {"activations": kept, "loss": head + logits}
+    return {"activations": activations, "passing": max(block, head + logits)}
+
+
+def host_bytes(config: TrainConfig) -> tuple[float, float]:
+    """Bytes of kept tensors that a rank moves to the host, and of those that it has no room for there."""
+    moved, left = 0.0, 0.0
+    if config.memory.offload:
+        for layer in config.model.layers:
+            for size in block_bytes(config.model, layer, config).kept(config.memory.recompute):
+                if moved + size <= config.memory.host_gib * GIB:  # as `ksa_model.memory.HostPool` gives it out
+                    moved += size
+                else:
+                    left += size
+    return moved, left
 
 
 def _stream_rows(layer: LayerConfig, config: TrainConfig) -> tuple[int, int, int]:
@@ -119,19 +152,34 @@ def _stream_rows(layer: LayerConfig, config: TrainConfig) -> tuple[int, int, int
     return text + summary * layer.carries_summaries, text + summary * layer.updates_summaries, text
 
 
-def _block_input_bytes(layer: LayerConfig, config: TrainConfig) -> float:
-    value = 2 if config.run.precision == "bf16" else 4
-    entering, _, _ = _stream_rows(layer, config)
-    share = config.parallel.tensor if config.parallel.sequence else 1
-    return entering / share * config.model.hidden_size * value
+@dataclass(frozen=True)
+class BlockBytes:
+    """Bytes of one block on one rank."""
+
+    saved: float  # what forward keeps for backward where all is kept
+    input: float  # the hidden rows that enter
+    attention: tuple[float, float]  # the result of attention of text rows: outputs, log-sum-exp
+    holds_input: bool  # whether `saved` holds the very rows that enter
+    gradients: float  # and copies, the most that exist beside `saved` at one time of backward
+
+    def kept(self, recompute: str) -> list[float]:
+        """Tensors that stay from forward to backward."""
+        return {"none": [self.saved], "full": [self.input], "selective": [self.input, *self.attention]}[recompute]
+
+    def passing(self, recompute: str) -> float:
+        """What comes on top of it while backward is at this block."""
+        if recompute == "none":
+            return self.gradients
+        held = (self.input if self.holds_input else 0.0) + (sum(self.attention) if recompute == "selective" else 0.0)
+        return self.saved - held + self.gradients
 
 
-def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> float:
-    """Bytes that one block's forward keeps for its backward on one rank, recomputation off.
+def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> BlockBytes:
+    """Count one block.
 
     Legend: h hidden, q and kv projected features of this tensor rank, f MLP features of it, b bytes a value.
     """
-    tensor, context = config.parallel.tensor, config.parallel.context
+    tensor = config.parallel.tensor
     share = tensor if config.parallel.sequence else 1
     b = 2 if config.run.precision == "bf16" else 4
     fused = _fused(config)
@@ -143,9 +191,10 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     summary_in, summary_out = entering - text, updated - text
     projected = summary_in if layer.projects_summaries else 0
 
-    norms = (entering + updated) / share * h * norm  # the residual stream, and the norms' own
-    # Their outputs, gathered: the projections' and the MLP's input. On a GPU a single tensor rank makes them again.
-    gathered = 0 if fused and tensor == 1 else (entering + updated) * h * b
+    # What products take is behind a norm, gathered. On a GPU a single tensor rank makes it again from the norm's input.
+    remade = fused and tensor == 1
+    attention_norm = entering / share * h * norm  # the residual stream, and the norm's own
+    attention_input = 0.0 if remade else entering * h * b
     heads = text * (q + 2 * kv) * b + projected * 2 * kv * b + summary_out * q * b  # as attention saved them
     if model.qk_norm:  # the norm's input beside its output, which RoPE turns into another tensor
         heads += (text * (q + kv) + projected * kv + summary_out * q) * norm
@@ -153,23 +202,54 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     out = updated * q * b * (2 if summary_out else 1)  # joined streams are a copy
     if summary_out and not fused:  # per-chunk copies of keys and values for the summary queries
         heads += (text + projected) * 2 * kv * b + summary_out * q * b
-    exchanged = 0.0
+    attention = float(text * q * b), float(log_sum_exp)
     if layer.mixer == "G":
         # Before the convolution and behind it; the recurrence's output, which a norm takes; gate, normed and product.
         heads = text * q * (6 * b + norm) + text * (q // model.head_dim) * 4 * 4
         out = text * q * (3 if fused else 4) * b
         log_sum_exp = text * (q // model.head_dim) * BLOCK_ROWS * b if fused else 0  # the kernels' solved systems
-    if context > 1:
-        halo = {"K": layer.window_chunks * model.chunk_size, "S": model.window_tokens - 1, "F": 0}.get(
-            layer.mixer, layer.window_chunks * model.chunk_size
-        )
-        exchanged = (text + 2 * halo) * 2 * kv * b
-        if layer.mixer == "F":
-            exchanged = text * context * 2 * kv * b
-        elif layer.mixer == "K":
-            exchanged += projected * context * 2 * kv * b
-    mlp = updated * f * (2 if fused else 4) * b  # gate and up; plain torch keeps silu(gate) and the product as well
-    return norms + gathered + heads + log_sum_exp + out + exchanged + mlp
+        attention = 0.0, 0.0  # linear work, which a re-run does again
+    exchanged = _exchanged_rows(model, layer, config) * 2 * kv * b
+
+    # gate and up; plain torch keeps silu(gate) and the product as well
+    wide = f * (2 if fused else 4) * b
+    local, rows = updated / share, config.memory.mlp_rows
+    mlp_norm, mlp_input, mlp = local * h * norm, 0.0 if remade else float(updated * h * b), float(updated * wide)
+    # Backward of the MLP: the gradient of what leaves the block, and those of gate and up; on a GPU their product, made
+    # again, and its gradient stand beside them.
+    passing = (4 if fused else 2) * f
+    of_mlp = local * h * b + updated * (passing + h) * b
+    if rows is not None and rows < local:
+        mlp_norm, mlp_input, mlp = 0.0, local * h * b, 0.0  # rows as they stand, before the norm
+        # One slice's forward and gradients, the input's gradient, and the weights' in fp32 beside a slice's own, unless
+        # they go to the sums that the step adds up.
+        of_mlp = 2 * local * h * b + rows * share * (wide + (passing + 2 * h) * b)
+        of_mlp += 0.0 if b == 2 and config.parallel.zero < 2 else 3 * h * f * (4 + b)
+    # Backward of attention, with the MLP's tensors gone: gradients of outputs, queries, keys and values (those of other
+    # ranks twice, once as they are sent), and the library kernel's workspace.
+    of_attention = (local * h + updated * q + (text + summary_out) * q + (text + projected) * 2 * kv) * b
+    of_attention += 2 * exchanged + (_WORKSPACE * text * q * b if fused else 0.0) - (mlp_norm + mlp_input + mlp)
+    if layer.mixer == "G":  # of outputs, and of what stands before and behind the convolution and in the gate
+        of_attention = (local * h + 8 * text * q) * b - (mlp_norm + mlp_input + mlp)
+    return BlockBytes(
+        saved=attention_norm + attention_input + heads + log_sum_exp + out + exchanged + mlp_norm + mlp_input + mlp,
+        input=entering / share * h * b,
+        attention=attention,
+        holds_input=norm == b,
+        gradients=max(of_mlp, of_attention),
+    )
+
+
+def _exchanged_rows(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> float:
+    """Rows of keys and values that attention sees as copies, its own and other context ranks'."""
+    context = config.parallel.context
+    if context == 1:
+        return 0.0
+    text, summary = _rows(config)
+    if layer.mixer == "F":
+        return text * context
+    back = model.window_tokens - 1 if layer.mixer == "S" else layer.window_chunks * model.chunk_size
+    return text + 2 * back + (summary * context if layer.mixer == "K" else 0)
 
 
 def _exchange_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, float]:
@@ -224,6 +304,9 @@ def describe(config: TrainConfig, world_size: int, gpu: str) -> str:
         f"  {'together':<22}{total / GIB:9.2f} GiB of {capacity / GIB:.1f} on {gpu}: "
         + ("fits" if total <= capacity else f"does NOT fit, {(total - capacity) / GIB:.1f} GiB too much"),
     ]
+    if counted.host:
+        lines += ["", "host memory of a rank, for tensors of the device"]
+        lines += [f"  {name:<22}{size / GIB:9.2f} GiB" for name, size in counted.host.items()]
     if counted.exchange:
         lines += ["", "received by a rank for one micro-batch, forward and backward"]
         lines += [f"  {name:<22}{size / 1e9:9.3f} GB" for name, size in counted.exchange.items()]
@@ -252,8 +335,15 @@ def _ranks(config: TrainConfig, counted: Plan) -> list[str]:
 
 def _advice(config: TrainConfig) -> str:
     options = []
-    if not config.run.recompute:
-        options.append("run.recompute=true")
+    memory = config.memory
+    if memory.recompute == "none":
+        options.append("memory=selective")
+    if not memory.offload:
+        options.append("memory=offload")
+    elif memory.mlp_rows is None:
+        options.append("memory.mlp_rows=65536")
+    elif host_bytes(config)[1]:
+        options.append(f"memory.host_gib above {memory.host_gib:g}")
     if config.parallel.zero < 3:
         options.append(f"parallel.zero={config.parallel.zero + 1}")
     if config.parallel.offload == "none" and config.parallel.zero:

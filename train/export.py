@@ -32,7 +32,7 @@ from ksa_model.hf.configs import MODELING_FILE, TOKENIZER_FILE, check_exportable
 from train import checkpoint, checkpoint_files
 from train.checkpoint import CheckpointError
 from train.checkpoint_files import Place
-from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, unknown_key
+from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, from_saved, unknown_key
 from train.hf_files import write_safetensors
 from train.import_hf import RunTensors
 from train.metrics import read_records
@@ -74,7 +74,7 @@ def open_run(directory: Path, step: int | None = None) -> Run:
     config_path = directory / "config.yaml"
     if not config_path.is_file():
         raise ConfigError(f"{config_path} is missing: {directory} is not the directory of a run")
-    written = from_mapping(TrainConfig, yaml.safe_load(config_path.read_text(encoding="utf-8")))
+    written = from_saved(yaml.safe_load(config_path.read_text(encoding="utf-8")))
     own = checkpoint.own_directory(directory, written.checkpoint.dir, written.run.name)
     saved = checkpoint_files.finished(own)
     chosen = [s for s in saved if step is None or s.step == step]
@@ -84,7 +84,7 @@ def open_run(directory: Path, step: int | None = None) -> Run:
     checkpoint_files.verify(chosen[-1].place)
     state = checkpoint.read_state(chosen[-1].place)
     # The vocabulary is filled in from the tokenizer, and config.yaml may be of a later visit.
-    config = from_mapping(TrainConfig, state["config"])
+    config = from_saved(state["config"])
     tokenizer = directory / "tokenizer.model"
     return Run(directory, chosen[-1].place, config, tokenizer if tokenizer.is_file() else None, state)
 

@@ -22,7 +22,7 @@ from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
 from train import checkpoint, import_hf, parallel
-from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, unknown_key
+from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, from_saved, unknown_key
 from train.signals import BAD_INPUT
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -72,7 +72,7 @@ def run_config(directory: Path) -> TrainConfig:
     path = directory / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{path} is missing: {directory} is not the directory of a run")
-    return from_mapping(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
+    return from_saved(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def load_run(directory: Path, world: parallel.World, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Tokenizer]:

@@ -29,7 +29,16 @@ from ksa_model.model import Decoder
 from train import checkpoint, checkpoint_tensors, checkpoint_tools
 from train.checkpoint_files import Place
 from train.checkpoint_tensors import Pieces, boxes
-from train.config import USER_ERRORS, ConfigError, RunConfig, TrainConfig, from_mapping, to_mapping, unknown_key
+from train.config import (
+    USER_ERRORS,
+    ConfigError,
+    RunConfig,
+    TrainConfig,
+    from_mapping,
+    from_saved,
+    to_mapping,
+    unknown_key,
+)
 from train.hf_files import HfDirectory, HfError
 from train.parallel import World
 from train.signals import BAD_INPUT
@@ -203,7 +212,7 @@ def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle
 
 def _weights_of_run(place: Place, config: TrainConfig) -> Weights:
     state = checkpoint.read_state(place)
-    there = from_mapping(TrainConfig, state["config"])
+    there = from_saved(state["config"])
     source = Source("a run", there.model, there.seq_len)
     tensors = RunTensors(place, state.get("own_share", 1.0))  # amid an annealing: what that run computes
     return Weights(tensors, source, config.model, _summary_row(config.init_summary_from, str(place)))

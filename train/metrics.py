@@ -74,7 +74,9 @@ class StepSums:
         )
         counts = counts.sum(0)
         counts[3], counts[4] = stop, save
-        counts = counts.to(self._world.device)
+        if self._world.device.type == "cuda":
+            counts = counts.pin_memory()  # from pageable memory the copy would wait for the steps before
+        counts = counts.to(self._world.device, non_blocking=True)
         # Over the whole world, so that a signal to any rank stops all: tensor ranks count the same batches.
         dist.all_reduce(counts)
         counts[:3] /= self._world.tensor_group.size()

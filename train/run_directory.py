@@ -16,6 +16,8 @@ CHANGEABLE = (
     "checkpoint",
     "parallel",
     "perf",
+    "memory",
+    "run.recompute",  # what runs of earlier versions have instead of memory.recompute
     "resume",
     "init_from",
     "dry_run",
@@ -32,7 +34,6 @@ CHANGEABLE = (
     "run.max_bad_steps",
     "run.skip_samples",
     "run.spike_factor",
-    "run.recompute",
     "run.samples_per_micro_batch",
     "data.cache_dir",
     "data.cache_gb",

@@ -395,7 +395,7 @@ def build_engine(config: TrainConfig, world: World) -> Engine:
     """The model, initialised from the seed alike on every layout, under its engine."""
     torch.manual_seed(config.run.seed)
     tp = TensorParallel(world.tensor_group, config.parallel.sequence, _dtype(config))
-    model = Decoder(config.model, tp, ContextParallel(world.context_group), recompute=config.run.recompute)
+    model = Decoder(config.model, tp, ContextParallel(world.context_group), config.memory)
     return Engine(
         model,
         config.optim,

@@ -52,6 +52,7 @@ def run_layout(layout: str, size: str) -> dict:
     import torch
 
     from ksa_model.config import ModelConfig
+    from ksa_model.memory import MemoryConfig
     from train import parallel
     from train.config import RunConfig, TrainConfig
     from train.parallel import ParallelConfig
@@ -64,7 +65,8 @@ def run_layout(layout: str, size: str) -> dict:
             model=ModelConfig(**chosen[part], **shape),
             seq_len=length,
             parallel=ParallelConfig(**LAYOUTS[layout][1]),
-            run=RunConfig(samples_per_step=2, precision=chosen["precision"], recompute=True),
+            run=RunConfig(samples_per_step=2, precision=chosen["precision"]),
+            memory=MemoryConfig("full"),
         )
         # One document, and several that no slice of the sample begins or ends with.
         cuts = [[0], [0, length // 4 // 8 * 8, length // 3 // 8 * 8]]

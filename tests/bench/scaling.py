@@ -40,6 +40,7 @@ def run(ranks: int, kind: str, size: str, layers: int) -> dict:
     import torch
 
     from ksa_model.config import ModelConfig
+    from ksa_model.memory import MemoryConfig
     from train import parallel
     from train.config import RunConfig, TrainConfig
     from train.metrics import peak_flops
@@ -52,8 +53,9 @@ def run(ranks: int, kind: str, size: str, layers: int) -> dict:
     precision = "bf16" if torch.cuda.is_available() else "fp32"
 
     def config(model: dict, seq_len: int, samples: int) -> TrainConfig:
-        run = RunConfig(samples_per_step=samples, precision=precision, recompute=not is_data)
-        return TrainConfig(model=ModelConfig(**model), seq_len=seq_len, parallel=settings, run=run)
+        run = RunConfig(samples_per_step=samples, precision=precision)
+        memory = MemoryConfig("none" if is_data else "full")
+        return TrainConfig(model=ModelConfig(**model), seq_len=seq_len, parallel=settings, run=run, memory=memory)
 
     small = SMALL if size == "full" else SHAPES["toy"] | dict(num_layers=4)
     given = config(small, for_losses, 8)

@@ -1,16 +1,18 @@
-"""A training step of the 1.9B model on one GPU: tokens/s, MFU, memory, and where the time goes.
+"""A training step of the 1.9B model on one GPU or two: tokens/s, MFU, memory, and where the time goes.
 
-    python -m tests.bench.step [out=DIR] [cases=8k,128k,...]     writes docs/results/step.json
+    python -m tests.bench.step [out=DIR] [cases=8k,128k,...] [kernels=]     writes docs/results/step.json
+    python -m tests.bench.step size=toy          on the CPU: proves the script, measures nothing
 
 MFU counts model FLOPs alone (no recomputation, the visible keys of the real documents, the summary stream's dense
-work) against the data sheet's dense bf16 peak. All cases run in one call, each with hybrid, pure KSA and full attention
-side by side where it says so.
+work) against the data sheet's dense bf16 peak. Peak memory stands beside what `dry_run=true` predicts, without the CUDA
+context. Every case is a start of its own, so that one which runs out of memory says so and leaves the others alone;
+hybrid, pure KSA and full attention side by side where it says so. Without `cases`, those that the GPUs of this host are
+enough for.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import sys
 from collections import Counter
@@ -19,20 +21,60 @@ from pathlib import Path
 import torch
 
 from ksa_model.config import ModelConfig
+from ksa_model.memory import MemoryConfig
 from tests.bench import workload
 from train import dry_run, parallel
 from train.config import RunConfig, TrainConfig
 from train.metrics import peak_flops
+from train.parallel import ParallelConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MODEL = ModelConfig(
-    hidden_size=2048, num_layers=24, num_heads=16, num_kv_heads=16, head_dim=128, ffn_size=6144, vocab_size=151_936
-)
-CASES = {  # name: (seq_len, samples of a step, of these in a micro-batch, layers, recompute, patterns)
-    "8k": (8_192, 8, 2, 24, False, ("KKKF",)),
-    "8k-single": (8_192, 8, 1, 24, False, ("KKKF",)),
-    "128k": (131_072, 1, 1, 12, True, ("KKKF", "K", "F")),
+SHAPES = {
+    "full": dict(hidden_size=2048, num_heads=16, num_kv_heads=16, head_dim=128, ffn_size=6144, vocab_size=151_936),
+    "toy": dict(hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16, ffn_size=128, vocab_size=512,
+                window_chunks=4),
+}  # fmt: skip
+MEMORY = {
+    "none": MemoryConfig(),
+    "full": MemoryConfig("full"),
+    "selective": MemoryConfig("selective", mlp_rows=65_536),
+    "offload": MemoryConfig("selective", offload=True, mlp_rows=65_536),
+    "offload inputs": MemoryConfig("full", offload=True, mlp_rows=65_536),
 }
+ONE = ParallelConfig()
+TWO = ParallelConfig(context=2, zero=2, offload="optimizer")
+ON_HOST = ParallelConfig(zero=2, offload="optimizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    seq_len: int
+    memory: str
+    layers: int = 24
+    samples: int = 1  # of a step
+    joined: int = 1  # of these in a micro-batch
+    patterns: tuple[str, ...] = ("KKKF",)
+    parallel: ParallelConfig = ONE
+
+    @property
+    def ranks(self) -> int:
+        return self.parallel.context
+
+
+CASES = {
+    "8k": Case(8_192, "none", samples=8, joined=2),
+    "8k single": Case(8_192, "none", samples=8),
+    "32k": Case(32_768, "selective", samples=2),
+    "128k": Case(131_072, "full", layers=12, patterns=("KKKF", "K", "F")),
+    "128k full": Case(131_072, "full"),
+    "128k selective": Case(131_072, "selective"),
+    "128k offload": Case(131_072, "offload"),
+    "256k offload": Case(262_144, "offload"),
+    "512k offload": Case(524_288, "offload", parallel=ON_HOST),
+    "1M offload": Case(1_048_576, "offload inputs", layers=20, parallel=ON_HOST),
+    "1M context": Case(1_048_576, "offload", parallel=TWO),
+}
+TOY_SHARE = 512  # of a case's tokens, and of its slices of the MLP, in the toy size
 PARTS = {  # words in a kernel's name: the part it is counted to; the first that fits
     "_summary_": "summaries' attention",
     "_loss_": "loss",
@@ -59,52 +101,85 @@ PARTS = {  # words in a kernel's name: the part it is counted to; the first that
 }
 
 
-def run(name: str, pattern: str) -> dict:
-    seq_len, samples, joined, layers, recompute, _ = CASES[name]
-    model = dataclasses.replace(MODEL, layer_pattern=pattern, num_layers=layers)
-    settings = RunConfig(
-        samples_per_step=samples, samples_per_micro_batch=joined, precision="bf16", recompute=recompute
+def configuration(case: Case, pattern: str, size: str) -> TrainConfig:
+    toy = size == "toy"
+    memory, layers = MEMORY[case.memory], 4 if toy else case.layers
+    if toy and memory.mlp_rows:
+        memory = dataclasses.replace(memory, mlp_rows=memory.mlp_rows // TOY_SHARE)
+    return TrainConfig(
+        model=ModelConfig(**SHAPES[size], layer_pattern=pattern, num_layers=layers),
+        seq_len=max(64, case.seq_len // TOY_SHARE) if toy else case.seq_len,
+        run=RunConfig(samples_per_step=case.samples, samples_per_micro_batch=case.joined, precision="bf16"),
+        parallel=case.parallel,
+        memory=memory,
     )
-    config = TrainConfig(model=model, seq_len=seq_len, run=settings)
+
+
+def run(name: str, pattern: str, size: str) -> dict:
+    """This rank's numbers for one case."""
+    case = CASES[name]
+    config = configuration(case, pattern, size)
     world = workload.start(config)
     bench = workload.Bench(config, world, [[0]])
     batches = bench.batches(0)
-    torch.cuda.reset_peak_memory_stats()
+    on_gpu = world.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     seconds = bench.seconds(2, 3)
-    peak = torch.cuda.max_memory_allocated()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA] if on_gpu else None) as profile:
         bench.step(batches)
-        torch.cuda.synchronize()
+        workload.synchronize(world.device)
     loss = bench.sums.read()["loss"]
     flops = sum(batch.model_flops for batch in batches)
     parts, kernels = Counter(), []
     for event in profile.key_averages():
-        ms = event.self_device_time_total / 1e3
+        ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
         if ms:
             parts[next((part for word, part in PARTS.items() if word in event.key), "other")] += ms
             kernels.append((round(ms, 2), event.count, event.key[:90]))
-    busy = sum(parts.values())
+    busy, tokens = sum(parts.values()), case.samples * config.seq_len
+    planned = dry_run.plan(config, case.ranks)
     result = {
-        "case": name, "pattern": pattern, "seq_len": seq_len, "samples": samples, "samples_per_micro_batch": joined,
-        "layers": layers, "recompute": recompute, "loss": loss, "seconds": seconds,
-        "tokens_per_second": samples * seq_len / seconds,
-        "mfu": flops / seconds / (peak_flops(world.device) or float("nan")), "peak_gib": peak / 2**30,
-        "predicted_gib": dry_run.plan(config, 1).total / 2**30, "idle_share": max(0.0, 1 - busy / seconds / 1e3),
+        "case": name, "pattern": pattern, "seq_len": config.seq_len, "samples": case.samples,
+        "samples_per_micro_batch": case.joined, "layers": config.model.num_layers,
+        "memory": dataclasses.asdict(config.memory), "gpus": case.ranks,
+        "loss": loss, "seconds": seconds, "tokens_per_second": tokens / seconds,
+        "mfu": flops / seconds / (peak_flops(world.device) or float("nan")),
+        "peak_gib": None if peak is None else peak / 2**30, "predicted_gib": planned.total / 2**30,
+        "pinned_host_gib": bench.engine.module.host_pool.held_bytes / 2**30,
+        "predicted_host_gib": dry_run.host_bytes(config)[0] / 2**30,
+        "idle_share": max(0.0, 1 - busy / seconds / 1e3),
         "parts_ms": {part: round(ms, 2) for part, ms in parts.most_common()},
         "kernels": sorted(kernels, reverse=True)[:25],
+        "device": workload.device_name(), "torch": torch.__version__,
     }  # fmt: skip
     del bench, batches
     parallel.shutdown()
-    gc.collect()
-    torch.cuda.empty_cache()
+    workload.forget()
     return result
 
 
 def main(arguments: dict[str, str]) -> None:
-    results = []
-    for name in arguments.get("cases", ",".join(CASES)).split(","):
-        for pattern in CASES[name][5]:
-            result = run(name, pattern)
+    size, results = arguments.get("size", "full"), []
+    gpus = torch.cuda.device_count()
+    names = [name for name, case in CASES.items() if size == "toy" or case.ranks <= gpus]
+    if "cases" in arguments:
+        names = arguments["cases"].split(",")
+        if unknown := [name for name in names if name not in CASES]:
+            raise SystemExit(f"cases={','.join(unknown)}: the cases are {', '.join(CASES)}")
+    out = Path(arguments.get("out", ROOT / "docs/results"))
+    failed = []
+    for name in names:
+        for pattern in CASES[name].patterns:
+            try:
+                (result,) = workload.ranks_results(
+                    "tests.bench.step", CASES[name].ranks, name, pattern, size, threads=1 if size == "toy" else None
+                )
+            except SystemExit as error:  # the others may well fit
+                failed.append(f"{name} {pattern}")
+                print(f"{name} {pattern} failed:\n{error}", file=sys.stderr, flush=True)
+                continue
             results.append(result)
             shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items() if k != "kernels"}
             print(json.dumps(shown), flush=True)
@@ -112,10 +187,16 @@ def main(arguments: dict[str, str]) -> None:
                 print(
                     "\n".join(f"  {ms:8.2f} ms {count:5d} x {key}" for ms, count, key in result["kernels"]), flush=True
                 )
-    out = Path(arguments.get("out", ROOT / "docs/results"))
-    report = {"device": workload.device_name(), "torch": torch.__version__, "command": "python -m tests.bench.step"}
-    (out / "step.json").write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
+            if size == "full":  # after every case, so that what was measured is kept whatever comes next
+                report = {"device": result["device"], "torch": result["torch"]}
+                report |= {"command": "python -m tests.bench.step", "results": results}
+                (out / "step.json").write_text(json.dumps(report, indent=1) + "\n")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    main(dict(argument.split("=", 1) for argument in sys.argv[1:]))
+    if len(sys.argv) == 5 and sys.argv[1].isdigit():
+        workload.result(run(*sys.argv[2:]))
+    else:
+        main(dict(argument.split("=", 1) for argument in sys.argv[1:]))

@@ -7,6 +7,7 @@ import torch
 from ksa_model import kernels, layout
 from ksa_model.collectives import ContextParallel, Gather, Halo
 from ksa_model.config import ModelConfigError
+from ksa_model.memory import MemoryConfig
 from tests.ksa_model.test_kernels import make_layout, random_inputs
 from tests.ksa_model.test_model import random_text, small_config
 from tests.ranks import run_on_ranks
@@ -93,7 +94,7 @@ def test_exchanges(size):
         assert received["text"] == 2 * (size - 1) * 2 * n * row_bytes
 
 
-def model_on_a_rank(tensor: int, sequence: bool, context: int, recompute: bool):
+def model_on_a_rank(tensor: int, sequence: bool, context: int, memory: MemoryConfig):
     from ksa_model.model import Decoder
     from ksa_model.tensor_parallel import TensorParallel
     from train import parallel
@@ -107,7 +108,7 @@ def model_on_a_rank(tensor: int, sequence: bool, context: int, recompute: bool):
     pack = pack_of()
     tokens, labels = random_text(pack)
     exchange = ContextParallel(world.context_group)
-    decoder = Decoder(config, TensorParallel(world.tensor_group, sequence), exchange, recompute=recompute)
+    decoder = Decoder(config, TensorParallel(world.tensor_group, sequence), exchange, memory)
     if context > 1:
         pack = layout.ShardedLayout(pack, exchange.rank, context)
         tokens, labels = (torch.from_numpy(pack.rows(x.numpy())) for x in (tokens, labels))
@@ -129,14 +130,16 @@ def model_on_a_rank(tensor: int, sequence: bool, context: int, recompute: bool):
 
 @pytest.fixture(scope="module")
 def one_rank():
-    return run_on_ranks(1, model_on_a_rank, 1, False, 1, False)[0]
+    return run_on_ranks(1, model_on_a_rank, 1, False, 1, MemoryConfig())[0]
 
 
-@pytest.mark.parametrize("tensor, sequence, context, recompute", [
-    (1, False, 2, False), (1, False, 4, True), (2, True, 2, False), (2, False, 2, True),
+@pytest.mark.parametrize("tensor, sequence, context, memory", [
+    (1, False, 2, MemoryConfig()), (1, False, 4, MemoryConfig("full")),
+    (2, True, 2, MemoryConfig(mlp_rows=20)), (2, False, 2, MemoryConfig("selective")),
+    (2, True, 2, MemoryConfig("selective", offload=True, mlp_rows=20)),
 ])  # fmt: skip
-def test_loss_and_gradients_match_one_rank(tensor, sequence, context, recompute, one_rank):
-    for loss, gradients in run_on_ranks(tensor * context, model_on_a_rank, tensor, sequence, context, recompute):
+def test_loss_and_gradients_match_one_rank(tensor, sequence, context, memory, one_rank):
+    for loss, gradients in run_on_ranks(tensor * context, model_on_a_rank, tensor, sequence, context, memory):
         torch.testing.assert_close(loss, one_rank[0], rtol=1e-6, atol=1e-5)
         for name, want in one_rank[1].items():
             torch.testing.assert_close(gradients[name], want, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from ksa_model.attention import Attention
 from ksa_model.distillation import Distillation
 from ksa_model.loss import IGNORE_INDEX
+from ksa_model.memory import MemoryConfig
 from tests.ksa_model.test_kernels import make_layout
 from tests.ksa_model.test_model import build, random_text, small_config
 from tests.ranks import run_on_ranks
@@ -102,7 +103,7 @@ def on_a_rank(tensor: int, sequence: bool) -> dict:
 
     world = parallel.initialize(parallel.ParallelConfig(tensor=tensor, sequence=sequence), torch.device("cpu"))
     torch.manual_seed(0)
-    decoder = Decoder(changed_config(), TensorParallel(world.tensor_group, sequence), recompute=True)
+    decoder = Decoder(changed_config(), TensorParallel(world.tensor_group, sequence), memory=MemoryConfig("full"))
     pack = make_layout(*PACK)
     objective = Distillation()
     loss = decoder(*random_text(pack), pack, objective)

@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc):
 # Documents that end inside slices, one longer than the sample, ranks without any label; the last context rank's halo
 # comes from itself. AdamW divides a gradient by its own size, so where a gradient is rounding noise it would move the
 # weight by a full step of random sign; a larger eps keeps the comparison to what the layouts decide.
-CHANGES = dict(run__recompute=True, optim__eps=1e-5)
+CHANGES = dict(memory__recompute="full", optim__eps=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,23 @@ def test_every_weight_moves(corpus, tmp_path, one_rank):
     first, last = newest_tensors(tmp_path / "default"), one_rank[1]
     for key in first:
         assert not torch.equal(first[key], last[key]), key
+
+
+@pytest.mark.parametrize("ranks, parallel", [
+    (1, dict()),
+    (2, dict(tensor=2, sequence=True)),
+    (2, dict(context=2, zero=2)),
+    (2, dict(zero=3)),
+], ids=str)  # fmt: skip
+def test_little_memory(ranks, parallel, corpus, tmp_path, one_rank):
+    """Attention kept, all of it in host memory, the MLP in slices: the engine's gradients are those of keeping all."""
+    changes = CHANGES | dict(memory__recompute="selective", memory__offload=True, memory__mlp_rows=48)
+    changes |= {f"parallel__{key}": value for key, value in parallel.items()}
+    got = run_on_ranks(ranks, run_training, str(corpus), str(tmp_path), changes)[0]
+    for mine, want in zip(got, one_rank[0], strict=True):
+        for key in ("loss", "grad_norm", "validation_loss"):
+            if key in want:
+                assert mine[key] == pytest.approx(want[key], rel=1e-5), (key, mine["step"])
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

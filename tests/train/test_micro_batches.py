@@ -7,6 +7,7 @@ import torch
 
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
+from tests.ranks import run_on_ranks
 from tests.train.runs import make_config, write_corpus
 from train import trainer
 from train.batches import batch_maker
@@ -19,12 +20,19 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
-def test_joined_samples_train_the_same_model(corpus, tmp_path):
+def train_all(corpus, root, numbers):
+    """Loss, gradient norm and tokens of every step, for each number of samples in a micro-batch."""
     found = {}
-    for joined in (1, 2, 4):
-        config = make_config(corpus, tmp_path / str(joined), run__samples_per_micro_batch=joined)
+    for joined in numbers:
+        config = make_config(corpus, root / str(joined), run__samples_per_micro_batch=joined)
         records = read_records(train(config).directory / "metrics.jsonl")
         found[joined] = [(r["loss"], r["grad_norm"], r["tokens"]) for r in records if "loss" in r]
+    return found
+
+
+def test_joined_samples_train_the_same_model(corpus, tmp_path):
+    (found,) = run_on_ranks(1, train_all, corpus, tmp_path, (1, 2, 4))
+    for joined in (1, 2, 4):
         assert len(found[joined]) == 5
     for joined in (2, 4):
         for one, other in zip(found[1], found[joined]):

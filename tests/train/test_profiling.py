@@ -1,12 +1,15 @@
 """A profile's files and table, and that work is counted to the part of the model that asked for it."""
 
+import contextlib
 import gzip
+import io
 import json
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from tests.ranks import run_on_ranks
 from tests.train.runs import make_config, write_corpus
 from train.config import PerfConfigError
 from train.profiling import PREFIX, StepProfiler, time_by_part
@@ -18,13 +21,20 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
-def test_a_run_leaves_trace_and_table(corpus, tmp_path, capsys):
+def profiled(corpus, root):
+    """The run's directory and what it printed."""
     settings = dict(perf__profile=True, perf__profile_after=1, perf__profile_steps=2, model__layer_pattern="KKKF")
-    run = train(make_config(corpus, tmp_path, run__recompute=True, **settings)).directory
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run = train(make_config(corpus, root, memory__recompute="full", **settings))
+    return run.directory, printed.getvalue()
+
+
+def test_a_run_leaves_trace_and_table(corpus, tmp_path):
+    ((run, printed),) = run_on_ranks(1, profiled, corpus, tmp_path)
     events = json.loads(gzip.open(run / "profile/trace-rank0.json.gz").read())["traceEvents"]
     assert sum(e.get("name") == "part: optimizer" for e in events) == 2
     table = (run / "profile/parts.txt").read_text()
-    assert table in capsys.readouterr().out and "mean of 2" in table
+    assert table in printed and "mean of 2" in table
     shares = {line[2:54].strip(): float(line.split()[-2]) for line in table.splitlines()[2:]}
     for part in ("MLP", "attention: near and far", "attention: F layers", "loss", "optimizer",
                  "projections (K layers)", "projections (F layers)", "norms, rotation", "data"):  # fmt: skip
