@@ -34,6 +34,8 @@ from ksa_model.config import CONV_TOKENS, LayerConfig, ModelConfig, ModelConfigE
 from ksa_model.config import DELTA_BLOCK_ROWS as BLOCK_ROWS
 from ksa_model.layout import SequenceLayout
 from ksa_model.linear import Norm
+from ksa_model.memory import Kept
+from ksa_model.ranges import to_device
 from ksa_model.tensor_parallel import TensorParallel
 
 PACKAGE = "fla.ops.gated_delta_rule"
@@ -99,8 +101,13 @@ class DeltaNet(nn.Module):
         return self.convolution.unflatten(1, (-1, self.config.head_dim))
 
     @staticmethod
-    def mix(delta: DeltaNet, given: DeltaRows, layout: SequenceLayout) -> tuple[torch.Tensor, None]:
-        """The recurrence over every document of a sample: [T, H, d] in the dtype of `given.qkv`, zero for padding."""
+    def mix(
+        delta: DeltaNet, given: DeltaRows, layout: SequenceLayout, kept: Kept | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """The recurrence over every document of a sample: [T, H, d] in the dtype of `given.qkv`, zero for padding.
+
+        Its work grows as the sample does, so a re-run does it again and nothing is `kept`.
+        """
         return delta.over_documents(given, layout)[0], None
 
     def over_documents(
@@ -134,7 +141,7 @@ class DeltaNet(nn.Module):
 class Documents:
     """Where the documents of a layout stand, on a device. A chunk of padding counts as a document of its own.
 
-    `starts` int64 [documents + 1], the end of the last included; `number` and `position` int64 [T] of every row's
+    `starts` int64 [documents + 1], the end of the last included; `number` and `position` int32 [T] of every row's
     document and of the row in it; `real` bool [T].
     """
 
@@ -148,9 +155,12 @@ class Documents:
     def of(layout: SequenceLayout, device: torch.device) -> Documents:
         def compute() -> Documents:
             first = layout.text_positions == 0
-            starts = torch.from_numpy(np.append(np.flatnonzero(first), layout.num_text))
-            arrays = (np.cumsum(first) - 1, layout.text_positions, layout.text_is_real)
-            return Documents(starts.to(device), starts, *(torch.from_numpy(array).to(device) for array in arrays))
+            starts = np.append(np.flatnonzero(first), layout.num_text)
+            number, position, real = (
+                to_device(array, device) for array in (first.cumsum() - 1, layout.text_positions, layout.text_is_real)
+            )
+            on_device = to_device(starts, device).long()
+            return Documents(on_device, torch.from_numpy(starts), number, position, real.bool())
 
         return layout.cached(("documents", device), compute)
 
@@ -161,7 +171,7 @@ class Documents:
 
 def convolve(qkv: torch.Tensor, taps: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """qkv [T, 3, H, d] -> q, k, v [T, H, d]: each feature convolved over the tokens of its document, silu, and length
-    one for q and k. position int64 [T] in the document."""
+    one for q and k. position [T] in the document, integers."""
     total = qkv * taps[..., -1]
     for back in range(1, min(CONV_TOKENS, len(qkv))):
         reaches = (position[back:] >= back).view(-1, 1, 1, 1)
@@ -195,7 +205,7 @@ def blocked(q, k, v, decay, beta, number: torch.Tensor | None = None) -> tuple[t
     """`recurrent` over every document of a pack, in blocks of `BLOCK_ROWS` rows: fp32 [T, H, d], and the state behind
     the last document.
 
-    q, k, v [T, H, d]; decay, beta fp32 [T, H]; number int64 [T] of a row's document, never falling; None: one.
+    q, k, v [T, H, d]; decay, beta fp32 [T, H]; number (integers, [T]) of a row's document, never falling; None: one.
     Within a block the values that are really written solve a triangular system (the WY form, section 3.2 of the paper);
     between blocks only the state of the document that is going on is handed over.
     """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -145,7 +146,7 @@ class Decoder(nn.Module):
 
 
 def _run_block(
-    block: nn.Module,
+    block: Any,  # a `Block`, which a ModuleList gives as any module
     x: torch.Tensor,
     kept: Kept | None,
     *,
@@ -153,9 +154,7 @@ def _run_block(
     rotary: RotaryTables,
     mix: Mix | None,
 ) -> torch.Tensor:
-    if mix is None and isinstance(block.attention, Attention):
-        mix = partial(Attention.mix, kept=kept)
-    return block(x, layout, rotary, mix)
+    return block(x, layout, rotary, mix or partial(block.attention.mix, kept=kept))
 
 
 class Block(nn.Module):

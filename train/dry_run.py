@@ -200,12 +200,13 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     out = updated * q * b * (2 if summary_out else 1)  # joined streams are a copy
     if summary_out and not fused:  # per-chunk copies of keys and values for the summary queries
         heads += (text + projected) * 2 * kv * b + summary_out * q * b
+    attention = float(text * q * b), float(log_sum_exp)
     if layer.mixer == "G":
         # Before the convolution and behind it; the recurrence's output, which a norm takes; gate, normed and product.
         heads = text * q * (6 * b + norm) + text * (q // model.head_dim) * 4 * 4
         out = text * q * (3 if fused else 4) * b
-        # The kernels' solved systems.
-        log_sum_exp = text * (q // model.head_dim) * DELTA_BLOCK_ROWS * b if fused else 0
+        log_sum_exp = text * (q // model.head_dim) * DELTA_BLOCK_ROWS * b if fused else 0  # the kernels' solved systems
+        attention = 0.0, 0.0  # linear work, which a re-run does again
     exchanged = _exchanged_rows(model, layer, config) * 2 * kv * b
 
     # gate and up; plain torch keeps silu(gate) and the product as well
@@ -226,10 +227,12 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     # ranks twice, once as they are sent), and the library kernel's workspace.
     of_attention = (local * h + updated * q + (text + summary_out) * q + (text + projected) * 2 * kv) * b
     of_attention += 2 * exchanged + (_WORKSPACE * text * q * b if fused else 0.0) - (mlp_norm + mlp_input + mlp)
+    if layer.mixer == "G":  # of outputs, and of what stands before and behind the convolution and in the gate
+        of_attention = (local * h + 8 * text * q) * b - (mlp_norm + mlp_input + mlp)
     return BlockBytes(
         saved=attention_norm + attention_input + heads + log_sum_exp + out + exchanged + mlp_norm + mlp_input + mlp,
         input=entering / share * h * b,
-        attention=(0.0, 0.0) if layer.mixer == "G" else (text * q * b, log_sum_exp),
+        attention=attention,
         holds_input=norm == b,
         gradients=max(of_mlp, of_attention),
     )
