@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -183,7 +185,7 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
     )
 
 
-SHUTDOWN_WAIT = timedelta(seconds=60)  # for the other ranks
+SHUTDOWN_WAIT = timedelta(seconds=30)  # for the other ranks, and for NCCL
 _rendezvous: list[dist.Store] = []  # of this process: it outlives a job, and jobs of one process are told apart
 _jobs = 0
 
@@ -208,13 +210,42 @@ def shutdown() -> None:
     if dist.get_backend() != "nccl" or dist.get_world_size() == 1:
         dist.destroy_process_group()
         return
-    # Closing NCCL's communicators in good order waits for the other ranks, one communicator at a time, and with three
-    # over the same two ranks (context parallelism) it was seen to wait forever. When all ranks are done none has
-    # anything left to say, so the communicators may as well be aborted. A rank that failed never comes: not for long.
+    _close_nccl()
+
+
+def _close_nccl() -> None:
+    """Abort NCCL's communicators once every rank is done with them.
+
+    Closing them in good order waits for the other ranks, one communicator at a time; with three over the same two ranks
+    (context parallelism) it was seen to wait for ever. When nobody has anything left to say they can be aborted as well.
+    Neither a rank that failed and never comes here nor an abort that hangs holds up a run that has saved its work.
+    """
     torch.cuda.synchronize()
     store = dist.PrefixStore(f"shutdown{_jobs}", _rendezvous[0])
     if store.add("ranks", 1) == dist.get_world_size():
         store.set("all", "1")
-    with contextlib.suppress(dist.DistError, RuntimeError):
+    with contextlib.suppress(RuntimeError):
         store.wait(["all"], SHUTDOWN_WAIT)
-    dist.distributed_c10d._abort_process_group()
+    device = torch.cuda.current_device()
+
+    def abort() -> None:
+        torch.cuda.set_device(device)  # a thread begins on the first one
+        dist.distributed_c10d._abort_process_group()
+
+    closing = threading.Thread(target=abort, name="abort-nccl", daemon=True)
+    closing.start()
+    closing.join(SHUTDOWN_WAIT.total_seconds())
+    if closing.is_alive():
+        warnings.warn("NCCL's communicators did not close; going on without them", stacklevel=2)
+        _forget_groups()
+
+
+def _forget_groups() -> None:
+    """Let torch.distributed believe that there are no groups, so that it can be started again."""
+    world = dist.distributed_c10d._world
+    dist.distributed_c10d._update_default_pg(None)
+    for known in (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config, world.pg_to_tag,
+                  world.tags_to_pg, world.pg_coalesce_state):  # fmt: skip
+        known.clear()
+    dist.distributed_c10d._unregister_all_process_groups()
+    world.group_count = 0

@@ -1,0 +1,52 @@
+"""What ends a job under NCCL, as far as ranks without GPUs can show it: nobody waits for ever."""
+
+import threading
+import time
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import run_on_ranks
+from train import parallel
+
+
+def end_twice(hangs: bool, leaves: bool):
+    """Two jobs one after the other, each closed as NCCL's groups are; the abort of gloo groups is a plain destroy.
+    `leaves`: the last rank fails and never comes to the end of the first."""
+    torch.cuda.synchronize, torch.cuda.current_device, torch.cuda.set_device = lambda: None, lambda: 0, lambda _: None
+    abort = threading.Event().wait if hangs else dist.destroy_process_group
+    dist.distributed_c10d._abort_process_group = abort
+    parallel.SHUTDOWN_WAIT = timedelta(seconds=2)
+    began, said = time.monotonic(), []
+    for _ in range(2):
+        world = parallel.initialize(parallel.ParallelConfig(context=2), torch.device("cpu"))
+        total = torch.ones(1)
+        dist.all_reduce(total, group=world.context_group)
+        assert total == 2
+        if leaves and world.rank == 1:
+            return None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            parallel._close_nccl()
+        said += [str(w.message) for w in caught if "did not close" in str(w.message)]
+        assert not dist.is_initialized()
+        if leaves:
+            break
+    return time.monotonic() - began, len(said)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_jobs_in_turn_end_and_start(hangs):
+    for seconds, warned in run_on_ranks(2, end_twice, hangs, False):
+        assert warned == 2 * hangs and seconds < 60
+
+
+def test_a_rank_that_never_comes_is_not_waited_for():
+    seconds, _ = run_on_ranks(2, end_twice, False, True)[0]
+    assert 2 <= seconds < 60
