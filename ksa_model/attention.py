@@ -41,7 +41,10 @@ class RotaryTables:
             if not isinstance(positions, torch.Tensor):
                 positions = to_device(positions, device)
             angles = positions[:, None, None] * inverse  # fp64
-            return (angles.cos() * factor).float(), (angles.sin() * factor).float()
+            cos, sin = angles.cos(), angles.sin()
+            if factor != 1:
+                cos, sin = cos * factor, sin * factor
+            return cos.float(), sin.float()
 
         return RotaryTables(table(layout.text_positions), table(layout.summary_positions))
 

@@ -95,13 +95,26 @@ class LayerCache:
         at = requests, slice(None), slots
         self._buffer[0][at], self._buffer[1][at] = k, v
 
-    def append(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put rows k, v [n, G, d] into `slots` [n]: the same number of rows for each request in turn."""
+    def append(self, step: Step, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep the text rows k, v [B, G, d] of a step."""
         if (fast := _kernels(k)) is not None:
-            fast.store_rows(self._buffer, slots, k, v)
+            fast.store_rows(self._buffer, step.position, self._rule(fast), k, v)
         else:
-            requests = torch.arange(self._buffer.shape[1], device=slots.device)
-            self.write(requests.repeat_interleave(len(slots) // len(requests)), slots, k, v)
+            self.write(torch.arange(len(k), device=k.device), self.text_slots(step.position), k, v)
+
+    def append_summaries(self, step: Step, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep the summary rows k, v [B*m, G, d] of a step."""
+        if (fast := _kernels(k)) is not None:
+            fast.store_rows(self._buffer, step.chunk, self._rule(fast), k, v, summaries=True)
+        else:
+            requests = torch.arange(step.num_text, device=k.device).repeat_interleave(step.summary_tokens)
+            self.write(requests, self.summary_slots(step.summary_index()), k, v)
+
+    def _rule(self, kernels: ModuleType):
+        """What `_visible` of a step computes, in the words of the kernels."""
+        window = -1 if self.layer.mixer == "S" else self.layer.window_chunks
+        own = self._config.summary_tokens if self.keeps_summaries else 0
+        return kernels.Rule(self.ring_rows or 0, self._config.chunk_size, window, own)
 
     def text_slots(self, positions):
         """Slots of text `positions`, an array or a tensor of any shape."""
@@ -127,10 +140,11 @@ class LayerCache:
             found = _summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own)
         return found
 
-    def attend(self, q: torch.Tensor, visible: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
-        """q [B, H, d] over the rows that `visible` [B, rows] names, none from `stops` [B] on -> [B, H, d]."""
+    def attend(self, q: torch.Tensor, step: Step) -> torch.Tensor:
+        """q [B, H, d] of a step over the rows that its tokens see -> [B, H, d]."""
         if (fast := _kernels(q)) is not None:
-            return fast.attend(q, self._buffer, visible, stops)
+            return fast.attend(q, self._buffer, step.position, self._rule(fast))
+        visible = step.visible(self)
         k, v = self._buffer[:, :, :, : visible.shape[1]]
         # Query heads that share a key/value head are rows of one product, so that no key is ever copied.
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -155,9 +169,11 @@ class Step(SequenceLayout):
         it to read less; None: every allocated row may be looked at, always the same number."""
         k, m, batch = config.chunk_size, config.summary_tokens, len(position)
         self.position, self.closing, self._longest = position, closing, longest
-        self.chunk = (position - 1) // k
-        ends = ((torch.arange(m, device=position.device) + 1) * k // m - 1).clamp(min=0)
-        summary_positions = (self.chunk[:, None] * k + ends).flatten()
+        summary_positions = position[:0]
+        if closing:
+            self.chunk = (position - 1) // k
+            ends = ((torch.arange(m, device=position.device) + 1) * k // m - 1).clamp(min=0)
+            summary_positions = (self.chunk[:, None] * k + ends).flatten()
         super().__init__(
             num_text=batch,
             chunk_size=k,
@@ -165,7 +181,7 @@ class Step(SequenceLayout):
             chunk_lengths=np.full(batch if closing else 0, k),
             first_chunks=np.arange(batch if closing else 0),
             text_positions=position,  # type: ignore[arg-type]  # on the device already
-            summary_positions=summary_positions if closing else summary_positions[:0],  # type: ignore[arg-type]
+            summary_positions=summary_positions,  # type: ignore[arg-type]
         )
 
     @property
@@ -182,22 +198,20 @@ class Step(SequenceLayout):
         index = torch.arange(self.summary_tokens, device=self.position.device)
         return (self.chunk[:, None] * self.summary_tokens + index).flatten()
 
-    def visible(self, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """bool [B, rows]: which of a layer's cached rows each request's token sees; int64 [B]: where the last of them
-        ends. The same for layers alike."""
+    def visible(self, cache: LayerCache) -> torch.Tensor:
+        """bool [B, rows]: which of a layer's cached rows each request's token sees. The same for layers alike."""
         key = cache.layer.mixer, cache.layer.window_chunks, cache.ring_rows, cache.rows
         return self.cached(key, lambda: self._visible(cache))
 
-    def _visible(self, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
+    def _visible(self, cache: LayerCache) -> torch.Tensor:
         layer, ring, position = cache.layer, cache.ring_rows, self.position[:, None]
         text_rows = cache.rows if ring is None else min(ring, cache.rows)
         slot = torch.arange(self._bound(text_rows), device=position.device)[None, :]
-        stop = (self.position + 1).clamp(max=text_rows)
         if ring is None:
-            return slot <= position, stop
+            return slot <= position
         held = position - (position - slot) % ring  # the position whose row stands in the slot now
         if layer.mixer == "S":
-            return held >= 0, stop
+            return held >= 0
         first_near = position // self.chunk_size - layer.window_chunks  # the oldest chunk still seen as text
         near = held >= first_near.clamp(min=0) * self.chunk_size
         far_rows = cache.rows - ring if layer.mixer == "K" and cache.keeps_summaries else 0
@@ -205,12 +219,10 @@ class Step(SequenceLayout):
             oldest = max(0, (self._longest - 1) // self.chunk_size - layer.window_chunks)
             far_rows = min(far_rows, oldest * self.summary_tokens)
         if far_rows <= 0:
-            return near, stop
+            return near
         near = torch.nn.functional.pad(near, (0, ring - near.shape[1]))
-        summaries = first_near * self.summary_tokens
         index = torch.arange(far_rows, device=position.device)[None, :]
-        stop = torch.where(summaries[:, 0] > 0, ring + summaries[:, 0], stop)
-        return torch.cat([near, index < summaries], dim=1), stop
+        return torch.cat([near, index < first_near * self.summary_tokens], dim=1)
 
     def _bound(self, rows: int) -> int:
         return rows if self._longest is None else min(rows, self._longest)
@@ -327,9 +339,9 @@ class DecodingCache:
             if heads.q_summary is not None:  # before this token may take a slot of the chunk
                 out_summary = cache.summarise(heads, step)
             if cache.keeps_summaries:
-                cache.append(cache.summary_slots(step.summary_index()), heads.k_summary, heads.v_summary)
-        cache.append(cache.text_slots(step.position), heads.k, heads.v)
-        return cache.attend(heads.q, *step.visible(cache)), out_summary
+                cache.append_summaries(step, heads.k_summary, heads.v_summary)
+        cache.append(step, heads.k, heads.v)
+        return cache.attend(heads.q, step), out_summary
 
     def _make_room(self, num_tokens: int) -> bool:
         return any([layer.ensure(num_tokens) for layer in self._layers])

@@ -95,7 +95,7 @@ class Decoder(nn.Module):
         """Text rows after the last block, before the final norm: [T, h], or this rank's share of them."""
         self._check_layout(layout)
         x = self.embedding(tokens[None]).flatten(0, 1)
-        if self.config.has_summaries:
+        if self.config.has_summaries and layout.num_summary:
             rows = self.tp.replicated(self.summary_embedding, meets_all=not self.tp.shards_rows)
             x = torch.cat([x, rows.repeat(self.tp.local_rows(layout.num_summary // self.config.summary_tokens), 1)])
         rotary = RotaryTables.build(layout, self.config, x.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -32,24 +32,54 @@ MOST_KEYS = 256  # of a chunk and its summaries, in one tile
 
 
 @triton.jit
-def _store_rows(k, v, keys, values, slots, rows, heads, EACH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def _store_rows(k, v, keys, values, places, rows, heads, RING: tl.constexpr, EACH: tl.constexpr, OWN: tl.constexpr,
+                D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """EACH rows a request: of text, at their positions, or the OWN summaries of a chunk, behind the ring of text."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    request = row // EACH
+    if OWN > 0:
+        slot = RING + tl.load(places + request) * OWN + row % EACH
+    else:
+        slot = tl.load(places + row)
+        if RING > 0:
+            slot = slot % RING
     column = tl.arange(0, BLOCK)
     inside = column < D
     source = (row * heads + head) * D + column
-    target = ((row // EACH * heads + head) * rows + tl.load(slots + row)) * D + column
+    target = ((request * heads + head) * rows + slot) * D + column
     tl.store(keys + target, tl.load(k + source, mask=inside), mask=inside)
     tl.store(values + target, tl.load(v + source, mask=inside), mask=inside)
 
 
 @triton.jit
-def _attend_share(q, keys, values, visible, stops, parts, weights, rows, width, heads, scale, GROUP: tl.constexpr,
+def _seen(row, position, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr):
+    """Which rows of a cache the token at `position` sees: see `Rule`."""
+    if RING == 0:
+        return row <= position
+    held = position - (position - row + RING) % RING  # the position whose row stands in the slot now
+    if WINDOW < 0:
+        return (row < RING) & (held >= 0)
+    first_near = position // CHUNK - WINDOW  # the oldest chunk still seen as text
+    near = (row < RING) & (held >= tl.maximum(first_near, 0) * CHUNK)
+    return near | ((row >= RING) & (row - RING < first_near * OWN))
+
+
+@triton.jit
+def _attend_share(q, keys, values, positions, parts, weights, rows, heads, scale, RING: tl.constexpr,
+                  CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr, GROUP: tl.constexpr,
                   ROWS_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """The query heads of one key/value head of one request over one share of its rows: output and log-sum-exp."""
     request, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     share, shares = tl.program_id(1), tl.num_programs(1)
-    stop = tl.load(stops + request)
+    position = tl.load(positions + request)
+    stop = position + 1
+    if RING > 0:
+        stop = tl.minimum(stop, RING)
+        far = (position // CHUNK - WINDOW) * OWN
+        if far > 0:
+            stop = RING + far
+    stop = tl.minimum(stop, rows)
     each = tl.cdiv(tl.cdiv(stop, shares), BLOCK) * BLOCK
     first = share * each
     last = tl.minimum(first + each, stop)
@@ -71,7 +101,7 @@ def _attend_share(q, keys, values, visible, stops, parts, weights, rows, width, 
         held = inside[:, None] & in_column[None, :]
         key = tl.load(keys + cells, mask=held, other=0.0)
         value = tl.load(values + cells, mask=held, other=0.0)
-        seen = tl.load(visible + request * width + row, mask=inside, other=0) != 0
+        seen = inside & _seen(row, position, RING, CHUNK, WINDOW, OWN)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
@@ -228,13 +258,31 @@ def _finish(products, up_products, squares, residual, out, feature, in_features,
     tl.store(out + feature, total.to(out.dtype.element_ty), mask=in_features)
 
 
-def store_rows(buffer: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Rows of each request in turn, the same number for all: k, v [n, G, d] into slots [n] (int64) of buffer
-    [2, B, G, N, d]."""
+class Rule(NamedTuple):
+    """Where a layer's rows stand in its cache, and which of them a token sees.
+
+    Text stands at its position modulo `ring`, or without one (0) at its position, and is seen causally. With a ring,
+    only the newest position of each slot is there; a token sees its own chunk and `window` before it, or all that is
+    there (-1). Behind the ring stand `own` summaries of every chunk, 0 where they are not kept; those of chunks before
+    the window are seen.
+    """
+
+    ring: int
+    chunk_size: int
+    window: int
+    own: int
+
+
+def store_rows(
+    buffer: torch.Tensor, places: torch.Tensor, rule: Rule, k: torch.Tensor, v: torch.Tensor, summaries: bool = False
+) -> None:
+    """Rows of each request in turn into buffer [2, B, G, N, d]: k, v [B, G, d] of the text at positions `places` [B]
+    (int64), or [B*m, G, d] of the summaries of chunks `places`."""
     count, heads, d = k.shape
+    each = count // buffer.shape[1]
     _store_rows[(count, heads)](
-        k.contiguous(), v.contiguous(), buffer[0], buffer[1], slots, buffer.shape[3], heads,
-        EACH=count // buffer.shape[1], D=d, BLOCK=triton.next_power_of_2(d), num_warps=1,
+        k.contiguous(), v.contiguous(), buffer[0], buffer[1], places, buffer.shape[3], heads, RING=rule.ring,
+        EACH=each, OWN=each if summaries else 0, D=d, BLOCK=triton.next_power_of_2(d), num_warps=1,
     )  # fmt: skip
 
 
@@ -321,11 +369,9 @@ def _precision(x: torch.Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def attend(q: torch.Tensor, buffer: torch.Tensor, visible: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
-    """q [B, H, d] over the rows of buffer [2, B, G, N, d] that `visible` [B, at most N] (bool) names -> [B, H, d].
-
-    Rows from `stops` [B] (integers, on the device) on are not read, whatever `visible` says.
-    """
+def attend(q: torch.Tensor, buffer: torch.Tensor, positions: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """q [B, H, d] of the tokens at `positions` [B] (int64) over the rows of buffer [2, B, G, N, d] that `rule` lets
+    them see -> [B, H, d]. Rows behind the last of these are not read."""
     batch, heads, d = q.shape
     kv_heads, group = buffer.shape[2], heads // buffer.shape[2]
     pairs = batch * kv_heads
@@ -334,8 +380,8 @@ def attend(q: torch.Tensor, buffer: torch.Tensor, visible: torch.Tensor, stops: 
     weights = torch.empty(pairs, shares, group, dtype=torch.float32, device=q.device)
     out, block_d, rows_q = torch.empty_like(q), triton.next_power_of_2(d), max(16, triton.next_power_of_2(group))
     _attend_share[(pairs, shares)](
-        q.contiguous(), buffer[0], buffer[1], visible.contiguous().view(torch.uint8), stops, parts, weights,
-        buffer.shape[3], visible.shape[1], kv_heads, d**-0.5, GROUP=group, ROWS_Q=rows_q,
+        q.contiguous(), buffer[0], buffer[1], positions, parts, weights, buffer.shape[3], kv_heads, d**-0.5,
+        RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group, ROWS_Q=rows_q,
         D=d, BLOCK_D=max(16, block_d), BLOCK=BLOCK_ROWS, PRECISION=_precision(q),
     )  # fmt: skip
     _merge_shares[(pairs, group)](parts, weights, out, GROUP=group, SHARES=shares, D=d, BLOCK_D=block_d, num_warps=8)

@@ -217,7 +217,7 @@ def _close_nccl() -> None:
     """Abort NCCL's communicators once every rank is done with them.
 
     Closing them in good order waits for the other ranks, one communicator at a time; with three over the same two ranks
-    (context parallelism) it was seen to wait for ever. When nobody has anything left to say they can be aborted as well.
+    (context parallelism) it was seen to wait for ever. When nobody has anything left to say they can be aborted too.
     Neither a rank that failed and never comes here nor an abort that hangs holds up a run that has saved its work.
     """
     torch.cuda.synchronize()

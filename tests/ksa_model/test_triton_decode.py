@@ -11,6 +11,7 @@ from ksa_model.linear import Target
 from ksa_model.model import Decoder
 from ksa_model.rows import plain_norm_rotate, plain_rms_norm, plain_swiglu
 from ksa_model.tensor_parallel import TensorParallel
+from ksa_model.triton_decode import Rule
 from tests.ksa_model.test_cache import model_for
 from tests.ksa_model.test_model import small_config
 
@@ -22,31 +23,62 @@ def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def test_store_rows():
-    buffer, k, v = torch.zeros(2, 3, 2, 7, 20, device=DEVICE), draw(3, 2, 20), draw(3, 2, 20, seed=1)
-    slots = torch.tensor([6, 0, 3], device=DEVICE)
-    want = buffer.clone()
-    for i, slot in enumerate(slots.tolist()):
+@pytest.mark.parametrize("ring", [0, 5])
+def test_store_rows(ring):
+    buffer, k, v = torch.zeros(2, 3, 2, 11, 20, device=DEVICE), draw(3, 2, 20), draw(3, 2, 20, seed=1)
+    positions, want, rule = [9, 0, 3], buffer.clone(), Rule(ring, 2, 1, 2)
+    for i, position in enumerate(positions):
+        slot = position % ring if ring else position
         want[0, i, :, slot], want[1, i, :, slot] = k[i], v[i]
-    triton_decode.store_rows(buffer, slots, k, v)
+    triton_decode.store_rows(buffer, torch.tensor(positions, device=DEVICE), rule, k, v)
+    assert torch.equal(buffer, want)
+    k, v, chunks = draw(6, 2, 20, seed=2), draw(6, 2, 20, seed=3), [1, 0, 2]
+    for i, chunk in enumerate(chunks):
+        for own in range(2):
+            slot = ring + 2 * chunk + own
+            want[0, i, :, slot], want[1, i, :, slot] = k[2 * i + own], v[2 * i + own]
+    triton_decode.store_rows(buffer, torch.tensor(chunks, device=DEVICE), rule, k, v, summaries=True)
     assert torch.equal(buffer, want)
 
 
+def seen_rows(position, rule, rows):
+    """Slots that the token at `position` sees, by following every token from the first to where it stands."""
+    if not rule.ring:
+        return list(range(position + 1))
+    holds = {held % rule.ring: held for held in range(position + 1)}
+    own_chunk = position // rule.chunk_size
+    oldest = own_chunk - rule.window if rule.window >= 0 else 0
+    near = [slot for slot, held in holds.items() if held // rule.chunk_size >= oldest]
+    return near + [rule.ring + i for i in range(max(oldest, 0) * rule.own) if rule.window >= 0]
+
+
 @pytest.mark.parametrize("heads, kv_heads, d", [(4, 2, 16), (8, 1, 24), (2, 2, 64)])
-@pytest.mark.parametrize("rows, stops", [(1, [1, 1, 1]), (70, [70, 1, 33]), (300, [130, 299, 64])])
-def test_attend(monkeypatch, heads, kv_heads, d, rows, stops):
+@pytest.mark.parametrize(
+    "rule, positions",
+    [
+        (Rule(0, 4, 0, 0), [0, 69, 32]),  # F
+        (Rule(24, 4, -1, 0), [0, 23, 61]),  # S
+        (Rule(12, 4, 2, 0), [3, 12, 50]),  # C
+        (Rule(12, 4, 2, 1), [11, 12, 1200]),  # K
+        (Rule(3, 3, 0, 2), [0, 3, 100]),
+        (Rule(1, 1, 0, 1), [0, 1, 77]),
+    ],
+    ids=str,
+)
+def test_attend(monkeypatch, heads, kv_heads, d, rule, positions):
     monkeypatch.setattr(triton_decode, "PROGRAMS", 24)  # several shares each, some of them empty
-    q, buffer = draw(3, heads, d), draw(2, 3, kv_heads, rows + 2, d, seed=1)
-    visible = torch.rand(3, rows, generator=torch.Generator().manual_seed(4)).to(DEVICE) < 0.6
-    visible[:, 0] = True
-    stop = torch.tensor(stops, device=DEVICE)
-    real = visible & (torch.arange(rows, device=DEVICE) < stop[:, None])
-    for i, count in enumerate(stops):
-        buffer[:, i, :, count:] = float("nan")  # nothing beyond may be read
+    rows = max(max(seen_rows(position, rule, 0)) for position in positions) + 3
+    q, buffer = draw(3, heads, d), draw(2, 3, kv_heads, rows, d, seed=1)
+    real = torch.zeros(3, rows, dtype=torch.bool, device=DEVICE)
+    for i, position in enumerate(positions):
+        slots = seen_rows(position, rule, rows)
+        real[i, slots] = True
+        buffer[:, i, :, max(slots) + 1 :] = float("nan")  # nothing beyond may be read
     group = heads // kv_heads
-    k, v = (x.nan_to_num()[:, :, :rows].repeat_interleave(group, dim=1) for x in buffer)
+    k, v = (x.nan_to_num().repeat_interleave(group, dim=1) for x in buffer)
     want = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=real[:, None, None])[:, :, 0]
-    torch.testing.assert_close(triton_decode.attend(q, buffer, visible, stop), want, rtol=1e-4, atol=1e-5)
+    got = triton_decode.attend(q, buffer, torch.tensor(positions, device=DEVICE), rule)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ring, k, m, heads", [(None, 4, 1, 4), (12, 4, 2, 2), (None, 3, 1, 6), (1, 1, 1, 2)])
