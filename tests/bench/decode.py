@@ -225,7 +225,8 @@ def draw(results: dict, path: Path) -> None:
         axis.set_xticks((0, 1), ("full attention", "hybrid KSA"))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("decoded tokens/s")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0].set_ylim(top=1.25 * axes[0].get_ylim()[1])
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     figure.suptitle(f"Decoding, 4B shape, bf16, {results['device']}", fontsize=11)
     figure.savefig(path, dpi=150)
 
