@@ -9,16 +9,21 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+
+
+def _uncompiled(function: Callable | None = None, **_: object) -> Callable:
+    """Stands for `torch.compile`, with or without options."""
+    return function or (lambda function: function)
 
 
 @contextlib.contextmanager
 def lean_imports() -> Iterator[None]:
     """For imports: `torch.compile` leaves a function as it is, and wandb is not there unless it was imported before."""
     compiler = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment]
+    torch.compile = _uncompiled  # type: ignore[assignment]
     hides_wandb = "wandb" not in sys.modules
     if hides_wandb:
         sys.modules["wandb"] = None  # type: ignore[assignment]  # an import of it fails

@@ -1,7 +1,7 @@
 """What splitting one sample costs: a training step under TP=2 + SP, CP=2 and DP=2 against one rank.
 
-    python -m tests.bench.parallel [out=DIR]           on two GPUs: the 1.9B layer shape at 131,072 tokens, in bf16
-    python -m tests.bench.parallel size=toy            on CPU ranks (gloo): proves the script, measures nothing
+    python -m tests.bench.parallel [out=DIR] [without=DP,TP]   on two GPUs: the 1.9B layer shape at 131,072 tokens, bf16
+    python -m tests.bench.parallel size=toy                    on CPU ranks (gloo): proves the script, measures nothing
 
 Runs every layout in the same call, one after the other, on the same samples: first 20 steps of a small model whose
 losses must agree, then timed steps of four layers of the large one. Prints a table, writes docs/results/parallel.json.
@@ -68,24 +68,29 @@ def run_layout(layout: str, size: str) -> dict:
             run=RunConfig(samples_per_step=2, precision=chosen["precision"]),
             memory=MemoryConfig("full"),
         )
+        workload.note(f"{layout}: {part} starts")
         # One document, and several that no slice of the sample begins or ends with.
         cuts = [[0], [0, length // 4 // 8 * 8, length // 3 // 8 * 8]]
         bench = workload.Bench(config, workload.start(config), cuts if part == "equal" else [[0]])
         if part == "equal":
             found["losses"] = bench.losses(chosen["steps"])
+            workload.note(f"{layout}: {chosen['steps']} steps are done")
         else:
             found["seconds"] = bench.seconds(WARM_UP, TIMED)
             found["peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+            workload.note(f"{layout}: timed steps are done")
         del bench
         parallel.shutdown()
         workload.forget()
+        workload.note(f"{layout}: groups are closed")
     return found | {"device": workload.device_name(), "torch": torch.__version__}
 
 
-def main(size: str, out: Path) -> None:
+def main(size: str, out: Path, without: str) -> None:
     results: dict = {"command": f"python -m tests.bench.parallel size={size}", "size": SIZES[size], "layouts": {}}
     for ranks in sorted({ranks for ranks, _ in LAYOUTS.values()}):
-        for found in workload.ranks_results("tests.bench.parallel", ranks, size, threads=1 if size == "toy" else None):
+        threads = 1 if size == "toy" else None
+        for found in workload.ranks_results("tests.bench.parallel", ranks, size, without, threads=threads):
             layout = found.pop("layout")
             one = results["layouts"].get("one rank", found)
             worst = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], one["losses"]))
@@ -104,10 +109,12 @@ def main(size: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1].isdigit():
+    if len(sys.argv) == 4 and sys.argv[1].isdigit():
+        left_out = tuple(filter(None, sys.argv[3].split(",")))
         for name, (ranks, _) in LAYOUTS.items():
-            if ranks == int(sys.argv[1]):
+            if ranks == int(sys.argv[1]) and not name.startswith(left_out):
                 workload.result(run_layout(name, sys.argv[2]) | {"layout": name})
     else:
         given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-        main(given.get("size", "full"), Path(given.get("out", ROOT / "docs/results")))
+        out = Path(given.get("out", ROOT / "docs/results"))
+        main(given.get("size", "full"), out, given.get("without", ""))

@@ -130,9 +130,12 @@ def ranks_results(module: str, ranks: int, *arguments: str, threads: int | None 
     with tempfile.TemporaryFile("w+") as errors:
         started = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors)
         assert started.stdout is not None
+        began = time.perf_counter()
         for line in started.stdout:
             if line.startswith("RESULT "):
                 yield json.loads(line.removeprefix("RESULT "))
+            elif line.startswith("NOTE "):
+                print(f"  {time.perf_counter() - began:6.1f} s: {line.removeprefix('NOTE ').strip()}", flush=True)
         if started.wait():
             errors.seek(0)
             raise SystemExit(f"{ranks} ranks: exit code {started.returncode}\n{errors.read()[-5000:]}")
@@ -142,6 +145,12 @@ def result(values: dict) -> None:
     """Hand numbers to `ranks_results`; other ranks than the first say nothing."""
     if os.environ.get("RANK", "0") == "0":
         print("RESULT " + json.dumps(values), flush=True)
+
+
+def note(text: str) -> None:
+    """Let whoever runs `ranks_results` see how far the first rank is."""
+    if os.environ.get("RANK", "0") == "0":
+        print("NOTE " + text, flush=True)
 
 
 def forget() -> None:
