@@ -174,11 +174,12 @@ def test_a_process_that_finds_another_building_waits_for_it(tmp_path):
     assert waited == [True] and child.returncode == 0
 
 
-def killed_at(config, seconds, out):
-    """Run a prepare in a process of its own and kill it after a time; True when it had finished before."""
+def killed_when(config, out, is_due):
+    """Run a prepare in a process of its own and kill it as soon as `is_due(seconds since its start)`; True when it had
+    finished before."""
     child = run("source=jsonl", f"path={config.path}", "vocab_size=400", f"out={out}", f"shard_mb={config.shard_mb}")
-    deadline = time.monotonic() + seconds
-    while child.poll() is None and time.monotonic() < deadline:
+    began = time.monotonic()
+    while child.poll() is None and not is_due(time.monotonic() - began):
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
     child.communicate(timeout=60)
@@ -196,22 +197,47 @@ def assert_same_files(again, straight):
 
 @pytest.mark.slow
 def test_kill_9_at_20_random_moments_and_again(tmp_path):
-    """Runs are killed again and again over the same output, which ends up byte for byte as if nothing had happened."""
+    """Runs are killed again and again over the same output, which ends up byte for byte as if nothing had happened.
+
+    Every other kill comes by the clock, the others soon after one of the next shards was begun: however busy the
+    machine is, some meet the start, some the work.
+    """
     write_corpus(tmp_path / "corpus.jsonl", 1500, seed=4, mean_words=200)
     out = tmp_path / "a"
     straight_config = DataConfig(
         source="jsonl", path=str(tmp_path / "corpus.jsonl"), vocab_size=400, cache_dir=str(out), shard_mb=0.06
     )
     began = time.monotonic()
-    assert killed_at(straight_config, float("inf"), out)
+    assert killed_when(straight_config, out, lambda seconds: False)
     whole = time.monotonic() - began
     straight = prepare(straight_config)  # finds it
     assert len(straight.train) > 10
     rng, kills, rounds, resumed = random.Random(7), 0, 0, 0
+
+    def by_the_clock(out):
+        moment = rng.uniform(0.3, 0.9) * whole
+        return lambda seconds: seconds > moment
+
+    def by_the_work(out):
+        def shards():
+            return len(list(out.glob("corpus-*/train-*.bin")))
+
+        wanted, later, reached = shards() + rng.randint(1, 4), rng.uniform(0, 0.03), []
+
+        def is_due(seconds):
+            if not reached and shards() >= wanted:
+                reached.append(seconds)
+            return bool(reached) and seconds >= reached[0] + later
+
+        return is_due
+
     while kills < 20:
         out = tmp_path / f"killed-{rounds}"
         rounds += 1
-        while kills < 20 and not killed_at(straight_config, rng.uniform(0.3, 0.9) * whole, out):
+        while kills < 20:
+            due = (by_the_clock if kills % 2 else by_the_work)(out)
+            if killed_when(straight_config, out, due):
+                break
             kills += 1
             resumed += bool(list(out.glob("corpus-*/progress.json")))
         assert_same_files(prepare(replace(straight_config, cache_dir=str(out))), straight)
