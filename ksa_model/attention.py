@@ -129,18 +129,15 @@ class Attention(nn.Module):
         """Queries, keys and values of both streams, normed and rotated; what the layer does not need is left out."""
         text = [self.query.weight, self.key.weight, self.value.weight]
         names = ["key", "value"] * self.layer.projects_summaries + ["query"] * self.layer.updates_summaries
-        if not layout.num_summary:  # kernels are for rows that exist
-            q, k, v = self.tp.project(x, norm, layout.num_text, text)
-        else:
-            summary = [weight for name in names for weight in self._summary_weights(name)]
-            q, k, v, *of_summary = self.tp.project(x, norm, layout.num_text, text, summary)
+        summary = [w for name in names for w in self._summary_weights(name)] if layout.num_summary else []
+        q, k, v, *of_summary = self.tp.project(x, norm, layout.num_text, text, summary)
         q, k = self._queries_and_keys(q, k, rotary.text)
         heads = Heads(q=q, k=k, v=self._heads(v))
-        if not layout.num_summary:
-            none = {"key": heads.k[:0], "value": heads.v[:0], "query": heads.q[:0]}
-            heads.k_summary, heads.v_summary, heads.q_summary = (
-                none[name] if name in names else None for name in ("key", "value", "query")
-            )
+        if not layout.num_summary:  # kernels are for rows that exist
+            if self.layer.projects_summaries:
+                heads.k_summary, heads.v_summary = heads.k[:0], heads.v[:0]
+            if self.layer.updates_summaries:
+                heads.q_summary = heads.q[:0]
             return heads
         own = {name: self._summary_rows(of_summary) for name in names}
         if self.layer.updates_summaries:

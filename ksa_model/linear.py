@@ -42,10 +42,9 @@ def project(x: torch.Tensor, norm: Norm | None, targets: Sequence[Target]) -> li
     if norm is not None and (fast := decoding(x)) is not None:
         return fast.project(x, norm.gain, norm.eps, targets)
     normed = x if norm is None else rows.rms_norm(x, norm.gain, norm.eps)
-    again = norm if norm is not None and _remakes(x) else None
+    source = x.detach() if norm is not None and _remakes(x) else None
     spans = [(target.start, target.stop) for target in targets]
-    source = x.detach() if again is not None else None
-    return list(_Project.apply(normed, source, again, spans, *(target.weight for target in targets)))
+    return list(_Project.apply(normed, source, norm, spans, *(target.weight for target in targets)))
 
 
 def gated(x: torch.Tensor, norm: Norm | None, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -72,11 +71,14 @@ def add_gated(x: torch.Tensor | None, parts: tuple[torch.Tensor, ...], weight: t
 
 
 class _Project(torch.autograd.Function):
+    """Products of rows x with weights; where there is a `source`, it is kept instead of x = norm(source)."""
+
     @staticmethod
-    def forward(ctx, x, source, again: Norm | None, spans: list[tuple[int, int]], *weights):
-        ctx.spans, ctx.eps = spans, None if again is None else again.eps
+    def forward(ctx, x, source, norm: Norm | None, spans: list[tuple[int, int]], *weights):
+        ctx.spans, ctx.eps = spans, None if norm is None else norm.eps
         ctx.weights = len(weights)
-        ctx.save_for_backward(*weights, *((x,) if again is None else (source, again.gain)))
+        kept = (x,) if source is None or norm is None else (source, norm.gain)
+        ctx.save_for_backward(*weights, *kept)
         return tuple(x[start:stop] @ weight.t() for (start, stop), weight in zip(spans, weights))
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ksa_model.config import FUSED_LOSS_ROWS, LOSS_ROWS
 from ksa_model.linear import add_product_fp32
 from ksa_model.megatron import vocab_parallel_cross_entropy
+from ksa_model.rows import triton_module
 from ksa_model.tensor_parallel import TensorParallel
 
 IGNORE_INDEX = -100
@@ -66,13 +67,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _method(hidden: torch.Tensor, tp: TensorParallel):
     """Rows at a time, and the function of their loss."""
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-        try:
-            from ksa_model import triton_loss  # noqa: F401
-        except ImportError:  # a torch that came without Triton
-            pass
-        else:
-            return FUSED_LOSS_ROWS, _fused_loss
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and triton_module("triton_loss") is not None:
+        return FUSED_LOSS_ROWS, _fused_loss
     return LOSS_ROWS, _whole_loss if tp.size == 1 else _parallel_loss
 
 

@@ -17,6 +17,7 @@ from train import sharded_state
 from train.health import bad_norm
 from train.optim import OptimConfig, parameter_groups
 from train.parallel import ParallelConfig, World
+from train.perf import PREFIX
 from train.sharded_state import OwnedState
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +101,7 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0 if group["frozen"] else lr
         self._skip = skip
-        with record_function("part: optimizer"):  # see train/profiling.py
+        with record_function(PREFIX + "optimizer"):
             if self._own_clip is not None:  # DeepSpeed clips here too, but keeps the norm to itself
                 limit = self._own_clip or float("inf")
                 self._norm = clip_grad_norm_(self.module.parameters(), max_norm=limit, mpu=self._mpu)

@@ -159,11 +159,12 @@ def load(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainConfig
     A directory brings no corpus: its held-out documents are of the standard library, and its training length is the
     longest that its config.json allows.
     """
-    from train.generate import load_run, run_config
+    from train.generate import load_run
+    from train.run_directory import read_config
 
     if (directory / "config.json").is_file() and not (directory / "config.yaml").is_file():
         return _load_hf(directory, world)
-    config = run_config(directory)
+    config = read_config(directory)
     model, tokenizer = load_run(directory, world)
     if world.device.type == "cuda" and config.run.precision == "bf16":
         model = model.to(torch.bfloat16)  # as it was trained

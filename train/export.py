@@ -36,6 +36,7 @@ from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, fr
 from train.hf_files import write_safetensors
 from train.import_hf import RunTensors
 from train.metrics import read_records
+from train.run_directory import read_config
 from train.signals import BAD_INPUT
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -71,10 +72,7 @@ class Run:
 
 def open_run(directory: Path, step: int | None = None) -> Run:
     """A run's newest checkpoint, or that of `step`; verified. Raises `ConfigError`."""
-    config_path = directory / "config.yaml"
-    if not config_path.is_file():
-        raise ConfigError(f"{config_path} is missing: {directory} is not the directory of a run")
-    written = from_saved(yaml.safe_load(config_path.read_text(encoding="utf-8")))
+    written = read_config(directory)
     own = checkpoint.own_directory(directory, written.checkpoint.dir, written.run.name)
     saved = checkpoint_files.finished(own)
     chosen = [s for s in saved if step is None or s.step == step]

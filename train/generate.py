@@ -22,7 +22,8 @@ from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
 from train import checkpoint, import_hf, parallel
-from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, from_saved, unknown_key
+from train.config import USER_ERRORS, ConfigError, from_mapping, unknown_key
+from train.run_directory import read_config
 from train.signals import BAD_INPUT
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,20 +65,12 @@ def load(directory: Path, world: parallel.World, dtype: str) -> Speaker:
     if (directory / "config.json").is_file():
         return _load_hf(directory, world, dtype)
     model, tokenizer = load_run(directory, world, _DTYPES[dtype])
-    return Speaker(model, tokenizer, (tokenizer.eos_id,), run_config(directory).seq_len)
-
-
-def run_config(directory: Path) -> TrainConfig:
-    """What the run in `directory` was told."""
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing: {directory} is not the directory of a run")
-    return from_saved(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return Speaker(model, tokenizer, (tokenizer.eos_id,), read_config(directory).seq_len)
 
 
 def load_run(directory: Path, world: parallel.World, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Tokenizer]:
     """The newest checkpoint of a run as a bare model, and the run's tokenizer."""
-    config, tokenizer_path = run_config(directory), directory / "tokenizer.model"
+    config, tokenizer_path = read_config(directory), directory / "tokenizer.model"
     if not tokenizer_path.is_file():
         raise ConfigError(f"{tokenizer_path} is missing: {directory} is not the directory of a run")
     own = checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name)

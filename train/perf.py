@@ -1,8 +1,10 @@
-"""Settings of what is measured beside training; `train.profiling` does it."""
+"""What is measured beside training: its settings, and the names that `train.profiling` goes by."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+PREFIX = "part: "  # of the names of ranges whose time is counted together
 
 
 @dataclass(frozen=True)

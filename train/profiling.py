@@ -3,8 +3,9 @@
 A few steps run under torch's profiler. They leave, for each rank, a trace for chrome://tracing or Perfetto and on CUDA
 a memory snapshot for pytorch.org/memory_viz, and from the main rank a table of the time by part of the model.
 
-A part is known by where its work was asked for: hooks put each attention, MLP and norm under a name of its own while
-steps are profiled, and autograd numbers forward operators so that those of backward are counted to the same part.
+A part is known by where its work was asked for: hooks put each attention and MLP under a name of its own while steps
+are profiled, norms and the loss are operators of their own, and autograd numbers forward operators so that those of
+backward are counted to the same part.
 Within attention the kernel decides: the library's causal kernels compute what is far, our own what is near and short.
 """
 
@@ -20,12 +21,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ksa_model.attention import Attention, RMSNorm
+from ksa_model.attention import Attention
 from ksa_model.model import MLP, Decoder
 from train.parallel import World
-from train.perf import PerfConfig
+from train.perf import PREFIX, PerfConfig
 
-PREFIX = "part: "  # of the names of ranges
 IDLE, OTHER = "device idle", "other"
 BACKWARD = 1  # the scope of an operator of autograd's (RecordScope::BACKWARD_FUNCTION)
 # Operators that are a part wherever they stand; the first that an operator's name contains.
@@ -101,7 +101,7 @@ class StepProfiler:
 
 @contextlib.contextmanager
 def _ranges_in(model: torch.nn.Module) -> Iterator[None]:
-    """Every attention, MLP and norm of the model runs under a range with the name of its part."""
+    """Every attention and MLP of the model runs under a range with the name of its part."""
     handles, running = [], []
 
     def enter(part: str):
@@ -129,7 +129,7 @@ def _part_of_module(module: torch.nn.Module) -> str | None:
         return f"projections ({module.layer.mixer} layers)"
     if isinstance(module, Decoder):
         return "projections (output), residual stream, embedding"
-    return {MLP: "MLP", RMSNorm: "norms, rotation"}.get(type(module))
+    return "MLP" if isinstance(module, MLP) else None
 
 
 def time_by_part(events: Any, on_device: bool) -> dict[str, float]:
@@ -148,7 +148,7 @@ def time_by_part(events: Any, on_device: bool) -> dict[str, float]:
             found[_part(event, forward, "")] += event.self_cpu_time_total * 1e-6
         for kernel in event.kernels if on_device else ():
             found[_part(event, forward, kernel.name)] += kernel.duration * 1e-6
-    return {part: seconds for part, seconds in sorted(found.items(), key=lambda item: -item[1]) if seconds > 0}
+    return {part: seconds for part, seconds in found.items() if seconds > 0}
 
 
 def _part(event: Any, forward: dict[tuple[int, int], Any], kernel: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from data_pipeline import TrainingData
-from train.config import ConfigError, TrainConfig, flatten, to_mapping
+from train.config import ConfigError, TrainConfig, flatten, from_saved, to_mapping
 
 # Sections and keys that may differ between two visits to one run directory: they do not change what is computed.
 CHANGEABLE = (
@@ -43,6 +43,14 @@ CHANGEABLE = (
     "data.accept_changes",
     "model.attention_backend",
 )
+
+
+def read_config(directory: Path) -> TrainConfig:
+    """What the run in `directory` was told."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: {directory} is not the directory of a run")
+    return from_saved(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def check(directory: Path, config: TrainConfig) -> None:

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from train.config import TrainConfig, from_mapping
 from train.metrics import read_records
+from train.run_directory import read_config
 from train.trainer import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -38,11 +38,6 @@ def configured(overrides: list[str]) -> TrainConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         values: Any = OmegaConf.to_container(compose("config", overrides), resolve=True)
     return from_mapping(TrainConfig, values)
-
-
-def _recorded(directory: Path) -> TrainConfig:
-    """The run's configuration with all that was filled in, as the size of the vocabulary."""
-    return from_mapping(TrainConfig, yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
 
 
 def measure(config: TrainConfig, root: str, every: int) -> dict[str, Any]:
@@ -73,7 +68,7 @@ def measure(config: TrainConfig, root: str, every: int) -> dict[str, Any]:
         "stall_share_percent_worst": round(100 * max(stalls) / (interval * step), 4),
         "saves_timed": len(stalls),
         "steps_between_saves": every,
-        "parameters": _recorded(result.directory).model.num_parameters()["total"],
+        "parameters": read_config(result.directory).model.num_parameters()["total"],
         "write_seconds_last": manifest["write_seconds"],
         "checkpoint_megabytes": round(sum(file["bytes"] for file in manifest["files"].values()) / 1e6, 1),
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),

@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tests.ranks import run_on_ranks
 from tests.train.runs import make_config, write_corpus
 from train.config import PerfConfigError
-from train.profiling import PREFIX, StepProfiler, time_by_part
+from train.perf import PREFIX
+from train.profiling import StepProfiler, time_by_part
 from train.trainer import train
 
 
