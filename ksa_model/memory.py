@@ -231,11 +231,11 @@ def in_slices(
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return torch.cat([function(part) for part in x.split(rows)])
-    return _InSlices.apply(function, rows, _Hold.apply(x).grad_fn, x, *weights)
+    return _InSlices.apply(function, rows, [_Hold.apply(x)], x, *weights)
 
 
 class _Hold(torch.autograd.Function):
-    """Saves its input, for a backward that is not its own."""
+    """Saves its input, for a backward that is not its own. What it saves goes with the tensor that it returns."""
 
     @staticmethod
     def forward(ctx, x):
@@ -249,9 +249,9 @@ class _Hold(torch.autograd.Function):
 
 class _InSlices(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, rows: int, held, x, *weights):
+    def forward(ctx, function, rows: int, held: list[torch.Tensor], x, *weights):
         ctx.function, ctx.rows, ctx.weights = function, rows, weights
-        ctx.held = held
+        ctx.held = held  # in a list it is not an input, to which a gradient would go
         out = torch.empty_like(x)
         for part, part_out in zip(x.split(rows), out.split(rows)):
             part_out.copy_(function(part))
@@ -260,7 +260,7 @@ class _InSlices(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         held, ctx.held = ctx.held, None  # it would keep x until the whole graph goes
-        (x,) = held.saved_tensors
+        (x,) = held[0].grad_fn.saved_tensors
         needed = ctx.needs_input_grad[4:]
         trained = [weight for weight, needs in zip(ctx.weights, needed) if needs]
         sums: list[torch.Tensor | None] = [None] * len(trained)

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 PROGRAMS = 512  # of the attention over a cache, some for each multiprocessor; each walks over its share of the rows
 MOST_SPLITS = 64
 BLOCK_ROWS = 64
-# Of products with one or two rows: output features of a program, and features of the input that it takes at a time.
-# All of a tile is under way at once, 8 KiB a program, which hides the memory's latency: docs/log.md.
-FEATURES = 8
-DEPTH = 512
-WARPS = 4
 MOST_KEYS = 256  # of a chunk and its summaries, in one tile
 
 
@@ -348,11 +343,24 @@ def norm_rotate_both(
     return q_out, k_out
 
 
+def _tile(rows: int, is_normed: bool, is_gated: bool) -> tuple[int, int, int]:
+    """Of a product: output features of a program, features of the input that it takes at a time, warps.
+
+    All of a tile is under way at once, which hides the memory's latency; a second row leaves fewer registers for that.
+    The fastest on an H100: docs/log.md.
+    """
+    if rows == 1:
+        return (4 if is_gated else 8), 512, 4
+    if is_gated:
+        return 2, 256, 2
+    return (8, 256, 4) if is_normed else (2, 512, 2)
+
+
 def _launch(x, weights, gain=None, eps=0.0, residual=None, is_gated=False) -> list[torch.Tensor]:
     """x [1 or 2, h] times up to three weights."""
     x, (rows, size) = x.contiguous(), x.shape
     outs = [x.new_empty(rows, len(weight)) for weight in weights[: 1 if is_gated else 3]]
-    block = FEATURES // 2 if is_gated else FEATURES  # as much under way for two weights as for one
+    block, depth, warps = _tile(rows, gain is not None, is_gated)
     programs = sum(triton.cdiv(out.shape[1], block) for out in outs)
     weights, outs_3 = weights + weights[:1] * (3 - len(weights)), outs + outs[:1] * (3 - len(outs))
     features = [out.shape[1] for out in outs] + [0] * (3 - len(outs))
@@ -360,7 +368,7 @@ def _launch(x, weights, gain=None, eps=0.0, residual=None, is_gated=False) -> li
         _few_rows[(programs,)](
             x, x if gain is None else gain, x if residual is None else residual.contiguous(), *weights, *outs_3,
             *features, size, eps, NORM=gain is not None, GATED=is_gated, ADD=residual is not None, ROWS=rows,
-            FEATURES=block, DEPTH=DEPTH, num_warps=WARPS,
+            FEATURES=block, DEPTH=depth, num_warps=warps,
         )  # fmt: skip
     return outs
 

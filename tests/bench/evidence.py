@@ -5,7 +5,7 @@ docs/results/ksa_vs_full.json with pictures, and prints a table. Started again, 
 takes what is there.
 
     only=NAME,...      some of the runs              seeds=0,1,2       of the weights
-    phases=train,path,evaluate,report                steps=N           of each run; null: what the configuration says
+    phases=train,path,evaluate,report                steps=N           of each run but `path` and `scratch_extra`
     parallel=10        processes at a time           minutes=5         after which a run stops and counts as it is
     samples=16         probes of each kind           lengths=1024,2048,4096,8192
     root=runs/evidence out=docs/results
@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = ROOT / "configs" / "evidence"
 NAMES = [path.stem for path in sorted(CONFIGS.glob("[a-z]*.yaml")) if path.stem != "path"]
 PATH_STAGES = ("0-distill", "1-anneal")
+SHORT = ("path", "scratch_extra")  # as long as each other whatever the rest is
 DEFAULTS: dict[str, Any] = dict(
     only=None, seeds="0", phases="train,path,evaluate,report", steps=None, parallel=10, minutes=5, samples=16,
     lengths="1024,2048,4096,8192", overrides="", root="runs/evidence", out="docs/results",
@@ -97,7 +98,7 @@ def train_command(name: str, seed: str, options: dict[str, Any]) -> list[str]:
         f"run.seed={seed}",
         f"run.max_minutes={options['minutes']}",
     ]
-    if options["steps"] is not None and name != "path":
+    if options["steps"] is not None and name not in SHORT:
         own += [f"run.steps={options['steps']}"]
     if name == "path":
         own += [f"init_from={options['root']}/full-{seed}"]

@@ -6,8 +6,10 @@
 MFU counts model FLOPs alone (no recomputation, the visible keys of the real documents, the summary stream's dense
 work) against the data sheet's dense bf16 peak. Peak memory stands beside what `dry_run=true` predicts, without the CUDA
 context. Every case is a start of its own, so that one which runs out of memory says so and leaves the others alone;
-hybrid, pure KSA and full attention side by side where it says so. Without `cases`, those that the GPUs of this host are
-enough for.
+hybrid, pure KSA and full attention side by side where it says so. The longest samples hold documents of 131,072 tokens
+and are timed once, without a profile. "reference" compares the first loss of a model under the fused kernels and all
+that saves memory with the same model's under plain attention. Without `cases`, those that the GPUs of this host are
+enough for. Cases that are in step.json already stay there.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ MEMORY = {
     "offload": MemoryConfig("selective", offload=True, mlp_rows=65_536),
     "offload inputs": MemoryConfig("full", offload=True, mlp_rows=65_536),
 }
+DOCUMENT = 131_072  # tokens of one in the longest samples
 ONE = ParallelConfig()
 TWO = ParallelConfig(context=2, zero=2, offload="optimizer")
 ON_HOST = ParallelConfig(zero=2, offload="optimizer")
@@ -55,6 +58,11 @@ class Case:
     joined: int = 1  # of these in a micro-batch
     patterns: tuple[str, ...] = ("KKKF",)
     parallel: ParallelConfig = ONE
+    backend: str = "auto"  # of attention
+
+    @property
+    def is_long(self) -> bool:
+        return self.seq_len > DOCUMENT
 
     @property
     def ranks(self) -> int:
@@ -73,6 +81,7 @@ CASES = {
     "512k offload": Case(524_288, "offload", parallel=ON_HOST),
     "1M offload": Case(1_048_576, "offload inputs", layers=16, parallel=ON_HOST),
     "1M context": Case(1_048_576, "offload", parallel=TWO),
+    "reference": Case(8_192, "offload"),
 }
 TOY_SHARE = 512  # of a case's tokens, and of its slices of the MLP, in the toy size
 PARTS = {  # words in a kernel's name: the part it is counted to; the first that fits
@@ -107,7 +116,7 @@ def configuration(case: Case, pattern: str, size: str) -> TrainConfig:
     if toy and memory.mlp_rows:
         memory = dataclasses.replace(memory, mlp_rows=memory.mlp_rows // TOY_SHARE)
     return TrainConfig(
-        model=ModelConfig(**SHAPES[size], layer_pattern=pattern, num_layers=layers),
+        model=ModelConfig(**SHAPES[size], layer_pattern=pattern, num_layers=layers, attention_backend=case.backend),
         seq_len=max(64, case.seq_len // TOY_SHARE) if toy else case.seq_len,
         run=RunConfig(samples_per_step=case.samples, samples_per_micro_batch=case.joined, precision="bf16"),
         parallel=case.parallel,
@@ -115,61 +124,93 @@ def configuration(case: Case, pattern: str, size: str) -> TrainConfig:
     )
 
 
+def first_loss(case: Case, pattern: str, size: str) -> float:
+    config = configuration(case, pattern, size)
+    bench = workload.Bench(config, workload.start(config), [[0, config.seq_len // 3 // 8 * 8]])
+    (loss,) = bench.losses(1)
+    del bench
+    parallel.shutdown()
+    workload.forget()
+    return loss
+
+
+def against_reference(name: str, pattern: str, size: str) -> dict:
+    case = CASES[name]
+    plain = dataclasses.replace(case, memory="full", backend="reference")
+    loss, reference = first_loss(case, pattern, size), first_loss(plain, pattern, size)
+    return {
+        "case": name, "pattern": pattern, "seq_len": configuration(case, pattern, size).seq_len, "loss": loss,
+        "loss_of_plain_attention": reference, "relative_difference": abs(loss / reference - 1),
+        "device": workload.device_name(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
 def run(name: str, pattern: str, size: str) -> dict:
     """This rank's numbers for one case."""
     case = CASES[name]
+    if name == "reference":
+        return against_reference(name, pattern, size)
     config = configuration(case, pattern, size)
     world = workload.start(config)
-    bench = workload.Bench(config, world, [[0]])
+    documents = case.seq_len // DOCUMENT if case.is_long else 1
+    bench = workload.Bench(config, world, [[i * config.seq_len // documents for i in range(documents)]])
     batches = bench.batches(0)
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    seconds = bench.seconds(2, 3)
+    seconds = bench.seconds(1, 1) if case.is_long else bench.seconds(2, 3)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    loss = bench.sums.read()["loss"]
+    flops = sum(batch.model_flops for batch in batches)  # of this rank's share
+    tokens, planned = case.samples * config.seq_len, dry_run.plan(config, case.ranks)
+    result = {
+        "case": name, "pattern": pattern, "seq_len": config.seq_len, "samples": case.samples,
+        "samples_per_micro_batch": case.joined, "documents_of_a_sample": documents, "layers": config.model.num_layers,
+        "memory": dataclasses.asdict(config.memory), "optimizer_on_host": case.parallel.offload == "optimizer",
+        "gpus": case.ranks, "loss": loss, "seconds": seconds, "tokens_per_second": tokens / seconds,
+        "mfu": flops / seconds / (peak_flops(world.device) or float("nan")),
+        "peak_gib": None if peak is None else peak / 2**30, "predicted_gib": planned.total / 2**30,
+        "pinned_host_gib": bench.engine.module.host_pool.held_bytes / 2**30,
+        "predicted_host_gib": dry_run.host_bytes(config)[0] / 2**30,
+    }  # fmt: skip
+    if not case.is_long:
+        result |= profiled(bench, batches, seconds)
+    del bench, batches
+    parallel.shutdown()
+    workload.forget()
+    return result | {"device": workload.device_name(), "torch": torch.__version__}
+
+
+def profiled(bench: workload.Bench, batches: list, seconds: float) -> dict:
+    """Where one more step spends its time."""
+    device = bench.world.device
+    on_gpu = device.type == "cuda"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA] if on_gpu else None) as profile:
         bench.step(batches)
-        workload.synchronize(world.device)
-    loss = bench.sums.read()["loss"]
-    flops = sum(batch.model_flops for batch in batches)
+        workload.synchronize(device)
     parts, kernels = Counter(), []
     for event in profile.key_averages():
         ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
         if ms:
             parts[next((part for word, part in PARTS.items() if word in event.key), "other")] += ms
             kernels.append((round(ms, 2), event.count, event.key[:90]))
-    busy, tokens = sum(parts.values()), case.samples * config.seq_len
-    planned = dry_run.plan(config, case.ranks)
-    result = {
-        "case": name, "pattern": pattern, "seq_len": config.seq_len, "samples": case.samples,
-        "samples_per_micro_batch": case.joined, "layers": config.model.num_layers,
-        "memory": dataclasses.asdict(config.memory), "gpus": case.ranks,
-        "loss": loss, "seconds": seconds, "tokens_per_second": tokens / seconds,
-        "mfu": flops / seconds / (peak_flops(world.device) or float("nan")),
-        "peak_gib": None if peak is None else peak / 2**30, "predicted_gib": planned.total / 2**30,
-        "pinned_host_gib": bench.engine.module.host_pool.held_bytes / 2**30,
-        "predicted_host_gib": dry_run.host_bytes(config)[0] / 2**30,
-        "idle_share": max(0.0, 1 - busy / seconds / 1e3),
+    return {
+        "idle_share": max(0.0, 1 - sum(parts.values()) / seconds / 1e3),
         "parts_ms": {part: round(ms, 2) for part, ms in parts.most_common()},
         "kernels": sorted(kernels, reverse=True)[:25],
-        "device": workload.device_name(), "torch": torch.__version__,
-    }  # fmt: skip
-    del bench, batches
-    parallel.shutdown()
-    workload.forget()
-    return result
+    }
 
 
 def main(arguments: dict[str, str]) -> None:
-    size, results = arguments.get("size", "full"), []
+    size = arguments.get("size", "full")
     gpus = torch.cuda.device_count()
     names = [name for name, case in CASES.items() if size == "toy" or case.ranks <= gpus]
     if "cases" in arguments:
         names = arguments["cases"].split(",")
         if unknown := [name for name in names if name not in CASES]:
             raise SystemExit(f"cases={','.join(unknown)}: the cases are {', '.join(CASES)}")
-    out = Path(arguments.get("out", ROOT / "docs/results"))
-    failed = []
+    path, failed = Path(arguments.get("out", ROOT / "docs/results")) / "step.json", []
+    results = json.loads(path.read_text())["results"] if size == "full" and path.exists() else []
     for name in names:
         for pattern in CASES[name].patterns:
             try:
@@ -180,17 +221,16 @@ def main(arguments: dict[str, str]) -> None:
                 failed.append(f"{name} {pattern}")
                 print(f"{name} {pattern} failed:\n{error}", file=sys.stderr, flush=True)
                 continue
-            results.append(result)
+            results = [old for old in results if (old["case"], old["pattern"]) != (name, pattern)] + [result]
             shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items() if k != "kernels"}
             print(json.dumps(shown), flush=True)
-            if "kernels" in arguments:
+            if "kernels" in arguments and "kernels" in result:
                 print(
                     "\n".join(f"  {ms:8.2f} ms {count:5d} x {key}" for ms, count, key in result["kernels"]), flush=True
                 )
             if size == "full":  # after every case, so that what was measured is kept whatever comes next
-                report = {"device": result["device"], "torch": result["torch"]}
-                report |= {"command": "python -m tests.bench.step", "results": results}
-                (out / "step.json").write_text(json.dumps(report, indent=1) + "\n")
+                report = {"command": "python -m tests.bench.step", "results": results}
+                path.write_text(json.dumps(report, indent=1) + "\n")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
