@@ -17,8 +17,10 @@ flash-linear-attention's kernels.
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.metadata
+import importlib.util
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -312,6 +314,21 @@ def _package():
         return None
 
 
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _triton_is_wrong(device: torch.device) -> bool:
+    """Whether the package refuses to compute gradients here (its `chunk_bwd_dqkwg`), known before the first step."""
+    if torch.cuda.get_device_capability(device) != (9, 0) or importlib.util.find_spec("tilelang") is not None:
+        return False
+    numbers = tuple(int(number) for number in re.findall(r"\d+", _triton_version())[:3])
+    return (3, 4, 0) <= numbers < (3, 7, 1)
+
+
 def check_device(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raise `ModelConfigError` where a model with `G` layers would miss the kernels that it needs on `device`."""
     if not config.has_mixer("G") or config.attention_backend not in ("auto", "fused") or not _packaged(device, dtype):
@@ -320,6 +337,13 @@ def check_device(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
         raise ModelConfigError(
             f"model.layer_pattern={config.layer_pattern!r} has gated delta net layers (G), which on CUDA need the "
             f"package flash-linear-attention: {NEEDS}, or model.attention_backend=blocked, which is slow"
+        )
+    if _triton_is_wrong(device):
+        raise ModelConfigError(
+            f"model.layer_pattern={config.layer_pattern!r} has gated delta net layers (G), whose kernels in "
+            f"flash-linear-attention Triton {_triton_version()} compiles wrongly for this device and which it "
+            "refuses there; pip install tilelang, which it then uses, or Triton 3.7.1 or newer, or take "
+            "model.attention_backend=blocked, which is slow"
         )
     if config.head_dim > _MOST_FEATURES:
         raise ModelConfigError(

@@ -22,6 +22,7 @@ GPU_MEMORY = {  # bytes a process can really have, below the label's number
     "b200-192gb": 178.0 * GIB,
 }
 CUDA_CONTEXT_AND_NCCL = 1.5 * GIB
+REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default
 _WORKSPACE = 0.8  # of a library attention kernel's backward, in shares of its queries: see ksa_model/fused.py
 
 
@@ -70,19 +71,25 @@ def plan(config: TrainConfig, world_size: int) -> Plan:
 
 def _state_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, float]:
     """Weights, gradients and optimizer state of one rank, as the ZeRO stage shards them."""
-    zero, bf16 = config.parallel.zero, config.run.precision == "bf16"
-    value = 2 if bf16 else 4
+    parallel, model, bf16 = config.parallel, config.model, config.run.precision == "bf16"
+    zero, value = parallel.zero, 2 if bf16 else 4
     state = _optimizer_bytes(config, local, shards)
-    gradients = value * local
-    if bf16 and zero < 2:  # sums in fp32, to which products add; the vocabulary's gradients come in bf16 first
-        model = config.model
+    gradients, buckets = float(value * local), 0.0
+    if zero >= 2:  # DeepSpeed adds up this rank's share in fp32, out of a bucket of the reduction
+        gradients = 0.0 if zero == 3 and parallel.offload == "optimizer" else 4 * local / shards
+        buckets = value * min(REDUCE_BUCKET, local)
+        if parallel.offload == "optimizer":  # the largest gradient once more, on its way to the host
+            buckets += value * max(math.prod(shape) for shape, _ in model.parameter_shapes().values())
+    elif bf16:  # sums in fp32, to which products add; the vocabulary's gradients come in bf16 first
         vocabulary = model.padded_vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-        gradients = 4 * local + value * vocabulary // config.parallel.tensor
-    return {
+        gradients = 4 * local + value * vocabulary // parallel.tensor
+    counts = {
         "weights": value * local / (shards if zero == 3 else 1),
-        "gradients": gradients / (shards if zero >= 2 else 1),
-        "optimizer": 0.0 if config.parallel.offload == "optimizer" else state,
+        "gradients": gradients,
+        "gradient bucket": buckets,
+        "optimizer": 0.0 if parallel.offload == "optimizer" else state,
     }
+    return counts if buckets else {name: count for name, count in counts.items() if name != "gradient bucket"}
 
 
 def _optimizer_bytes(config: TrainConfig, local: int, shards: int) -> float:
@@ -96,7 +103,9 @@ def _optimizer_bytes(config: TrainConfig, local: int, shards: int) -> float:
 def _host_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, float]:
     counts = {"activations, pinned": host_bytes(config)[0], "optimizer": 0.0}
     if config.parallel.offload == "optimizer":
-        counts["optimizer"] = _optimizer_bytes(config, local, shards)
+        # Beside it the gradients that it reads, in fp32, and the weights on their way back, both pinned.
+        value = 2 if config.run.precision == "bf16" else 4
+        counts["optimizer"] = _optimizer_bytes(config, local, shards) + (4 + value) * local / shards
     return {name: count for name, count in counts.items() if count}
 
 

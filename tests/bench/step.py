@@ -9,7 +9,7 @@ context. Every case is a start of its own, so that one which runs out of memory 
 hybrid, pure KSA and full attention side by side where it says so. The longest samples hold documents of 131,072 tokens
 and are timed once, without a profile. "reference" compares the first loss of a model under the fused kernels and all
 that saves memory with the same model's under plain attention. Without `cases`, those that the GPUs of this host are
-enough for. Cases that are in step.json already stay there.
+enough for. What step.json holds of other cases and devices stays there.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ CASES = {
     "256k offload": Case(262_144, "offload"),
     "512k offload": Case(524_288, "offload", parallel=ON_HOST),
     "1M offload": Case(1_048_576, "offload inputs", layers=16, parallel=ON_HOST),
-    "1M context": Case(1_048_576, "offload", parallel=TWO),
+    "1M context": Case(1_048_576, "offload inputs", parallel=TWO),
     "reference": Case(8_192, "offload"),
 }
 TOY_SHARE = 512  # of a case's tokens, and of its slices of the MLP, in the toy size
@@ -221,7 +221,8 @@ def main(arguments: dict[str, str]) -> None:
                 failed.append(f"{name} {pattern}")
                 print(f"{name} {pattern} failed:\n{error}", file=sys.stderr, flush=True)
                 continue
-            results = [old for old in results if (old["case"], old["pattern"]) != (name, pattern)] + [result]
+            same = name, pattern, result["device"]
+            results = [old for old in results if (old["case"], old["pattern"], old["device"]) != same] + [result]
             shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items() if k != "kernels"}
             print(json.dumps(shown), flush=True)
             if "kernels" in arguments and "kernels" in result:

@@ -1,5 +1,6 @@
 """Gated delta nets (`G`): against the rule token by token, over documents, tensor ranks, and while decoding."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -281,6 +282,15 @@ def test_what_cannot_be_is_refused(world, monkeypatch):
     delta.check_device(dataclasses.replace(config, attention_backend="blocked"), cuda, torch.bfloat16)
     delta.check_device(small_config(), cuda, torch.bfloat16)
     delta._package.cache_clear()
+    monkeypatch.setattr(delta, "_package", lambda: delta)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for version, refused in (("3.3.1", False), ("3.6.0", True), ("3.7.0", True), ("3.7.1", False), ("3.10.0", False)):
+        monkeypatch.setattr(delta, "_triton_version", lambda version=version: version)
+        with pytest.raises(ModelConfigError, match="tilelang") if refused else contextlib.nullcontext():
+            delta.check_device(config, cuda, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(delta, "_triton_version", lambda: "3.6.0")
+    delta.check_device(config, cuda, torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -288,6 +298,8 @@ def test_what_cannot_be_is_refused(world, monkeypatch):
 def test_packaged_kernels_against_the_rule(lengths):
     """flash-linear-attention in bf16 against fp32, outputs and gradients, over documents."""
     package = pytest.importorskip(delta.PACKAGE)
+    if delta._triton_is_wrong(torch.device("cuda")):
+        pytest.skip(f"flash-linear-attention refuses Triton {delta._triton_version()} on this device")
     rows = [x.cuda().requires_grad_() for x in random_rows(sum(lengths), heads=4, d=64)]
     weight = torch.randn(rows[0].shape, generator=torch.Generator().manual_seed(9)).cuda()
     ends = np.cumsum([0, *lengths])

@@ -228,7 +228,8 @@ def test_zero_shards_what_it_says():
     assert sizes[1]["optimizer"] == sizes[3]["optimizer"] == 12 * p / 8
     vocabulary = sizes[1]["gradients"] - 4 * p  # whose gradients come in bf16 before they are added up in fp32
     assert vocabulary == 2 * config.model.padded_vocab_size * config.model.hidden_size * 2
-    assert sizes[2]["gradients"] == 2 * p / 8
+    assert sizes[2]["gradients"] == sizes[3]["gradients"] == 4 * p / 8  # sums in fp32, and a bucket to reduce in
+    assert sizes[2]["gradient bucket"] == 2 * p and "gradient bucket" not in sizes[1]
     plain = make_config(Path("c"), Path("r"), **WIDE, parallel__zero=0, run__samples_per_step=8)
     found = dry_run.plan(plain, 8).memory
     assert (found["weights"], found["gradients"], found["optimizer"]) == (4 * p, 4 * p, 8 * p)
