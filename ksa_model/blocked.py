@@ -109,8 +109,11 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor,
         return parts[0]
     lse = torch.logsumexp(torch.stack([part_lse for _, part_lse in parts]), dim=0)
     shift = lse.masked_fill(lse == float("-inf"), 0.0)
-    weighted = [part_out * (part_lse - shift).exp()[..., None] for part_out, part_lse in parts]
-    return torch.stack(weighted).sum(0), lse
+    weights = [(part_lse - shift).exp()[..., None] for _, part_lse in parts]
+    out = parts[0][0] * weights[0]
+    for (part_out, _), weight in zip(parts[1:], weights[1:]):
+        out.addcmul_(part_out, weight)
+    return out, lse
 
 
 def _tile(q, k, ranges: KeyRanges, block) -> _Tile:

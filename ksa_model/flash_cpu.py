@@ -2,14 +2,16 @@
 
 Legend: T query rows, N key rows, H query heads, G key/value heads, d head dimension. Computes in fp32.
 
-Two kinds of problem cover every range. Long causal stretches (a document of a full layer; the far part of KSA, where
-the rows of a chunk are a batch: see `fused`) need no mask. What they leave over is cut into blocks of query rows, each
-with a window of keys as wide as its widest row needs; blocks of like width are one batch under one additive mask.
+Two kinds of problem cover every range. Long causal stretches (a document of a full layer; the far part of KSA in a long
+document, where the rows of a chunk are a batch: see `fused`) need no mask. What they leave over is cut into blocks of
+query rows, each with a window of keys as wide as its widest row needs; blocks of like width are one batch under one
+additive mask.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,8 @@ from ksa_model.ranges import KeyRanges
 ROWS_PER_BLOCK = 64  # query rows under one mask; see docs/log.md for the sizes tried
 MIN_WIDTH = 256  # keys; windows up to this width, up to 4, 16, ... times of it are a batch each
 MIN_STEPS = 64  # steps from which a causal stretch is a problem of its own
+LONG = 512  # steps from which a stretch with many rows a step is left as it is, for its masks would grow too large
+STEPS_PER_BLOCK = 32  # of a shorter one
 MAX_MASK = 2**22  # elements of one batch's mask: 16 MiB
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -155,33 +159,56 @@ class _Batch:
     mask: torch.Tensor
     causal = False
 
-    @staticmethod
-    def _cut(x: torch.Tensor, firsts: np.ndarray, length: int) -> torch.Tensor:
-        """[n, H, d] -> [blocks, H, length, d]; blocks side by side are a view."""
-        if (np.diff(firsts) == length).all():
-            return x[firsts[0] : firsts[-1] + length].unflatten(0, (-1, length)).transpose(1, 2)
-        return torch.stack([x[i : i + length] for i in firsts]).transpose(1, 2)
-
-    @staticmethod
-    def _add(total: torch.Tensor, firsts: np.ndarray, found: torch.Tensor) -> None:
-        for i, one in zip(firsts, found.transpose(1, 2)):
-            total[i : i + len(one)] += one
-
     def rows_of(self, x: torch.Tensor) -> torch.Tensor:
-        return self._cut(x, self.first_rows, self.num_rows)
+        return _cut(x, self.first_rows, self.num_rows)
 
     def keys_of(self, x: torch.Tensor) -> torch.Tensor:
-        return self._cut(x, self.first_keys, self.num_keys)
+        return _cut(x, self.first_keys, self.num_keys)
 
     def put_rows(self, total: torch.Tensor, found: torch.Tensor) -> None:
-        for i, one in zip(self.first_rows, found.transpose(1, 2)):
-            total[i : i + self.num_rows] = one
+        for target, source in _onto(total, self.first_rows, found):
+            target.copy_(source)
 
     def add_rows(self, total: torch.Tensor, found: torch.Tensor) -> None:
-        self._add(total, self.first_rows, found)
+        for target, source in _onto(total, self.first_rows, found):
+            target.add_(source)
 
     def add_keys(self, total: torch.Tensor, found: torch.Tensor) -> None:
-        self._add(total, self.first_keys, found)
+        for target, source in _onto(total, self.first_keys, found):
+            target.add_(source)
+
+
+def _spacing(firsts: np.ndarray) -> int:
+    """From one first to the next where that is the same for all, else 0."""
+    if len(firsts) == 1:
+        return 1
+    spacing = int(firsts[1] - firsts[0])
+    return spacing if spacing > 0 and (np.diff(firsts) == spacing).all() else 0
+
+
+def _windows(x: torch.Tensor, firsts: np.ndarray, length: int, spacing: int) -> torch.Tensor:
+    """x [n, H, d] -> a view [blocks, H, length, d], whose blocks may overlap."""
+    return x[firsts[0] : firsts[-1] + length].unfold(0, length, spacing).transpose(2, 3)
+
+
+def _cut(x: torch.Tensor, firsts: np.ndarray, length: int) -> torch.Tensor:
+    """x [n, H, d] -> [blocks, H, length, d], a view where blocks are spaced evenly."""
+    if spacing := _spacing(firsts):
+        return _windows(x, firsts, length, spacing)
+    return torch.stack([x[i : i + length] for i in firsts]).transpose(1, 2)
+
+
+def _onto(total: torch.Tensor, firsts: np.ndarray, found: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of a view of total [n, H, d], which does not overlap itself, and what of found [blocks, H, length, d] goes
+    there."""
+    length, spacing = found.shape[2], _spacing(firsts)
+    if not spacing:
+        yield from ((total[i : i + length], one) for i, one in zip(firsts, found.transpose(1, 2)))
+        return
+    spacing = spacing if len(firsts) > 1 else length
+    for j in range(0, length, spacing):
+        part = found[:, :, j : j + spacing]
+        yield _windows(total, firsts + j, part.shape[2], spacing), part
 
 
 def _problems(ranges: KeyRanges, num_keys: int) -> list[_Stretch | _Batch]:
@@ -193,7 +220,7 @@ def _find_problems(ranges: KeyRanges, num_keys: int) -> list[_Stretch | _Batch]:
     problems: list[_Stretch | _Batch] = []
     left, blocks = 0, []
     for stretch in _stretches(ranges):
-        problems.append(stretch)
+        problems += _in_blocks(ranges, stretch)
         blocks += _blocks(ranges, left, stretch.first_row)
         left = stretch.first_row + stretch.num_steps * stretch.step_rows
     blocks += _blocks(ranges, left, len(ranges.start))
@@ -205,12 +232,38 @@ def _find_problems(ranges: KeyRanges, num_keys: int) -> list[_Stretch | _Batch]:
         while width < high - low:
             width *= 4
         by_kind.setdefault((rows, width), []).append(block)
-    for some in by_kind.values():
-        rows, width = some[0][1], max(high - low for _, _, low, high in some)
+    for alike in by_kind.values():
+        rows, width = alike[0][1], min(max(high - low for _, _, low, high in alike), num_keys)
+        firsts = [(first, min(max(0, high - width), num_keys - width)) for first, _, _, high in alike]
         at_once = max(1, MAX_MASK // (rows * width))
-        for i in range(0, len(some), at_once):
-            problems.append(_batch(ranges, some[i : i + at_once], min(width, num_keys), num_keys))
+        for some in _evenly_spaced(firsts, rows):
+            for i in range(0, len(some), at_once):
+                problems.append(_batch(ranges, some[i : i + at_once], rows, width))
     return problems
+
+
+def _in_blocks(ranges: KeyRanges, stretch: _Stretch) -> list[_Stretch | _Batch]:
+    """A short stretch of many rows a step as masked blocks over all their rows: larger products of matrices."""
+    if stretch.step_rows == 1 or stretch.num_steps >= LONG:
+        return [stretch]
+    found: list[_Stretch | _Batch] = []
+    for first in range(0, stretch.num_steps, STEPS_PER_BLOCK):
+        last = min(first + STEPS_PER_BLOCK, stretch.num_steps)
+        firsts = [(stretch.first_row + first * stretch.step_rows, stretch.first_key)]
+        found.append(_batch(ranges, firsts, (last - first) * stretch.step_rows, last))
+    return found
+
+
+def _evenly_spaced(firsts: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:
+    """(first row, first key) of blocks: runs of at least 4 in which both advance by `rows`, and the rest together."""
+    runs: list[list[tuple[int, int]]] = []
+    for first in firsts:
+        if runs and first == (runs[-1][-1][0] + rows, runs[-1][-1][1] + rows):
+            runs[-1].append(first)
+        else:
+            runs.append([first])
+    rest = [first for run in runs if len(run) < 4 for first in run]
+    return [run for run in runs if len(run) >= 4] + ([rest] if rest else [])
 
 
 def _stretches(ranges: KeyRanges) -> list[_Stretch]:
@@ -244,11 +297,10 @@ def _blocks(ranges: KeyRanges, begin: int, end: int) -> list[tuple[int, int, int
     return found
 
 
-def _batch(ranges: KeyRanges, blocks: list[tuple[int, int, int, int]], width: int, num_keys: int) -> _Batch:
-    first_rows, first_keys = np.array([b[0] for b in blocks]), np.array([b[2] for b in blocks])
-    first_keys = np.minimum(first_keys, num_keys - width)
-    rows = first_rows[:, None] + np.arange(blocks[0][1])
+def _batch(ranges: KeyRanges, firsts: list[tuple[int, int]], num_rows: int, width: int) -> _Batch:
+    first_rows, first_keys = np.array(firsts).T
+    rows = first_rows[:, None] + np.arange(num_rows)
     keys = (first_keys[:, None] + np.arange(width))[:, None]
     seen = (keys >= ranges.start[rows][..., None]) & (keys < ranges.end[rows][..., None])
     mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32("-inf")))[:, None]
-    return _Batch(first_rows, first_keys, blocks[0][1], width, mask)
+    return _Batch(first_rows, first_keys, num_rows, width, mask)

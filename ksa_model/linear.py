@@ -155,6 +155,8 @@ def add_product_fp32(total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -
     """total [out, h] fp32 += grad.T @ x for grad [n, out], x [n, h] of any dtype."""
     if grad.is_cuda and grad.dtype != torch.float32:
         torch.addmm(total, grad.t(), x, out_dtype=torch.float32, out=total)
+    elif grad.dtype == torch.float32:
+        total.addmm_(grad.t(), x)
     else:
         total += grad.t() @ x
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ksa_model.norm_cpu import RMSNormCPU
+from ksa_model.rows_cpu import RMSNormCPU, RotateCPU
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -28,7 +28,10 @@ def norm_rotate(x, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, s
     """x [rows, H, d], normed over d where there is a gain [d], then turned by RoPE; cos, sin [rows, 1, d/2] fp32."""
     if (fast := _kernels(x)) is not None:
         return fast.NormRotate.apply(x, weight, eps, cos, sin)
-    return rotate(x if weight is None else rms_norm(x, weight, eps), (cos, sin))
+    normed = x if weight is None else rms_norm(x, weight, eps)
+    if x.device.type == "cpu":
+        return RotateCPU.apply(normed.float(), cos, sin).to(x.dtype)
+    return rotate(normed, (cos, sin))
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

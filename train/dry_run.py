@@ -72,7 +72,7 @@ def plan(config: TrainConfig, world_size: int) -> Plan:
 def _state_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, float]:
     """Weights, gradients and optimizer state of one rank, as the ZeRO stage shards them."""
     parallel, model, bf16 = config.parallel, config.model, config.run.precision == "bf16"
-    zero, value = parallel.zero, 2 if bf16 else 4
+    zero, value = parallel.zero_in_use(config.run.precision, shards), 2 if bf16 else 4
     state = _optimizer_bytes(config, local, shards)
     gradients, buckets = float(value * local), 0.0
     if zero >= 2:  # DeepSpeed adds up this rank's share in fp32, out of a bucket of the reduction
@@ -93,7 +93,7 @@ def _state_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, floa
 
 
 def _optimizer_bytes(config: TrainConfig, local: int, shards: int) -> float:
-    zero = config.parallel.zero
+    zero = config.parallel.zero_in_use(config.run.precision, shards)
     if zero == 0 and config.run.precision != "bf16":
         return 8 * local
     # Two moments and the fp32 master copy (kept beside fp32 weights too, except in stage 0).

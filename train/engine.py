@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import io
 import logging
 import os
@@ -55,6 +56,8 @@ class Engine:
         trains: Callable[[str], bool] = lambda name: True,
     ):
         """Parameters whose name `trains` refuses stay as they are: they get no gradient and no update."""
+        shards = world.data_context_group.size()
+        parallel = dataclasses.replace(parallel, zero=parallel.zero_in_use(precision, shards))
         self.module = model if parallel.zero == 3 else model.to(world.device)  # stage 3 moves one shard at a time
         self._mpu, self._device = world.mpu(), world.device
         self._own_clip = optim.grad_clip if parallel.zero == 0 and precision == "fp32" else None
@@ -73,6 +76,8 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             # Only now: DeepSpeed would leave them out of the state that is saved and handed on.
             parameter.requires_grad_(trains(name))
+        if parallel.zero == 0 and shards == 1:  # it would join all gradients, to add them up over one rank
+            self._deepspeed.enable_backward_allreduce = False
         if isinstance(self._optimizer, BF16_Optimizer):
             _accumulate_in_fp32(self._optimizer)
         self._skip: torch.Tensor | None = None

@@ -30,44 +30,61 @@ def draw(result: dict[str, Any], directory: Path) -> list[Path]:
     if "needle" in tasks:
         made.append(_needle_map(tasks["needle"], result["lengths"], directory / "needle.png"))
     if tasks:
-        made.append(recall_by_distance({"": result}, directory / "distance.png"))
+        made.append(recall_by_distance({"": [result]}, directory / "distance.png"))
     if tasks and len(result["lengths"]) > 1:
-        made.append(recall_by_cache({"": result}, directory / "cache.png"))
+        made.append(recall_by_cache({"": [result]}, directory / "cache.png"))
     if "insight" in result:
         made.append(_insight(result, directory / "summaries.png"))
     return made
 
 
-def recall_by_distance(results: dict[str, dict[str, Any]], path: Path) -> Path:
-    """Token accuracy of all tasks together against the distance of the furthest fact; a line per run."""
+def recall_by_distance(results: dict[str, list[dict[str, Any]]], path: Path) -> Path:
+    """Token accuracy of all tasks together against the distance of the furthest fact; a line per name, the mean of its
+    runs, in a band from the lowest to the highest."""
     figure, axes = _axes("tokens between a fact and the answer", "share of answer tokens right")
-    for number, (name, result) in enumerate(results.items()):
-        sums: dict[int, list[float]] = {}
-        for scores in result["tasks"].values():
-            for score in scores.values():
-                for distance, accuracy, count in score["by_distance"]:
-                    total = sums.setdefault(max(1, distance), [0.0, 0.0])
-                    total[0] += accuracy * count
-                    total[1] += count
-        points = [(distance, total[0] / total[1]) for distance, total in sorted(sums.items())]
-        axes.plot(*zip(*points), marker="o", markersize=3, color=_COLOURS[number % len(_COLOURS)], label=name)
+    for number, (name, runs) in enumerate(results.items()):
+        _line(axes, number, name, [_points_by_distance(run) for run in runs], markersize=3)
     axes.set_xscale("log", base=2)
     axes.set_ylim(-0.02, 1.02)
     return _save(figure, axes, path, legend=len(results) > 1)
 
 
-def recall_by_cache(results: dict[str, dict[str, Any]], path: Path) -> Path:
-    """Mean token accuracy over tasks against cache bytes; a line per run, a point per length."""
+def recall_by_cache(results: dict[str, list[dict[str, Any]]], path: Path) -> Path:
+    """Mean token accuracy over tasks against cache bytes; lines as above, a point per length."""
     figure, axes = _axes("bytes of the decoding cache", "share of answer tokens right, mean of tasks")
-    for number, (name, result) in enumerate(results.items()):
-        points = []
-        for length in map(str, result["lengths"]):
-            accuracies = [scores[length]["token_accuracy"] for scores in result["tasks"].values()]
-            points.append((result["cache_bytes"][length], sum(accuracies) / len(accuracies)))
-        axes.plot(*zip(*points), marker="o", color=_COLOURS[number % len(_COLOURS)], label=name)
+    for number, (name, runs) in enumerate(results.items()):
+        _line(axes, number, name, [_points_by_cache(run) for run in runs])
     axes.set_xscale("log", base=2)
     axes.set_ylim(-0.02, 1.02)
     return _save(figure, axes, path, legend=len(results) > 1)
+
+
+def _points_by_distance(result: dict[str, Any]) -> dict[int, float]:
+    sums: dict[int, list[float]] = {}
+    for scores in result["tasks"].values():
+        for score in scores.values():
+            for distance, accuracy, count in score["by_distance"]:
+                total = sums.setdefault(max(1, distance), [0.0, 0.0])
+                total[0] += accuracy * count
+                total[1] += count
+    return {distance: total[0] / total[1] for distance, total in sorted(sums.items())}
+
+
+def _points_by_cache(result: dict[str, Any]) -> dict[int, float]:
+    points = {}
+    for length in map(str, result["lengths"]):
+        accuracies = [scores[length]["token_accuracy"] for scores in result["tasks"].values()]
+        points[result["cache_bytes"][length]] = sum(accuracies) / len(accuracies)
+    return points
+
+
+def _line(axes: Any, number: int, name: str, runs: list[dict[int, float]], **style: Any) -> None:
+    shared = [x for x in runs[0] if all(x in run for run in runs)]
+    values = [[run[x] for run in runs] for x in shared]
+    colour, dashes = _COLOURS[number % len(_COLOURS)], "--" if number >= len(_COLOURS) else "-"
+    axes.plot(shared, [sum(v) / len(v) for v in values], dashes, marker="o", color=colour, label=name, **style)
+    if len(runs) > 1:
+        axes.fill_between(shared, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
 
 
 def _needle_map(scores: dict[str, Any], lengths: list[int], path: Path) -> Path:

@@ -127,6 +127,11 @@ class StepSums:
         }
         if self._peak is not None:
             record["mfu"] = round(flops / seconds / (self._peak * self._world.size), 4)
+        if self._world.device.type == "cuda":  # of the fullest rank since its start, as tensors and as torch's pool
+            most = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+            gib = torch.tensor(most, dtype=torch.float64, device=self._world.device) / 2**30
+            dist.all_reduce(gib, op=dist.ReduceOp.MAX)
+            record["peak_gib"], record["reserved_gib"] = (round(x, 2) for x in gib.tolist())
         self._start()
         return record
 

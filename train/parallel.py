@@ -45,6 +45,11 @@ class ParallelConfig:
         if self.timeout_minutes <= 0:
             raise ParallelConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be positive")
 
+    def zero_in_use(self, precision: str, shards: int) -> int:
+        """`zero`, or 0 where fp32 has no other rank to share with: stages 1 and 2 would copy every gradient."""
+        is_alone = shards == 1 and precision == "fp32" and self.offload == "none"
+        return 0 if is_alone and self.zero < 3 else self.zero
+
     def data(self, world_size: int) -> int:
         """Data-parallel replicas in a world of `world_size` ranks."""
         model_ranks = self.tensor * self.context

@@ -1,12 +1,12 @@
 """Does KSA remember at 1/k of the cache? `python -m tests.bench.evidence [key=value ...]`
 
-Trains the small models of `configs/evidence/`, several at a time on one device, evaluates them, writes
+Trains the small models of `configs/evidence/`, several at a time on each device, evaluates each when it is done, writes
 docs/results/ksa_vs_full.json with pictures, and prints a table. Started again, it goes on where it stopped; the report
-takes what is there.
+takes what is there, and keeps what the file already holds of other runs and seeds.
 
     only=NAME,...      some of the runs              seeds=0,1,2       of the weights
     phases=train,path,evaluate,report                steps=N           of each run but `path` and `scratch_extra`
-    parallel=10        processes at a time           minutes=5         after which a run stops and counts as it is
+    parallel=6         processes at a time, a device minutes=5         after which a run stops and counts as it is
     samples=16         probes of each kind           lengths=1024,2048,4096,8192
     root=runs/evidence out=docs/results
     overrides='...'    further overrides for training, e.g. a smaller model to try the driver on a CPU
@@ -22,7 +22,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,11 @@ from train.metrics import read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = ROOT / "configs" / "evidence"
-NAMES = [path.stem for path in sorted(CONFIGS.glob("[a-z]*.yaml")) if path.stem != "path"]
+NAMES = [path.stem for path in sorted(CONFIGS.glob("[a-z]*.yaml"))]
 PATH_STAGES = ("0-distill", "1-anneal")
 SHORT = ("path", "scratch_extra")  # as long as each other whatever the rest is
 DEFAULTS: dict[str, Any] = dict(
-    only=None, seeds="0", phases="train,path,evaluate,report", steps=None, parallel=10, minutes=5, samples=16,
+    only=None, seeds="0", phases="train,path,evaluate,report", steps=None, parallel=6, minutes=5, samples=16,
     lengths="1024,2048,4096,8192", overrides="", root="runs/evidence", out="docs/results",
 )  # fmt: skip
 # Runs that differ in one thing only, for a picture each.
@@ -62,18 +64,36 @@ def main() -> None:
     seeds, phases = _list(options["seeds"]), _list(options["phases"])
     if "train" in phases:
         prepare(options)
-        run_all(
-            (f"{name}-{seed}", train_command(name, seed, options)) for seed in seeds for name in names if name != "path"
-        )
-    if "path" in phases and ("path" in names or options["only"] is None):
-        run_all((f"path-{seed}", train_command("path", seed, options)) for seed in seeds)
-    directories = [
-        d for seed in seeds for name in dict.fromkeys([*names, "path"]) for d in trained(options, name, seed)
-    ]
-    if "evaluate" in phases:
-        run_all(("evaluate-" + "-".join(d.parts[-2:]), evaluate_command(d, options)) for d in directories)
+    run_all(list(jobs(names, seeds, phases, options)), options)
     if "report" in phases:
         report(options)
+
+
+@dataclass(frozen=True)
+class Job:
+    """`python -m ARGUMENTS`, once the job `after` has ended."""
+
+    name: str
+    arguments: list[str]
+    after: str | None = None
+
+
+def jobs(names: list[str], seeds: list[str], phases: list[str], options: dict[str, Any]) -> Iterator[Job]:
+    """`full` first, which `path` begins from; what is trained before what is evaluated."""
+    names = sorted(names, key=lambda name: (name == "path", name != "full", name))
+    training = [name for name in names if ("path" if name == "path" else "train") in phases]
+    for seed in seeds:
+        for name in training:
+            first = f"full-{seed}" if name == "path" and "full" in training else None
+            yield Job(f"{name}-{seed}", train_command(name, seed, options), first)
+    if "evaluate" not in phases:
+        return
+    for seed in seeds:
+        for name in names:
+            for place in places(name, seed, options):
+                after = f"{name}-{seed}" if name in training else None
+                if after or checkpoint.complete(place / "checkpoints"):
+                    yield Job(f"evaluate-{'-'.join(place.parts[-2:])}", evaluate_command(place, options), after)
 
 
 def _list(value: Any) -> list[str]:
@@ -115,36 +135,39 @@ def evaluate_command(directory: Path, options: dict[str, Any]) -> list[str]:
     ]
 
 
-def run_all(jobs: Iterable[tuple[str, list[str]]]) -> None:
-    """Run `python -m ARGUMENTS` for all jobs, `parallel` at a time; one that fails is told of and the rest goes on."""
-    options = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-    limit, logs = (
-        int(options.get("parallel", DEFAULTS["parallel"])),
-        ROOT / options.get("root", DEFAULTS["root"]) / "logs",
-    )
+def run_all(waiting: list[Job], options: dict[str, Any]) -> None:
+    """Run the jobs, on each device as many at a time as `parallel` says; one that fails is told of and the rest goes
+    on."""
+    logs = ROOT / options["root"] / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, running = list(jobs), {}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    devices = visible.split(",")  # of a CPU alone: one, without a name
+    running: dict[str, tuple[subprocess.Popen, str, float]] = {}
     while waiting or running:
-        while waiting and len(running) < limit:
-            name, arguments = waiting.pop(0)
-            with open(logs / f"{name}.log", "w") as log:
+        pending = {job.name for job in waiting} | running.keys()
+        for job in [job for job in waiting if job.after not in pending]:
+            busy = Counter(device for _, device, _ in running.values())
+            device = min(devices, key=lambda name: busy[name])
+            if busy[device] >= options["parallel"]:
+                break
+            environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+            with open(logs / f"{job.name}.log", "w") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                    [sys.executable, "-m", *job.arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
                 )
-            running[name] = (process, time.monotonic())
+            running[job.name] = process, device, time.monotonic()
+            waiting.remove(job)
         time.sleep(0.5)
-        for name, (process, began) in list(running.items()):
+        for name, (process, _, began) in list(running.items()):
             if process.poll() is not None:
                 del running[name]
                 print(f"{name}: exit code {process.returncode} after {time.monotonic() - began:.0f} s", flush=True)
 
 
-def trained(options: dict[str, Any], name: str, seed: str) -> Iterator[Path]:
-    """Run directories of a name that hold a checkpoint."""
+def places(name: str, seed: str, options: dict[str, Any]) -> list[Path]:
+    """The run directories of a name."""
     root = ROOT / options["root"]
-    places = [root / f"path-{seed}" / stage for stage in PATH_STAGES] if name == "path" else [root / f"{name}-{seed}"]
-    yield from (place for place in places if checkpoint.complete(place / "checkpoints"))
+    return [root / f"path-{seed}" / stage for stage in PATH_STAGES] if name == "path" else [root / f"{name}-{seed}"]
 
 
 def report(options: dict[str, Any]) -> None:
@@ -159,6 +182,8 @@ def report(options: dict[str, Any]) -> None:
         speed = [r["tokens_per_second"] for r in read_records(directory / "metrics.jsonl") if "loss" in r]
         facts = {
             "seed": int(seed),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+            "torch": torch.__version__,
             "step": state["step"],
             "of_steps": state["config"]["run"]["steps"],
             "tokens": state["tokens"],
@@ -168,16 +193,15 @@ def report(options: dict[str, Any]) -> None:
     if not runs:
         raise SystemExit(f"error: {root} holds no evaluation.json: run phases=train,evaluate first")
     out.mkdir(parents=True, exist_ok=True)
-    result = {
-        "command": "python -m tests.bench.evidence " + " ".join(sys.argv[1:]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
-        "torch": torch.__version__,
-        "runs": runs,
-    }
-    (out / "ksa_vs_full.json").write_text(json.dumps(result, indent=1) + "\n")
-    first = {name: found[0] for name, found in runs.items()}
+    path = out / "ksa_vs_full.json"
+    for name, earlier in (json.loads(path.read_text())["runs"] if path.exists() else {}).items():
+        fresh = {run["seed"] for run in runs.get(name, [])}
+        found = [run for run in earlier if run["seed"] not in fresh] + runs.get(name, [])
+        runs[name] = sorted(found, key=lambda run: run["seed"])
+    result = {"command": "python -m tests.bench.evidence " + " ".join(sys.argv[1:]), "runs": dict(sorted(runs.items()))}
+    path.write_text(json.dumps(result, indent=1) + "\n")
     for figure, members in FIGURES.items():
-        chosen = {name: first[name] for name in members if name in first}
+        chosen = {name: runs[name] for name in members if name in runs}
         if chosen:
             evaluation_plots.recall_by_distance(chosen, out / f"ksa_vs_full_{figure}_distance.png")
             evaluation_plots.recall_by_cache(chosen, out / f"ksa_vs_full_{figure}_cache.png")

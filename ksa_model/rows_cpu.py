@@ -1,4 +1,4 @@
-"""RMSNorm on the CPU, where torch's own is a chain of small operations in both directions."""
+"""RMSNorm and rotation on the CPU, where plain torch is a chain of small operations in both directions."""
 
 from __future__ import annotations
 
@@ -27,3 +27,25 @@ class RMSNormCPU(torch.autograd.Function):
         grad_gain = product.flatten(0, -2).sum(0)
         mean = (product @ gain[:, None]).div_(-len(gain))
         return (grad_out * gain).addcmul_(normed, mean).mul_(scale), grad_gain, None
+
+
+class RotateCPU(torch.autograd.Function):
+    """RoPE on x [rows, heads, d] fp32 with cos, sin [rows, 1, d/2]. Twin: `rows.rotate`. Keeps only the table."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad_out, cos, sin, -1), None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (left, right), (new_left, new_right) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-direction)
+    torch.mul(right, cos, out=new_right).addcmul_(left, sin, value=direction)
+    return out
