@@ -37,6 +37,7 @@ import data_pipeline
 from train import checkpoint, evaluation_plots
 from train.config import TrainConfig, from_mapping
 from train.metrics import read_records
+from train.signals import REQUEUE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = ROOT / "configs" / "evidence"
@@ -56,7 +57,8 @@ FIGURES = {
 
 
 def main() -> None:
-    options = DEFAULTS | {key: yaml.safe_load(value) for key, _, value in (a.partition("=") for a in sys.argv[1:])}
+    given = {key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:])}
+    options = DEFAULTS | {key: value if key == "overrides" else yaml.safe_load(value) for key, value in given.items()}
     unknown = options.keys() - DEFAULTS.keys()
     if unknown:
         raise SystemExit(f"error: {', '.join(sorted(unknown))}: the keys are {', '.join(DEFAULTS)}")
@@ -71,7 +73,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """`python -m ARGUMENTS`, once the job `after` has ended."""
+    """`python -m ARGUMENTS`, once the job `after` has ended well; never, if it has not."""
 
     name: str
     arguments: list[str]
@@ -136,8 +138,8 @@ def evaluate_command(directory: Path, options: dict[str, Any]) -> list[str]:
 
 
 def run_all(waiting: list[Job], options: dict[str, Any]) -> None:
-    """Run the jobs, on each device as many at a time as `parallel` says; one that fails is told of and the rest goes
-    on."""
+    """Run the jobs, on each device as many at a time as `parallel` says; one that fails is told of and what does not
+    need it goes on."""
     logs = ROOT / options["root"] / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
@@ -159,9 +161,14 @@ def run_all(waiting: list[Job], options: dict[str, Any]) -> None:
             waiting.remove(job)
         time.sleep(0.5)
         for name, (process, _, began) in list(running.items()):
-            if process.poll() is not None:
-                del running[name]
-                print(f"{name}: exit code {process.returncode} after {time.monotonic() - began:.0f} s", flush=True)
+            if process.poll() is None:
+                continue
+            del running[name]
+            print(f"{name}: exit code {process.returncode} after {time.monotonic() - began:.0f} s", flush=True)
+            if process.returncode not in (0, REQUEUE):
+                lost = [job for job in waiting if job.after == name]
+                waiting = [job for job in waiting if job.after != name]
+                print("".join(f"{job.name}: left out, for it needs {name}\n" for job in lost), end="", flush=True)
 
 
 def places(name: str, seed: str, options: dict[str, Any]) -> list[Path]:
@@ -195,6 +202,12 @@ def report(options: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "ksa_vs_full.json"
     for name, earlier in (json.loads(path.read_text())["runs"] if path.exists() else {}).items():
+        lengths = next(iter(runs.values()))[0]["lengths"]
+        if earlier[0]["lengths"] != lengths:
+            raise SystemExit(
+                f"error: {path} holds runs evaluated at lengths={earlier[0]['lengths']}, and these are at {lengths}: "
+                "take another out="
+            )
         fresh = {run["seed"] for run in runs.get(name, [])}
         found = [run for run in earlier if run["seed"] not in fresh] + runs.get(name, [])
         runs[name] = sorted(found, key=lambda run: run["seed"])
