@@ -168,6 +168,11 @@ class _Taken:
                 return
 
 
+def _lock_of(directory: Path) -> Path:
+    """The lock under which `build_once` fills a slab's directory."""
+    return directory.with_name(directory.name + ".lock")
+
+
 class StreamSamples(Samples):
     """The samples of a stream, without end. `at` is quick near the last index and reads slabs on its way elsewhere."""
 
@@ -249,20 +254,25 @@ class StreamSamples(Samples):
         with self._lock:
             first_sample, begin = self._begins[number - self._base]
         directory = self._directory(begin)
-        build_once(directory, _MARKER, lambda target: self._stream.write_slab(target, begin))
-        content = read_json(directory / _MARKER)
-        shards = ShardSet([directory / _SHARD])
-        plan = None
-        if (shards.lengths > 1).any():
-            plan = build_plan(
-                [directory / _SHARD],
-                self.seq_len,
-                self._alignment,
-                self._config.seed,
-                directory,
-                hashes=[content["hashes"]],
-                shards=shards,
-            )
+        while True:
+            build_once(directory, _MARKER, lambda target: self._stream.write_slab(target, begin))
+            with locked(_lock_of(directory)):  # against deletion by a process that is further on: see `_forget`
+                if not (directory / _MARKER).exists():
+                    continue  # it has just happened
+                content = read_json(directory / _MARKER)
+                shards = ShardSet([directory / _SHARD])
+                plan = None
+                if (shards.lengths > 1).any():
+                    plan = build_plan(
+                        [directory / _SHARD],
+                        self.seq_len,
+                        self._alignment,
+                        self._config.seed,
+                        directory,
+                        hashes=[content["hashes"]],
+                        shards=shards,
+                    )
+                break
         epoch, position = content["end"]
         slab = _Slab(number, first_sample, begin, _Cursor(epoch, Position(*position)), plan)
         with self._lock:
@@ -276,7 +286,7 @@ class StreamSamples(Samples):
             return
         directory = self._directory(self._begins[number - self._base][1])
         try:
-            with locked(directory.with_name(directory.name + ".lock")):
+            with locked(_lock_of(directory)):
                 if directory.exists():
                     old = directory.with_name(directory.name + ".old")
                     shutil.rmtree(old, ignore_errors=True)

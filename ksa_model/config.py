@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 MIXERS = {"K": "KSA", "F": "full", "S": "sliding window", "C": "sliding chunk", "G": "gated delta net"}
 CONV_TOKENS = 4  # tokens that the convolutions of a `G` layer see, the row's own included
 DELTA_BLOCK_ROWS = 64  # rows whose products with each other a `G` layer forms
-LOSS_ROWS = 256  # rows of logits that the loss holds at a time, in fp32
+LOSS_ROWS = 1024  # rows of logits that the loss holds at a time, in fp32
+CPU_LOSS_ROWS = 256  # so many stay in the cache of a core
 FUSED_LOSS_ROWS = 4096  # where the kernels of `ksa_model.triton_loss` keep them in 16 bits
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ksa_model.config import FUSED_LOSS_ROWS, LOSS_ROWS
+from ksa_model.config import CPU_LOSS_ROWS, FUSED_LOSS_ROWS, LOSS_ROWS
 from ksa_model.linear import add_product_fp32
 from ksa_model.megatron import vocab_parallel_cross_entropy
 from ksa_model.rows import triton_module
@@ -69,7 +69,7 @@ def _method(hidden: torch.Tensor, tp: TensorParallel):
     """Rows at a time, and the function of their loss."""
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and triton_module("triton_loss") is not None:
         return FUSED_LOSS_ROWS, _fused_loss
-    return LOSS_ROWS, _whole_loss if tp.size == 1 else _parallel_loss
+    return LOSS_ROWS if hidden.is_cuda else CPU_LOSS_ROWS, _whole_loss if tp.size == 1 else _parallel_loss
 
 
 def _fused_loss(logits, labels, valid_columns: int, tp: TensorParallel, needs_grad: bool):
@@ -97,7 +97,7 @@ def _whole_loss(logits, labels, valid_columns: int, tp: TensorParallel, needs_gr
     dtype, logits = logits.dtype, _without_padding(logits, valid_columns)
     valid, picked = labels != IGNORE_INDEX, labels.clamp(min=0)[:, None]
     top = logits.amax(-1, keepdim=True)
-    logits.sub_(top)  # in place throughout: a few hundred rows stay in the cache of a core
+    logits.sub_(top)  # in place throughout, for the CPU's caches
     own = logits.gather(1, picked)
     total = logits.exp_().sum(-1, keepdim=True)
     loss = ((total.log() - own)[:, 0] * valid).sum()

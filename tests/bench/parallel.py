@@ -57,7 +57,7 @@ def run_layout(layout: str, size: str) -> dict:
     from train.config import RunConfig, TrainConfig
     from train.parallel import ParallelConfig
 
-    chosen, found = SIZES[size], {}
+    chosen, found, world = SIZES[size], {}, None
     for part in ("equal", "timed"):
         shape = dict(vocab_size=chosen["vocab_size"], window_chunks=chosen["window_chunks"])
         length = chosen[f"{part}_seq_len"]
@@ -71,7 +71,8 @@ def run_layout(layout: str, size: str) -> dict:
         workload.note(f"{layout}: {part} starts")
         # One document, and several that no slice of the sample begins or ends with.
         cuts = [[0], [0, length // 4 // 8 * 8, length // 3 // 8 * 8]]
-        bench = workload.Bench(config, workload.start(config), cuts if part == "equal" else [[0]])
+        world = world or workload.start(config)
+        bench = workload.Bench(config, world, cuts if part == "equal" else [[0]])
         if part == "equal":
             found["losses"] = bench.losses(chosen["steps"])
             workload.note(f"{layout}: {chosen['steps']} steps are done")
@@ -80,9 +81,9 @@ def run_layout(layout: str, size: str) -> dict:
             found["peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
             workload.note(f"{layout}: timed steps are done")
         del bench
-        parallel.shutdown()
         workload.forget()
-        workload.note(f"{layout}: groups are closed")
+    parallel.shutdown()
+    workload.note(f"{layout}: groups are closed")
     return found | {"device": workload.device_name(), "torch": torch.__version__}
 
 

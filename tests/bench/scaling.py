@@ -5,7 +5,8 @@
 
 The 1.9B layer shape in bf16. `context`: one sample of 131,072 tokens over 1, 2, 4, 8 GPUs, alone and with TP=2.
 `longer`: 131,072 tokens a GPU, one sample over all. `data`: one sample of 8,192 tokens a GPU and micro-batch, under
-ZeRO-1 and ZeRO-3. Every number of GPUs is one start; losses of 20 steps of a small model must agree with one GPU's.
+ZeRO-1 and ZeRO-3. Every number of GPUs is one start, the smaller ones side by side on GPUs of their own; losses of 20
+steps of a small model must agree with one GPU's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.bench import workload
@@ -59,14 +61,14 @@ def run(ranks: int, kind: str, size: str, layers: int) -> dict:
 
     small = SMALL if size == "full" else SHAPES["toy"] | dict(num_layers=4)
     given = config(small, for_losses, 8)
-    bench = workload.Bench(given, workload.start(given), [[0], [0, for_losses // 4 // 8 * 8]])
+    world = workload.start(given)
+    bench = workload.Bench(given, world, [[0], [0, for_losses // 4 // 8 * 8]])
     losses = bench.losses(STEPS[size])
     del bench
-    parallel.shutdown()
     workload.forget()
 
     given = config(SHAPES[size] | dict(num_layers=layers), length, 4 * ranks if is_data else 1)
-    bench = workload.Bench(given, workload.start(given), [[0]])
+    bench = workload.Bench(given, world, [[0]])
     batches = bench.batches(0)
     seconds = bench.seconds(2, 3)
     context_bytes = dict(bench.engine.module.context.received_bytes) if settings.context > 1 else {}  # type: ignore
@@ -135,22 +137,35 @@ def main(size: str, layers: int, out: Path) -> None:
     import torch
 
     most = 4 if size == "toy" else torch.cuda.device_count()
+    numbers = [n for n in (1, 2, 4, 8) if n <= most]
     rows: list[dict] = []
-    for ranks in (n for n in (1, 2, 4, 8) if n <= most):
+
+    def start(ranks: int, first_gpu: int) -> None:
+        devices = None if size == "toy" else range(first_gpu, first_gpu + ranks)
         threads = 1 if size == "toy" else None
-        for row in workload.ranks_results("tests.bench.scaling", ranks, size, str(layers), threads=threads):
+        for row in workload.ranks_results(
+            "tests.bench.scaling", ranks, size, str(layers), threads=threads, devices=devices
+        ):
+            print(f"{row['kind']:<15}{ranks} ranks {row['seconds']:8.3f} s", flush=True)
             rows.append(row)
-            row["efficiency"] = efficiency(row, rows)
-            one = rows[0]["losses"]
-            row["worst_loss_difference"] = max(abs(a - b) / abs(b) for a, b in zip(row["losses"], one))
-            shown = "" if row["efficiency"] is None else f"{row['efficiency']:7.1%} of ideal"
-            rate, worst = row["tokens_per_second"], row["worst_loss_difference"]
-            print(f"{row['kind']:<15}{ranks} ranks {row['seconds']:8.3f} s {rate:12,.0f} tokens/s{shown}"
-                  f"   worst loss difference {worst:.1e}", flush=True)  # fmt: skip
-            if size == "full":
-                report = {"command": "python -m tests.bench.scaling", "layers": layers, "rows": rows}
-                (out / "scaling.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    # One GPU takes place 0, two take 1 and 2, four take 3 to 6: all but the largest number fit side by side.
+    *few, all_of_them = numbers
+    with ThreadPoolExecutor() as at_once:
+        list(at_once.map(start, few, [n - 1 for n in few]))
+    start(all_of_them, 0)
+    rows.sort(key=lambda row: (row["ranks"], list(CASES).index(row["kind"])))
+    one = rows[0]["losses"]
+    for row in rows:
+        row["efficiency"] = efficiency(row, rows)
+        row["worst_loss_difference"] = max(abs(a - b) / abs(b) for a, b in zip(row["losses"], one))
+        shown = "" if row["efficiency"] is None else f"{row['efficiency']:7.1%} of ideal"
+        rate, worst = row["tokens_per_second"], row["worst_loss_difference"]
+        print(f"{row['kind']:<15}{row['ranks']} ranks {row['seconds']:8.3f} s {rate:12,.0f} tokens/s{shown}"
+              f"   worst loss difference {worst:.1e}", flush=True)  # fmt: skip
     if size == "full":
+        report = {"command": "python -m tests.bench.scaling", "layers": layers, "rows": rows}
+        (out / "scaling.json").write_text(json.dumps(report, indent=1) + "\n")
         draw(rows, out / "scaling.png")
 
 

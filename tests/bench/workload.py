@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -117,8 +117,13 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def ranks_results(module: str, ranks: int, *arguments: str, threads: int | None = None) -> Iterator[dict]:
-    """Start `python -m module RANKS ARGUMENTS...` under torchrun; what the main rank says by `result`, as it comes."""
+def ranks_results(
+    module: str, ranks: int, *arguments: str, threads: int | None = None, devices: Sequence[int] | None = None
+) -> Iterator[dict]:
+    """Start `python -m module RANKS ARGUMENTS...` under torchrun; what the main rank says by `result`, as it comes.
+
+    `devices`: the GPUs that the ranks see, of those this process sees; None for all.
+    """
     torchrun = [
         "torch.distributed.run",
         f"--nproc-per-node={ranks}",
@@ -127,6 +132,10 @@ def ranks_results(module: str, ranks: int, *arguments: str, threads: int | None 
     ]
     command = [sys.executable, "-m", *torchrun, "-m", module, str(ranks), *arguments]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    if devices is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(max(devices) + 1)]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] for i in devices)
     with tempfile.TemporaryFile("w+") as errors:
         started = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors)
         assert started.stdout is not None

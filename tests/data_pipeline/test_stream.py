@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import DataConfig, DataError, Loader, Tokenizer, open_data
+from data_pipeline import DataConfig, DataError, Loader, Tokenizer, open_data, stream
 from data_pipeline.shards import ShardSet
 
 from .conftest import write_corpus
@@ -109,6 +109,22 @@ def test_the_cache_holds_a_few_slabs_only(config):
     samples._pool.shutdown()
     assert 2 <= len(list(Path(config.cache_dir).glob("stream-*/slab-*/slab.json"))) <= 4
     assert samples.bookmark(99)["stream"]["slab"] >= 3
+
+
+def test_a_slab_deleted_by_a_rank_further_on_is_made_again(config, monkeypatch):
+    """Right after it was made or found, before it is opened: the files go while a slow rank is on its way to them."""
+    expected = [sample.tokens.tolist() for sample in take(open_data(config).samples("train", 256, 8), 3)[0]]
+    build_once, deleted = stream.build_once, []
+
+    def and_delete(directory, *arguments, **settings):
+        build_once(directory, *arguments, **settings)
+        if directory.name.startswith("slab-") and directory not in deleted:
+            deleted.append(directory)
+            shutil.rmtree(directory)
+
+    monkeypatch.setattr(stream, "build_once", and_delete)
+    found = take(open_data(config).samples("train", 256, 8), 3)[0]
+    assert deleted and [sample.tokens.tolist() for sample in found] == expected
 
 
 def test_what_changed_is_refused_by_name_or_accepted_on_demand(config, model_path, tmp_path):
