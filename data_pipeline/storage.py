@@ -87,6 +87,11 @@ def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[No
         yield
 
 
+def lock_of(directory: Path) -> Path:
+    """The lock under which `build_once` fills a directory."""
+    return directory.with_name(directory.name + ".lock")
+
+
 def build_once(
     directory: Path,
     marker: str,
@@ -108,7 +113,7 @@ def build_once(
         return
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with locked(directory.with_name(directory.name + ".lock"), on_wait):
+        with locked(lock_of(directory), on_wait):
             if (directory / marker).exists():
                 return
             if directory.exists() and not keep:

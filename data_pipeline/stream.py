@@ -35,7 +35,7 @@ from data_pipeline.readers import Position
 from data_pipeline.samples import PackedSample, Samples
 from data_pipeline.shards import ShardSet, ShardWriter, token_dtype
 from data_pipeline.sources import TRAIN, VALIDATION, Corpus, Piece
-from data_pipeline.storage import build_once, fingerprint_of, locked, read_json, write_json
+from data_pipeline.storage import build_once, fingerprint_of, lock_of, locked, read_json, write_json
 from data_pipeline.tokenizer import CHUNK_CHARACTERS, PIECE_CHARACTERS, Tokenizer
 
 _FILE_ORDER, _SLAB_ORDER = 4, 5
@@ -168,11 +168,6 @@ class _Taken:
                 return
 
 
-def _lock_of(directory: Path) -> Path:
-    """The lock under which `build_once` fills a slab's directory."""
-    return directory.with_name(directory.name + ".lock")
-
-
 class StreamSamples(Samples):
     """The samples of a stream, without end. `at` is quick near the last index and reads slabs on its way elsewhere."""
 
@@ -254,25 +249,12 @@ class StreamSamples(Samples):
         with self._lock:
             first_sample, begin = self._begins[number - self._base]
         directory = self._directory(begin)
-        while True:
+        opened = None
+        while opened is None:  # again, if a process that is further on deleted it before it was opened: see `_forget`
             build_once(directory, _MARKER, lambda target: self._stream.write_slab(target, begin))
-            with locked(_lock_of(directory)):  # against deletion by a process that is further on: see `_forget`
-                if not (directory / _MARKER).exists():
-                    continue  # it has just happened
-                content = read_json(directory / _MARKER)
-                shards = ShardSet([directory / _SHARD])
-                plan = None
-                if (shards.lengths > 1).any():
-                    plan = build_plan(
-                        [directory / _SHARD],
-                        self.seq_len,
-                        self._alignment,
-                        self._config.seed,
-                        directory,
-                        hashes=[content["hashes"]],
-                        shards=shards,
-                    )
-                break
+            with locked(lock_of(directory)):
+                opened = self._read(directory)
+        content, plan = opened
         epoch, position = content["end"]
         slab = _Slab(number, first_sample, begin, _Cursor(epoch, Position(*position)), plan)
         with self._lock:
@@ -280,13 +262,33 @@ class StreamSamples(Samples):
                 self._begins.append((first_sample + slab.num_samples, slab.end))
         return slab
 
+    def _read(self, directory: Path) -> tuple[dict[str, Any], Plan | None] | None:
+        """What a finished slab says of itself, and its plan where it holds any document of 2 tokens; None if it is
+        gone. Its lock is held."""
+        if not (directory / _MARKER).exists():
+            return None
+        content = read_json(directory / _MARKER)
+        shards = ShardSet([directory / _SHARD])
+        if not (shards.lengths > 1).any():
+            return content, None
+        plan = build_plan(
+            [directory / _SHARD],
+            self.seq_len,
+            self._alignment,
+            self._config.seed,
+            directory,
+            hashes=[content["hashes"]],
+            shards=shards,
+        )
+        return content, plan
+
     def _forget(self, number: int) -> None:
         """Delete a slab that is no longer used; another process that lags behind keeps what it has open."""
         if number < self._base:
             return
         directory = self._directory(self._begins[number - self._base][1])
         try:
-            with locked(_lock_of(directory)):
+            with locked(lock_of(directory)):
                 if directory.exists():
                     old = directory.with_name(directory.name + ".old")
                     shutil.rmtree(old, ignore_errors=True)

@@ -149,66 +149,67 @@ class _Stretch:
 
 
 @dataclass(frozen=True)
+class _Windows:
+    """Blocks of `length` rows of a tensor [n, H, d], which begin at `firsts`, `spacing` apart; 0 where uneven."""
+
+    firsts: np.ndarray
+    length: int
+    spacing: int
+
+    @staticmethod
+    def at(firsts: np.ndarray, length: int) -> _Windows:
+        spacing = int(firsts[1] - firsts[0]) if len(firsts) > 1 else length
+        is_even = spacing > 0 and bool((np.diff(firsts) == spacing).all())
+        return _Windows(firsts, length, spacing if is_even else 0)
+
+    def _view(self, x: torch.Tensor, begin: int, length: int) -> torch.Tensor:
+        """`length` rows of every block, from its row `begin` on: [blocks, H, length, d]."""
+        rows = x[self.firsts[0] + begin : self.firsts[-1] + begin + length]
+        return rows.unfold(0, length, self.spacing).transpose(2, 3)
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, H, d] -> [blocks, H, length, d], a view where blocks are evenly spaced; they may overlap."""
+        if self.spacing:
+            return self._view(x, 0, self.length)
+        return torch.stack([x[i : i + self.length] for i in self.firsts]).transpose(1, 2)
+
+    def onto(self, total: torch.Tensor, found: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs of a view of total [n, H, d], which does not overlap itself, and what of found [blocks, H, length, d]
+        goes there."""
+        if not self.spacing:
+            yield from ((total[i : i + self.length], one) for i, one in zip(self.firsts, found.transpose(1, 2)))
+            return
+        for begin in range(0, self.length, self.spacing):
+            part = found[:, :, begin : begin + self.spacing]
+            yield self._view(total, begin, part.shape[2]), part
+
+
+@dataclass(frozen=True)
 class _Batch:
     """Blocks of query rows, each with its window of keys, under a mask [blocks, 1, rows, window]: 0, or -inf."""
 
-    first_rows: np.ndarray
-    first_keys: np.ndarray
-    num_rows: int
-    num_keys: int
+    rows: _Windows
+    keys: _Windows
     mask: torch.Tensor
     causal = False
 
     def rows_of(self, x: torch.Tensor) -> torch.Tensor:
-        return _cut(x, self.first_rows, self.num_rows)
+        return self.rows.cut(x)
 
     def keys_of(self, x: torch.Tensor) -> torch.Tensor:
-        return _cut(x, self.first_keys, self.num_keys)
+        return self.keys.cut(x)
 
     def put_rows(self, total: torch.Tensor, found: torch.Tensor) -> None:
-        for target, source in _onto(total, self.first_rows, found):
+        for target, source in self.rows.onto(total, found):
             target.copy_(source)
 
     def add_rows(self, total: torch.Tensor, found: torch.Tensor) -> None:
-        for target, source in _onto(total, self.first_rows, found):
+        for target, source in self.rows.onto(total, found):
             target.add_(source)
 
     def add_keys(self, total: torch.Tensor, found: torch.Tensor) -> None:
-        for target, source in _onto(total, self.first_keys, found):
+        for target, source in self.keys.onto(total, found):
             target.add_(source)
-
-
-def _spacing(firsts: np.ndarray) -> int:
-    """From one first to the next where that is the same for all, else 0."""
-    if len(firsts) == 1:
-        return 1
-    spacing = int(firsts[1] - firsts[0])
-    return spacing if spacing > 0 and (np.diff(firsts) == spacing).all() else 0
-
-
-def _windows(x: torch.Tensor, firsts: np.ndarray, length: int, spacing: int) -> torch.Tensor:
-    """x [n, H, d] -> a view [blocks, H, length, d], whose blocks may overlap."""
-    return x[firsts[0] : firsts[-1] + length].unfold(0, length, spacing).transpose(2, 3)
-
-
-def _cut(x: torch.Tensor, firsts: np.ndarray, length: int) -> torch.Tensor:
-    """x [n, H, d] -> [blocks, H, length, d], a view where blocks are spaced evenly."""
-    if spacing := _spacing(firsts):
-        return _windows(x, firsts, length, spacing)
-    return torch.stack([x[i : i + length] for i in firsts]).transpose(1, 2)
-
-
-def _onto(total: torch.Tensor, firsts: np.ndarray, found: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of a view of total [n, H, d], which does not overlap itself, and what of found [blocks, H, length, d] goes
-    there."""
-    length, spacing = found.shape[2], _spacing(firsts)
-    if not spacing:
-        yield from ((total[i : i + length], one) for i, one in zip(firsts, found.transpose(1, 2)))
-        return
-    spacing = spacing if len(firsts) > 1 else length
-    for j in range(0, length, spacing):
-        part = found[:, :, j : j + spacing]
-        yield _windows(total, firsts + j, part.shape[2], spacing), part
 
 
 def _problems(ranges: KeyRanges, num_keys: int) -> list[_Stretch | _Batch]:
@@ -303,4 +304,4 @@ def _batch(ranges: KeyRanges, firsts: list[tuple[int, int]], num_rows: int, widt
     keys = (first_keys[:, None] + np.arange(width))[:, None]
     seen = (keys >= ranges.start[rows][..., None]) & (keys < ranges.end[rows][..., None])
     mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32("-inf")))[:, None]
-    return _Batch(first_rows, first_keys, num_rows, width, mask)
+    return _Batch(_Windows.at(first_rows, num_rows), _Windows.at(first_keys, width), mask)

@@ -86,10 +86,9 @@ def _state_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, floa
     counts = {
         "weights": value * local / (shards if zero == 3 else 1),
         "gradients": gradients,
-        "gradient bucket": buckets,
         "optimizer": 0.0 if parallel.offload == "optimizer" else state,
     }
-    return counts if buckets else {name: count for name, count in counts.items() if name != "gradient bucket"}
+    return counts | ({"gradient bucket": buckets} if buckets else {})
 
 
 def _optimizer_bytes(config: TrainConfig, local: int, shards: int) -> float:

@@ -34,6 +34,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import data_pipeline
+from tests.bench import workload
 from train import checkpoint, evaluation_plots
 from train.config import TrainConfig, from_mapping
 from train.metrics import read_records
@@ -142,8 +143,7 @@ def run_all(waiting: list[Job], options: dict[str, Any]) -> None:
     need it goes on."""
     logs = ROOT / options["root"] / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    devices = visible.split(",")  # of a CPU alone: one, without a name
+    devices = workload.visible_gpus() or [""]  # of a CPU alone: one, without a name
     running: dict[str, tuple[subprocess.Popen, str, float]] = {}
     while waiting or running:
         pending = {job.name for job in waiting} | running.keys()
@@ -200,9 +200,8 @@ def report(options: dict[str, Any]) -> None:
     if not runs:
         raise SystemExit(f"error: {root} holds no evaluation.json: run phases=train,evaluate first")
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "ksa_vs_full.json"
+    path, lengths = out / "ksa_vs_full.json", next(iter(runs.values()))[0]["lengths"]
     for name, earlier in (json.loads(path.read_text())["runs"] if path.exists() else {}).items():
-        lengths = next(iter(runs.values()))[0]["lengths"]
         if earlier[0]["lengths"] != lengths:
             raise SystemExit(
                 f"error: {path} holds runs evaluated at lengths={earlier[0]['lengths']}, and these are at {lengths}: "

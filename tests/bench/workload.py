@@ -117,6 +117,12 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
+def visible_gpus() -> list[str]:
+    """What `CUDA_VISIBLE_DEVICES` calls the GPUs that this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
 def ranks_results(
     module: str, ranks: int, *arguments: str, threads: int | None = None, devices: Sequence[int] | None = None
 ) -> Iterator[dict]:
@@ -133,8 +139,7 @@ def ranks_results(
     command = [sys.executable, "-m", *torchrun, "-m", module, str(ranks), *arguments]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     if devices is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(i) for i in range(max(devices) + 1)]
+        names = visible_gpus()
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] for i in devices)
     with tempfile.TemporaryFile("w+") as errors:
         started = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors)
@@ -163,7 +168,7 @@ def note(text: str) -> None:
 
 
 def forget() -> None:
-    """After a world was shut down: give its memory back."""
+    """Give back the memory of a bench that is gone."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
