@@ -35,7 +35,7 @@ def _attend(acc, top, total, q, keys, values, row_start, row_end, tile, rows, in
     """
     lo, hi, full_lo, full_hi = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     start, end = tl.load(row_start + rows, mask=inside, other=0), tl.load(row_end + rows, mask=inside, other=0)
-    for n in tl.range(lo // BLOCK_N * BLOCK_N, hi, BLOCK_N):
+    for n in tl.range(lo, hi, BLOCK_N):  # not from a multiple: a descriptor loads from any row
         scores = tl.dot(q, keys.load([kv_head, n, 0]).reshape(BLOCK_N, BLOCK_D).T)
         if (n < full_lo) | (n + BLOCK_N > full_hi):
             column = n + tl.arange(0, BLOCK_N)
@@ -105,7 +105,7 @@ def _query_gradient(grad, q, grad_out, row_lse, delta, keys, values, row_start, 
                     scale, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     lo, hi, full_lo, full_hi = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     start, end = tl.load(row_start + rows, mask=inside, other=0), tl.load(row_end + rows, mask=inside, other=0)
-    for n in tl.range(lo // BLOCK_N * BLOCK_N, hi, BLOCK_N):
+    for n in tl.range(lo, hi, BLOCK_N):  # not from a multiple: a descriptor loads from any row
         key = keys.load([kv_head, n, 0]).reshape(BLOCK_N, BLOCK_D)
         weights = tl.exp2(tl.dot(q, key.T) * scale - row_lse[:, None])
         if (n < full_lo) | (n + BLOCK_N > full_hi):

@@ -127,11 +127,13 @@ class StepSums:
         }
         if self._peak is not None:
             record["mfu"] = round(flops / seconds / (self._peak * self._world.size), 4)
-        if self._world.device.type == "cuda":  # of the fullest rank since its start, as tensors and as torch's pool
-            most = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+        if self._world.device.type == "cuda":
+            # Of the fullest rank: its tensors and torch's pool at their largest, and what of the card is in use now.
+            free, total = torch.cuda.mem_get_info()
+            most = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), total - free]
             gib = torch.tensor(most, dtype=torch.float64, device=self._world.device) / 2**30
             dist.all_reduce(gib, op=dist.ReduceOp.MAX)
-            record["peak_gib"], record["reserved_gib"] = (round(x, 2) for x in gib.tolist())
+            record |= zip(("peak_gib", "reserved_gib", "card_gib"), (round(x, 2) for x in gib.tolist()))
         self._start()
         return record
 

@@ -7,9 +7,10 @@ MFU counts model FLOPs alone (no recomputation, the visible keys of the real doc
 work) against the data sheet's dense bf16 peak. Peak memory stands beside what `dry_run=true` predicts, without the CUDA
 context. Every case is a start of its own, so that one which runs out of memory says so and leaves the others alone;
 hybrid, pure KSA and full attention side by side where it says so. The longest samples hold documents of 131,072 tokens
-and are timed once, without a profile. "reference" compares the first loss of a model under the fused kernels and all
-that saves memory with the same model's under plain attention. Without `cases`, those that the GPUs of this host are
-enough for. What step.json holds of other cases and devices stays there.
+and are timed once, without a profile. "memory" takes samples of 131,072 to 1,048,576 tokens through one model and fits
+a line to their peaks. "reference" compares the first loss of a model under the fused kernels and all that saves memory
+with the same model's under plain attention. Without `cases`, those that the GPUs of this host are enough for. What
+step.json holds of other cases and devices stays there.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ksa_model.config import ModelConfig
-from ksa_model.memory import MemoryConfig
+from ksa_model.memory import GIB, HostPool, MemoryConfig
 from tests.bench import workload
 from train import dry_run, parallel
 from train.config import RunConfig, TrainConfig
@@ -79,7 +81,7 @@ CASES = {
     "128k offload": Case(131_072, "offload"),
     "256k offload": Case(262_144, "offload"),
     "512k offload": Case(524_288, "offload", parallel=ON_HOST),
-    "1M offload": Case(1_048_576, "offload inputs", layers=16, parallel=ON_HOST),
+    "memory": Case(1_048_576, "offload inputs", layers=16, parallel=ON_HOST),
     "1M context": Case(1_048_576, "offload inputs", parallel=TWO),
     "reference": Case(8_192, "offload"),
 }
@@ -145,11 +147,44 @@ def against_reference(name: str, pattern: str, size: str) -> dict:
     }  # fmt: skip
 
 
+def memory_by_length(name: str, pattern: str, size: str) -> dict:
+    """One step of each length, in documents of `DOCUMENT` tokens, and the line through their peaks."""
+    case = CASES[name]
+    config = configuration(case, pattern, size)
+    bench = workload.Bench(config, workload.start(config), [])
+    found = []
+    for share in (8, 4, 2, 1):
+        bench.config = dataclasses.replace(config, seq_len=config.seq_len // share)
+        tokens = bench.config.seq_len
+        documents = max(1, case.seq_len // share // DOCUMENT)
+        bench.cuts = [[i * tokens // documents for i in range(documents)]]
+        bench.engine.module.host_pool = HostPool(config.memory.host_gib * GIB)  # buffers of another length would stay
+        workload.forget()
+        seconds = bench.seconds(0, 1)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else float("nan")
+        found.append({
+            "seq_len": tokens, "seconds": seconds, "loss": bench.sums.read()["loss"], "peak_gib": peak / GIB,
+            "predicted_gib": dry_run.plan(bench.config, 1).total / GIB,
+            "pinned_host_gib": bench.engine.module.host_pool.held_bytes / GIB, "outside_torch_gib": outside_torch(),
+        })  # fmt: skip
+        workload.note(str(found[-1]))
+    tokens, peaks = ([row[key] for row in found] for key in ("seq_len", "peak_gib"))
+    slope, constant = np.polyfit(tokens, peaks, 1)
+    return {
+        "case": name, "pattern": pattern, "layers": config.model.num_layers, "lengths": found,
+        "gib_per_million_tokens": slope * 1e6, "constant_gib": constant,
+        "worst_of_fit": max(abs(slope * n + constant - peak) / peak for n, peak in zip(tokens, peaks)),
+        "device": workload.device_name(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
 def run(name: str, pattern: str, size: str) -> dict:
     """This rank's numbers for one case."""
     case = CASES[name]
     if name == "reference":
         return against_reference(name, pattern, size)
+    if name == "memory":
+        return memory_by_length(name, pattern, size)
     config = configuration(case, pattern, size)
     world = workload.start(config)
     documents = case.seq_len // DOCUMENT if case.is_long else 1
@@ -171,7 +206,7 @@ def run(name: str, pattern: str, size: str) -> dict:
         "mfu": flops / seconds / (peak_flops(world.device) or float("nan")),
         "peak_gib": None if peak is None else peak / 2**30, "predicted_gib": planned.total / 2**30,
         "pinned_host_gib": bench.engine.module.host_pool.held_bytes / 2**30,
-        "predicted_host_gib": dry_run.host_bytes(config)[0] / 2**30,
+        "predicted_host_gib": dry_run.host_bytes(config)[0] / 2**30, "outside_torch_gib": outside_torch(),
     }  # fmt: skip
     if not case.is_long:
         result |= profiled(bench, batches, seconds)
@@ -179,6 +214,14 @@ def run(name: str, pattern: str, size: str) -> dict:
     parallel.shutdown()
     workload.forget()
     return result | {"device": workload.device_name(), "torch": torch.__version__}
+
+
+def outside_torch() -> float | None:
+    """GiB in use on the card that torch did not hand out: contexts, libraries, communicators, other processes."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return (total - free - torch.cuda.memory_reserved()) / GIB
 
 
 def profiled(bench: workload.Bench, batches: list, seconds: float) -> dict:
