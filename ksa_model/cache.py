@@ -95,17 +95,10 @@ class LayerCache:
         at = requests, slice(None), slots
         self._buffer[0][at], self._buffer[1][at] = k, v
 
-    def append(self, step: Step, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Keep the text rows k, v [B, G, d] of a step."""
-        if (fast := _kernels(k)) is not None:
-            fast.store_rows(self._buffer, step.position, self._rule(fast), k, v)
-        else:
-            self.write(torch.arange(len(k), device=k.device), self.text_slots(step.position), k, v)
-
     def append_summaries(self, step: Step, k: torch.Tensor, v: torch.Tensor) -> None:
         """Keep the summary rows k, v [B*m, G, d] of a step."""
         if (fast := _kernels(k)) is not None:
-            fast.store_rows(self._buffer, step.chunk, self._rule(fast), k, v, summaries=True)
+            fast.store_summaries(self._buffer, step.chunk, self._rule(fast), k, v)
         else:
             requests = torch.arange(step.num_text, device=k.device).repeat_interleave(step.summary_tokens)
             self.write(requests, self.summary_slots(step.summary_index()), k, v)
@@ -140,15 +133,16 @@ class LayerCache:
             found = _summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own)
         return found
 
-    def attend(self, q: torch.Tensor, step: Step) -> torch.Tensor:
-        """q [B, H, d] of a step over the rows that its tokens see -> [B, H, d]."""
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> torch.Tensor:
+        """Keep the text rows k, v [B, G, d] of a step; q [B, H, d] over the rows that its tokens see -> [B, H, d]."""
         if (fast := _kernels(q)) is not None:
-            return fast.attend(q, self._buffer, step.position, self._rule(fast))
+            return fast.attend(q, k, v, self._buffer, step.position, self._rule(fast))
+        self.write(torch.arange(len(k), device=k.device), self.text_slots(step.position), k, v)
         visible = step.visible(self)
-        k, v = self._buffer[:, :, :, : visible.shape[1]]
+        keys, values = self._buffer[:, :, :, : visible.shape[1]]
         # Query heads that share a key/value head are rows of one product, so that no key is ever copied.
         out = torch.nn.functional.scaled_dot_product_attention(
-            q.unflatten(1, (k.shape[1], -1)), k, v, attn_mask=visible[:, None, None]
+            q.unflatten(1, (keys.shape[1], -1)), keys, values, attn_mask=visible[:, None, None]
         )
         return out.flatten(1, 2)
 
@@ -340,8 +334,7 @@ class DecodingCache:
                 out_summary = cache.summarise(heads, step)
             if cache.keeps_summaries:
                 cache.append_summaries(step, heads.k_summary, heads.v_summary)
-        cache.append(step, heads.k, heads.v)
-        return cache.attend(heads.q, step), out_summary
+        return cache.attend(heads.q, heads.k, heads.v, step), out_summary
 
     def _make_room(self, num_tokens: int) -> bool:
         return any([layer.ensure(num_tokens) for layer in self._layers])

@@ -1,5 +1,6 @@
-"""Kernels of decoding: attention of one row a request over its cache, storing a row there, summarising a chunk that
-stands there, and products of one or two rows with weights, the norm before and what follows in the same launch.
+"""Kernels of decoding: attention of one row a request over its cache, which takes the row's own key and value in,
+summarising a chunk that stands there, and products of one or two rows with weights, the norm before and what follows in
+the same launch.
 
 Decoding reads every weight and every cached key once a token; what else it does must be few launches. All kernels have
 fixed shapes and read lengths from the device, so that a CUDA graph can hold them.
@@ -27,17 +28,11 @@ MOST_KEYS = 256  # of a chunk and its summaries, in one tile
 
 
 @triton.jit
-def _store_rows(k, v, keys, values, places, rows, heads, RING: tl.constexpr, EACH: tl.constexpr, OWN: tl.constexpr,
-                D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """EACH rows a request: of text, at their positions, or the OWN summaries of a chunk, behind the ring of text."""
+def _store_summaries(k, v, keys, values, chunks, rows, heads, RING: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr,
+                     BLOCK: tl.constexpr):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    request = row // EACH
-    if OWN > 0:
-        slot = RING + tl.load(places + request) * OWN + row % EACH
-    else:
-        slot = tl.load(places + row)
-        if RING > 0:
-            slot = slot % RING
+    request = row // OWN
+    slot = RING + tl.load(chunks + request) * OWN + row % OWN
     column = tl.arange(0, BLOCK)
     inside = column < D
     source = (row * heads + head) * D + column
@@ -60,17 +55,18 @@ def _seen(row, position, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.con
 
 
 @triton.jit
-def _attend_share(q, keys, values, positions, parts, weights, rows, heads, scale, RING: tl.constexpr,
+def _attend_share(q, k, v, keys, values, positions, parts, weights, rows, heads, scale, RING: tl.constexpr,
                   CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr, GROUP: tl.constexpr,
                   ROWS_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
-    """The query heads of one key/value head of one request over one share of its rows: output and log-sum-exp."""
+    """The query heads of one key/value head of one request over one share of its rows: output and log-sum-exp. The
+    share that the token's own row belongs to takes it from k and v, and puts it there for later tokens."""
     request, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     share, shares = tl.program_id(1), tl.num_programs(1)
     position = tl.load(positions + request)
-    stop = position + 1
+    stop, slot = position + 1, position
     if RING > 0:
-        stop = tl.minimum(stop, RING)
+        stop, slot = tl.minimum(stop, RING), position % RING
         far = (position // CHUNK - WINDOW) * OWN
         if far > 0:
             stop = RING + far
@@ -86,6 +82,11 @@ def _attend_share(q, keys, values, positions, parts, weights, rows, heads, scale
         mask=(query_row < GROUP)[:, None] & in_column[None, :],
         other=0.0,
     )
+    new_key = tl.load(k + pair * D + column, mask=in_column, other=0.0)
+    new_value = tl.load(v + pair * D + column, mask=in_column, other=0.0)
+    if (slot >= first) & (slot < last):
+        tl.store(keys + (pair * rows + slot) * D + column, new_key, mask=in_column)
+        tl.store(values + (pair * rows + slot) * D + column, new_value, mask=in_column)
     top = tl.full([ROWS_Q], float("-inf"), tl.float32)
     total = tl.zeros([ROWS_Q], tl.float32)
     acc = tl.zeros([ROWS_Q, BLOCK_D], tl.float32)
@@ -93,9 +94,10 @@ def _attend_share(q, keys, values, positions, parts, weights, rows, heads, scale
         row = begin + tl.arange(0, BLOCK)
         inside = row < last
         cells = (pair * rows + row)[:, None] * D + column[None, :]
-        held = inside[:, None] & in_column[None, :]
-        key = tl.load(keys + cells, mask=held, other=0.0)
-        value = tl.load(values + cells, mask=held, other=0.0)
+        stands = (inside & (row != slot))[:, None] & in_column[None, :]
+        is_own = (row == slot)[:, None]
+        key = tl.where(is_own, new_key[None, :], tl.load(keys + cells, mask=stands, other=0.0))
+        value = tl.where(is_own, new_value[None, :], tl.load(values + cells, mask=stands, other=0.0))
         seen = inside & _seen(row, position, RING, CHUNK, WINDOW, OWN)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -268,16 +270,13 @@ class Rule(NamedTuple):
     own: int
 
 
-def store_rows(
-    buffer: torch.Tensor, places: torch.Tensor, rule: Rule, k: torch.Tensor, v: torch.Tensor, summaries: bool = False
-) -> None:
-    """Rows of each request in turn into buffer [2, B, G, N, d]: k, v [B, G, d] of the text at positions `places` [B]
-    (int64), or [B*m, G, d] of the summaries of chunks `places`."""
+def store_summaries(buffer: torch.Tensor, chunks: torch.Tensor, rule: Rule, k: torch.Tensor, v: torch.Tensor) -> None:
+    """k, v [B*m, G, d] of the m summaries of chunk `chunks` [B] (int64) of each request into buffer [2, B, G, N, d],
+    behind the ring of text."""
     count, heads, d = k.shape
-    each = count // buffer.shape[1]
-    _store_rows[(count, heads)](
-        k.contiguous(), v.contiguous(), buffer[0], buffer[1], places, buffer.shape[3], heads, RING=rule.ring,
-        EACH=each, OWN=each if summaries else 0, D=d, BLOCK=triton.next_power_of_2(d), num_warps=1,
+    _store_summaries[(count, heads)](
+        k.contiguous(), v.contiguous(), buffer[0], buffer[1], chunks, buffer.shape[3], heads, RING=rule.ring,
+        OWN=count // buffer.shape[1], D=d, BLOCK=triton.next_power_of_2(d), num_warps=1,
     )  # fmt: skip
 
 
@@ -377,9 +376,11 @@ def _precision(x: torch.Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def attend(q: torch.Tensor, buffer: torch.Tensor, positions: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """q [B, H, d] of the tokens at `positions` [B] (int64) over the rows of buffer [2, B, G, N, d] that `rule` lets
-    them see -> [B, H, d]. Rows behind the last of these are not read."""
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, buffer: torch.Tensor, positions: torch.Tensor, rule: Rule
+) -> torch.Tensor:
+    """Put k, v [B, G, d] of the tokens at `positions` [B] (int64) into buffer [2, B, G, N, d]; then q [B, H, d] over
+    the rows there that `rule` lets them see -> [B, H, d]. Rows behind the last of these are not read."""
     batch, heads, d = q.shape
     kv_heads, group = buffer.shape[2], heads // buffer.shape[2]
     pairs = batch * kv_heads
@@ -388,9 +389,9 @@ def attend(q: torch.Tensor, buffer: torch.Tensor, positions: torch.Tensor, rule:
     weights = torch.empty(pairs, shares, group, dtype=torch.float32, device=q.device)
     out, block_d, rows_q = torch.empty_like(q), triton.next_power_of_2(d), max(16, triton.next_power_of_2(group))
     _attend_share[(pairs, shares)](
-        q.contiguous(), buffer[0], buffer[1], positions, parts, weights, buffer.shape[3], kv_heads, d**-0.5,
-        RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group, ROWS_Q=rows_q,
-        D=d, BLOCK_D=max(16, block_d), BLOCK=BLOCK_ROWS, PRECISION=_precision(q),
+        q.contiguous(), k.contiguous(), v.contiguous(), buffer[0], buffer[1], positions, parts, weights,
+        buffer.shape[3], kv_heads, d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own,
+        GROUP=group, ROWS_Q=rows_q, D=d, BLOCK_D=max(16, block_d), BLOCK=BLOCK_ROWS, PRECISION=_precision(q),
     )  # fmt: skip
     _merge_shares[(pairs, group)](parts, weights, out, GROUP=group, SHARES=shares, D=d, BLOCK_D=block_d, num_warps=8)
     return out

@@ -23,21 +23,14 @@ def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("ring", [0, 5])
-def test_store_rows(ring):
-    buffer, k, v = torch.zeros(2, 3, 2, 11, 20, device=DEVICE), draw(3, 2, 20), draw(3, 2, 20, seed=1)
-    positions, want, rule = [9, 0, 3], buffer.clone(), Rule(ring, 2, 1, 2)
-    for i, position in enumerate(positions):
-        slot = position % ring if ring else position
-        want[0, i, :, slot], want[1, i, :, slot] = k[i], v[i]
-    triton_decode.store_rows(buffer, torch.tensor(positions, device=DEVICE), rule, k, v)
-    assert torch.equal(buffer, want)
-    k, v, chunks = draw(6, 2, 20, seed=2), draw(6, 2, 20, seed=3), [1, 0, 2]
+def test_store_summaries():
+    buffer, k, v = torch.zeros(2, 3, 2, 11, 20, device=DEVICE), draw(6, 2, 20), draw(6, 2, 20, seed=1)
+    want, chunks = buffer.clone(), [1, 0, 2]
     for i, chunk in enumerate(chunks):
         for own in range(2):
-            slot = ring + 2 * chunk + own
+            slot = 5 + 2 * chunk + own
             want[0, i, :, slot], want[1, i, :, slot] = k[2 * i + own], v[2 * i + own]
-    triton_decode.store_rows(buffer, torch.tensor(chunks, device=DEVICE), rule, k, v, summaries=True)
+    triton_decode.store_summaries(buffer, torch.tensor(chunks, device=DEVICE), Rule(5, 2, 1, 2), k, v)
     assert torch.equal(buffer, want)
 
 
@@ -68,17 +61,24 @@ def seen_rows(position, rule, rows):
 def test_attend(monkeypatch, heads, kv_heads, d, rule, positions):
     monkeypatch.setattr(triton_decode, "PROGRAMS", 24)  # several shares each, some of them empty
     rows = max(max(seen_rows(position, rule, 0)) for position in positions) + 3
-    q, buffer = draw(3, heads, d), draw(2, 3, kv_heads, rows, d, seed=1)
+    q, k, v = draw(3, heads, d), draw(3, kv_heads, d, seed=2), draw(3, kv_heads, d, seed=3)
+    buffer = draw(2, 3, kv_heads, rows, d, seed=1)
     real = torch.zeros(3, rows, dtype=torch.bool, device=DEVICE)
     for i, position in enumerate(positions):
         slots = seen_rows(position, rule, rows)
         real[i, slots] = True
         buffer[:, i, :, max(slots) + 1 :] = float("nan")  # nothing beyond may be read
-    group = heads // kv_heads
-    k, v = (x.nan_to_num().repeat_interleave(group, dim=1) for x in buffer)
-    want = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=real[:, None, None])[:, :, 0]
-    got = triton_decode.attend(q, buffer, torch.tensor(positions, device=DEVICE), rule)
+    filled = buffer.clone()
+    for i, position in enumerate(positions):
+        slot = position % rule.ring if rule.ring else position
+        filled[0, i, :, slot], filled[1, i, :, slot] = k[i], v[i]
+        buffer[:, i, :, slot] = float("nan")  # the token's own row comes from k and v
+    keys, values = (x.nan_to_num().repeat_interleave(heads // kv_heads, dim=1) for x in filled)
+    mask = real[:, None, None]
+    want = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
+    got = triton_decode.attend(q, k, v, buffer, torch.tensor(positions, device=DEVICE), rule)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(buffer, filled, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("ring, k, m, heads", [(None, 4, 1, 4), (12, 4, 2, 2), (None, 3, 1, 6), (1, 1, 1, 2)])
