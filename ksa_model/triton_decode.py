@@ -59,8 +59,8 @@ def _attend_share(q, k, v, keys, values, positions, parts, weights, rows, heads,
                   CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr, GROUP: tl.constexpr,
                   ROWS_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
-    """The query heads of one key/value head of one request over one share of its rows: output and log-sum-exp. The
-    share that the token's own row belongs to takes it from k and v, and puts it there for later tokens."""
+    """The query heads of one key/value head of one request over one share of its rows: output and log-sum-exp. In the
+    share that the token's own row belongs to it comes from k and v, and is put there for later tokens."""
     request, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     share, shares = tl.program_id(1), tl.num_programs(1)
     position = tl.load(positions + request)
@@ -82,11 +82,6 @@ def _attend_share(q, k, v, keys, values, positions, parts, weights, rows, heads,
         mask=(query_row < GROUP)[:, None] & in_column[None, :],
         other=0.0,
     )
-    new_key = tl.load(k + pair * D + column, mask=in_column, other=0.0)
-    new_value = tl.load(v + pair * D + column, mask=in_column, other=0.0)
-    if (slot >= first) & (slot < last):
-        tl.store(keys + (pair * rows + slot) * D + column, new_key, mask=in_column)
-        tl.store(values + (pair * rows + slot) * D + column, new_value, mask=in_column)
     top = tl.full([ROWS_Q], float("-inf"), tl.float32)
     total = tl.zeros([ROWS_Q], tl.float32)
     acc = tl.zeros([ROWS_Q, BLOCK_D], tl.float32)
@@ -94,11 +89,10 @@ def _attend_share(q, k, v, keys, values, positions, parts, weights, rows, heads,
         row = begin + tl.arange(0, BLOCK)
         inside = row < last
         cells = (pair * rows + row)[:, None] * D + column[None, :]
-        stands = (inside & (row != slot))[:, None] & in_column[None, :]
-        is_own = (row == slot)[:, None]
-        key = tl.where(is_own, new_key[None, :], tl.load(keys + cells, mask=stands, other=0.0))
-        value = tl.where(is_own, new_value[None, :], tl.load(values + cells, mask=stands, other=0.0))
-        seen = inside & _seen(row, position, RING, CHUNK, WINDOW, OWN)
+        held = inside[:, None] & in_column[None, :]
+        key = tl.load(keys + cells, mask=held, other=0.0)
+        value = tl.load(values + cells, mask=held, other=0.0)
+        seen = inside & (row != slot) & _seen(row, position, RING, CHUNK, WINDOW, OWN)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
@@ -107,6 +101,17 @@ def _attend_share(q, k, v, keys, values, positions, parts, weights, rows, heads,
         shrink = tl.exp(top - shift)
         total = total * shrink + tl.sum(weight, 1)
         acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+        top = higher
+    if (slot >= first) & (slot < last):
+        new_key = tl.load(k + pair * D + column, mask=in_column, other=0.0)
+        new_value = tl.load(v + pair * D + column, mask=in_column, other=0.0)
+        tl.store(keys + (pair * rows + slot) * D + column, new_key, mask=in_column)
+        tl.store(values + (pair * rows + slot) * D + column, new_value, mask=in_column)
+        score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+        higher = tl.maximum(top, score)
+        weight, shrink = tl.exp(score - higher), tl.exp(top - higher)
+        total = total * shrink + weight
+        acc = acc * shrink[:, None] + weight[:, None] * new_value.to(tl.float32)[None, :]
         top = higher
     at = (pair * shares + share) * GROUP + query_row
     kept = query_row < GROUP

@@ -72,7 +72,7 @@ def test_attend(monkeypatch, heads, kv_heads, d, rule, positions):
     for i, position in enumerate(positions):
         slot = position % rule.ring if rule.ring else position
         filled[0, i, :, slot], filled[1, i, :, slot] = k[i], v[i]
-        buffer[:, i, :, slot] = float("nan")  # the token's own row comes from k and v
+        buffer[:, i, :, slot] = 1e4  # the token's own row comes from k and v
     keys, values = (x.nan_to_num().repeat_interleave(heads // kv_heads, dim=1) for x in filled)
     mask = real[:, None, None]
     want = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
