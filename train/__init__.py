@@ -2,9 +2,11 @@
 
 import os
 
-# Threads that wait for each other sleep instead of spinning. OpenMP spins by default, and on cores that others use as
-# well a step then takes ten times as long (docs/log.md). It reads this when torch is imported, so it stands here.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A thread that waits for another spins for some microseconds, then sleeps. OpenMP lets it spin for ever by default, and
+# on cores that others use as well a step then takes ten times as long; without any spinning it takes a tenth longer on
+# quiet ones (docs/log.md). Read when torch is imported, so it stands here; a user's own choice wins.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # A step of a million tokens makes and drops tensors of gigabytes in all sizes. Segments of a fixed size were left with
 # holes of 9 GiB (docs/log.md); those that can grow need what the tensors need. Read when CUDA starts; a choice of the

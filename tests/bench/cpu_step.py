@@ -1,16 +1,20 @@
-"""Where a training step of the default CPU run spends its time: `python -m tests.bench.cpu_step [key=value ...]`.
+"""The default CPU run's speed.
 
-Prints tokens per second and the share of each part, measured with the torch profiler over a few steps after a warm-up,
-and writes docs/results/cpu_step.json.
+python -m tests.bench.cpu_step [key=value ...]    tokens/s, and the share of each operation from the torch profiler
+python -m tests.bench.cpu_step against=COMMIT     `python -m train` of a commit and of this tree in turn, three times
+                                                  60 steps each; writes docs/results/cpu_step.json
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,10 +26,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import data_pipeline
 from train import parallel, trainer
 from train.config import TrainConfig, from_mapping
-from train.metrics import StepSums
+from train.metrics import StepSums, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WARM_UP, STEPS = 3, 8
+WARM_UP, STEPS, TURNS = 3, 8, 3
 
 
 def main() -> None:
@@ -59,8 +63,46 @@ def main() -> None:
         "loader_wait_share": round(waited / sum(seconds), 5),
     }
     print(json.dumps(result, indent=1))
+
+
+def against(commit: str) -> None:
+    """Median tokens/s of a commit and of this tree, in turn: what a machine does otherwise meets both."""
+    speeds: dict[str, list[float]] = {commit: [], "this tree": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        other = Path(scratch) / "commit"
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(other), commit], cwd=ROOT, check=True)
+        try:
+            for turn in range(TURNS):
+                for name, tree in zip(speeds, (other, ROOT)):
+                    speeds[name].append(tokens_per_second(tree, Path(scratch) / f"{tree.name}-{turn}"))
+                    print(f"{name}: {speeds[name][-1]:,.0f} tokens/s", flush=True)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(other)], cwd=ROOT, check=True)
+    old, new = (statistics.median(found) for found in speeds.values())
+    result = {
+        "command": f"python -m tests.bench.cpu_step against={commit}",
+        "device": f"CPU, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}",
+        "torch": torch.__version__,
+        "tokens_per_second": speeds,
+        "speed_up": round(new / old, 3),
+    }
+    print(f"{new / old:.2f} times {commit}")
     (ROOT / "docs/results/cpu_step.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+def tokens_per_second(tree: Path, root: Path) -> float:
+    overrides = [f"run.root={root}", "run.steps=60", "run.eval_every=1000", "checkpoint.every_steps=null"]
+    command = [sys.executable, "-m", "train", *overrides, "logging.progress=false"]
+    # `train` has made its choices for this process; each tree is to make its own.
+    chosen = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF")
+    environment = {key: value for key, value in os.environ.items() if key not in chosen}
+    subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
+    records = read_records(root / "default" / "metrics.jsonl")
+    return statistics.median(r["tokens_per_second"] for r in records if "loss" in r and r["step"] > 10)
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] and sys.argv[1].startswith("against="):
+        against(sys.argv[1].removeprefix("against="))
+    else:
+        main()
