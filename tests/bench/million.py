@@ -1,0 +1,107 @@
+"""Training steps of a million tokens in one sample, by the trainer itself, on real documents.
+
+    python -m tests.bench.million [out=DIR] [steps=2] [gpus=2] [key=value ...]    writes docs/results/million.json
+    python -m tests.bench.million size=toy      8,192 tokens on two CPU ranks: proves the script, measures nothing
+
+The preset `1b9_1m` over the sources of Python's standard library, with `key=value` on top. The order of the samples is
+chosen so that the first ones are full. What the run says of each step is kept; then it is ended as it stands, since a
+checkpoint of it is 23 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import data_pipeline
+from tests.bench import workload
+from tests.ranks import free_port
+from train.config import TrainConfig, from_mapping
+from train.metrics import read_records
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SEEDS = 8  # orders of the samples that are tried
+PRESETS = {
+    "full": ["+experiment=1b9_1m", "data=stdlib", "model.vocab_size=151936"],
+    "toy": ["seq_len=8192", "parallel.context=2", "memory=offload", "run.device=cpu"],
+}
+
+
+def main(arguments: list[str]) -> None:
+    given = dict(argument.split("=", 1) for argument in arguments)
+    out, size = Path(given.pop("out", ROOT / "docs/results")), given.pop("size", "full")
+    steps, gpus = int(given.pop("steps", 2)), int(given.pop("gpus", 2))
+    overrides = [
+        *PRESETS[size], f"dry_run_ranks={gpus}", f"run.steps={steps + 1}", "run.log_every=1", "run.eval_every=1000",
+        "checkpoint.every_steps=null", "logging.progress=false", "logging.wandb=off",
+        *(f"{key}={value}" for key, value in given.items()),
+    ]  # fmt: skip
+    seed, real_tokens = fullest_order(overrides, steps)
+    print(f"data.seed={seed}: real tokens of the first samples {real_tokens}", flush=True)
+    with tempfile.TemporaryDirectory() as root:
+        command = ["-m", "train", *overrides, f"data.seed={seed}", f"run.root={root}"]
+        records = first_steps(command, gpus, Path(root) / "default", steps)
+    report = {
+        "command": " ".join(["python -m tests.bench.million", *arguments]),
+        "device": workload.device_name(),
+        "torch": torch.__version__,
+        "gpus": gpus,
+        "overrides": overrides,
+        "real_tokens_of_samples": real_tokens,
+        "steps": records,
+    }
+    print(json.dumps(records, indent=1))
+    if size == "full":
+        (out / "million.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def fullest_order(overrides: list[str], steps: int) -> tuple[int, list[int]]:
+    """The `data.seed` under which the emptiest of the first `steps` samples is fullest, and their real tokens."""
+    found: dict[int, list[int]] = {}
+    for seed in range(SEEDS):
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            values = OmegaConf.to_container(compose("config", [*overrides, f"data.seed={seed}"]), resolve=True)
+        config = from_mapping(TrainConfig, values)  # type: ignore[arg-type]
+        samples = data_pipeline.open_data(config.data).samples("train", config.seq_len, config.alignment)
+        found[seed] = [int(samples.at(i).doc_lengths.sum()) for i in range(steps)]
+    return max(found.items(), key=lambda item: min(item[1]))
+
+
+def first_steps(command: list[str], ranks: int, directory: Path, steps: int) -> list[dict]:
+    """Start the ranks, wait for the records of `steps` steps, end them."""
+    place = dict(
+        WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+    )
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))  # the optimizer is theirs
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | place | dict(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS=threads)
+        processes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment))
+    try:
+        while True:
+            records = []
+            if (directory / "metrics.jsonl").exists():
+                records = [record for record in read_records(directory / "metrics.jsonl") if "loss" in record]
+            if len(records) >= steps:
+                return records[:steps]
+            codes = [process.poll() for process in processes]
+            if any(code is not None for code in codes):
+                raise SystemExit(f"a rank ended after {len(records)} of {steps} steps; exit codes {codes}")
+            time.sleep(0.5)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
