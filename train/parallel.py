@@ -198,7 +198,7 @@ def _connect(groups: list[dist.ProcessGroup], device: torch.device) -> None:
     ranks. Told the device when it starts, it makes one for each of megatron's two dozen groups: on an H100 7.8 GiB were
     in use beyond what torch had handed out, and closing them took 15 s (docs/log.md).
     """
-    for group in groups:
+    for group in dict.fromkeys(groups):
         if group.size() > 1 or group is dist.group.WORLD:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 

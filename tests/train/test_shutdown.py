@@ -1,5 +1,6 @@
-"""What ends a job under NCCL, as far as ranks without GPUs can show it: nobody waits for ever."""
+"""What begins and ends a job under NCCL, as far as ranks without GPUs can show it."""
 
+import functools
 import threading
 import time
 import warnings
@@ -50,3 +51,21 @@ def test_jobs_in_turn_end_and_start(hangs):
 def test_a_rank_that_never_comes_is_not_waited_for():
     seconds, _ = run_on_ranks(2, end_twice, False, True)[0]
     assert 2 <= seconds < 60
+
+
+def sizes_of_connected_groups(**settings):
+    world = parallel.initialize(parallel.ParallelConfig(**settings), torch.device("cpu"))
+    used, real = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, group: (used.append(group.size()), real(tensor, group=group))
+    groups = [world.tensor_group, world.context_group, world.data_group, world.data_context_group]
+    parallel._connect([dist.group.WORLD, *groups], world.device)
+    return used
+
+
+@pytest.mark.parametrize("ranks, settings, sizes", [
+    (1, {}, [1]),  # the world serves as every group
+    (2, dict(context=2), [2, 2, 2]),  # the world, context, data x context
+    (4, dict(tensor=2), [4, 2, 2, 2]),  # the world, tensor, data, data x context
+], ids=str)  # fmt: skip
+def test_groups_of_several_ranks_are_connected(ranks, settings, sizes):
+    assert run_on_ranks(ranks, functools.partial(sizes_of_connected_groups, **settings)) == [sizes] * ranks
