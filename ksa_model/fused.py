@@ -205,7 +205,7 @@ class _Call:
 
 def _calls(run: CausalRun, q: torch.Tensor, k: torch.Tensor) -> Iterator[_Call]:
     """The run in problems small enough, some heads at a time: the triangle once for every key of a step, whose queries
-    see all of them at once, then the rectangle."""
+    see all of them at once, then the rectangle. Without keys of a step there is no triangle."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     least = SMALL_CALL // (run.num_rows * q.shape[-1] * q.element_size())
     at_once = min(heads, max(1, least, int(heads * CALL_SHARE * (1 + 1 / group) / 2)))
@@ -218,7 +218,7 @@ def _calls(run: CausalRun, q: torch.Tensor, k: torch.Tensor) -> Iterator[_Call]:
         for place in range(run.step_keys):
             yield _Call(run, some, theirs, slice(run.triangle_key + place, end, run.step_keys), True, place == 0)
         if run.rectangle_key < run.triangle_key:
-            yield _Call(run, some, theirs, slice(run.rectangle_key, run.triangle_key), False, False)
+            yield _Call(run, some, theirs, slice(run.rectangle_key, run.triangle_key), False, run.step_keys == 0)
 
 
 def _cudnn_forward(q, k, v, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,7 +75,11 @@ def text_attention(
     if backend == "reference":
         return reference.text_attention(q, k, v, layout, mixer, window_chunks, window_tokens)
     if mixer == "F":
-        part = Part(layout.full_ranges(), gather(context, "text"))
+        exchange = gather(context, "text")
+        if exchange.travels:  # a rank's own slices are computed while the others' keys are under way
+            parts = Part(layout.own_ranges(), Exchange()), Part(layout.earlier_ranges(), exchange)
+            return _JointAttention.apply(parts, choose(q, backend), kept, q, k, v, k, v)
+        part = Part(layout.full_ranges(), exchange)
     elif mixer == "S":
         part = Part(layout.sliding_ranges(window_tokens), halo(context, window_tokens - 1))
     else:
@@ -205,6 +209,7 @@ class _JointAttention(torch.autograd.Function):
         for group in reversed(_groups(parts)):
             found = gradient.add([(seen[2 * i], seen[2 * i + 1], parts[i].ranges) for i in group])
             pending |= {i: parts[i].exchange.start_backward(*grads) for i, grads in zip(group, found)}
+            del found  # of a million rows that travel, gigabytes beside the next part's
         grads = [grad for i in range(len(parts)) for grad in pending[i].wait()]
         return None, None, None, gradient.grad_q, *grads
 

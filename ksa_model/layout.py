@@ -81,6 +81,15 @@ class SequenceLayout:
         """All earlier text of the document and the row itself."""
         return self.cached("full", lambda: self._causal_from(self.document_starts, growth=(1, 1)))
 
+    def own_ranges(self) -> KeyRanges:
+        """Of full attention what each row sees of its own context-parallel slice, in this rank's rows: here, all."""
+        return self.full_ranges()
+
+    def earlier_ranges(self) -> KeyRanges:
+        """Of full attention what each row sees of the slices before its own, in rows of the whole sample."""
+        start = self.full_ranges().start
+        return self.cached("earlier", lambda: KeyRanges(start, start, growth=(1, 0)))
+
     def sliding_ranges(self, window_tokens: int) -> KeyRanges:
         """The last `window_tokens` text rows of the document, the row itself included."""
 
@@ -160,12 +169,19 @@ class TextLayout(SequenceLayout):
     def full_ranges(self) -> KeyRanges:
         return self._layout.full_ranges()
 
+    def own_ranges(self) -> KeyRanges:
+        return self._layout.own_ranges()
+
+    def earlier_ranges(self) -> KeyRanges:
+        return self._layout.earlier_ranges()
+
 
 class ShardedLayout(SequenceLayout):
     """One context rank's share of a layout: slices `rank` and `2*size - 1 - rank` of `2*size` equal slices.
 
     It reads like a layout of the rank's own rows; only its key ranges point into what `collectives` brings: the halo
-    buffer `[halo | slice | halo | slice]` for near and sliding keys, the whole sample for summaries and full keys.
+    buffer `[halo | slice | halo | slice]` for near and sliding keys, the whole sample for summaries and full keys; but
+    `own_ranges`, which need none of it.
 
     Worked example, T = 16, k = 2, size = 2: slices of 4 rows; rank 0 holds rows 0-3 and 12-15, rank 1 rows 4-11.
     """
@@ -205,6 +221,26 @@ class ShardedLayout(SequenceLayout):
 
     def full_ranges(self) -> KeyRanges:
         return self._in_whole(self._whole.full_ranges())
+
+    def own_ranges(self) -> KeyRanges:
+        def compute() -> KeyRanges:
+            full, (slice_start, shift) = self.full_ranges(), self._slice_starts()
+            start = np.maximum(full.start, slice_start)
+            return KeyRanges(start - shift, np.maximum(full.end, start) - shift, growth=(1, 1))
+
+        return self.cached("own", compute)
+
+    def earlier_ranges(self) -> KeyRanges:
+        def compute() -> KeyRanges:
+            full, (slice_start, _) = self.full_ranges(), self._slice_starts()
+            return KeyRanges(full.start, np.maximum(np.minimum(full.end, slice_start), full.start), growth=(1, 0))
+
+        return self.cached("earlier", compute)
+
+    def _slice_starts(self) -> tuple[np.ndarray, np.ndarray]:
+        """For every row of this rank the sample's row that its slice begins at, and what is less in the rank's rows."""
+        starts = np.repeat(np.array(self._slices) * self._slice_rows, self._slice_rows)
+        return starts, starts - np.repeat([0, self._slice_rows], self._slice_rows)
 
     def _in_whole(self, ranges: KeyRanges) -> KeyRanges:
         return self.cached(

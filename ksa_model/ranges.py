@@ -18,7 +18,7 @@ class KeyRanges:
     `start` and `end` are int64 arrays, non-decreasing, so that the keys of a block of rows are one slice too (what
     `causal_split` leaves over may step back where rows were taken out, and is cut into tiles all the same).
     `growth`: (rows, keys) where every so many rows of a document see so many keys more and none less, as in causal
-    attention; None for windows.
+    attention; (1, 0) where rows see the same; None for windows.
     """
 
     start: np.ndarray
@@ -118,7 +118,8 @@ class KeyRanges:
     # -- long causal stretches --------------------------------------------------------------------------------------
 
     def causal_split(self, min_steps: int) -> tuple[list[CausalRun], KeyRanges]:
-        """Stretches of at least `min_steps` steps that are plain causal attention, and the ranges without them.
+        """Stretches of at least `min_steps` steps that are plain causal attention (or see the same), and the ranges
+        without them.
 
         A library kernel compiles itself anew for every shape it meets, so the length of a run is rounded down to one of
         16 values an octave, unless the run fills the sample or one of its two context-parallel slices, whose length is
@@ -156,7 +157,9 @@ class KeyRanges:
         fills = first in halves and last in halves
         base = int(end[first])
         begin = first + int(np.searchsorted(end[first:last], base, side="right"))  # the first step that sees more
-        if begin == first + 1 and base - keys >= start[first]:
+        if keys == 0:
+            begin = first
+        elif begin == first + 1 and base - keys >= start[first]:
             begin, base = first, base - keys  # already the first step sees what the one before did not
         steps = last - begin
         if steps < min_steps or end[last - 1] != base + keys * steps:
@@ -168,6 +171,8 @@ class KeyRanges:
         rectangle = before if fills and document == 0 else rounded_down(before)
         if rectangle < min_steps * keys:
             rectangle = 0
+        if keys == 0 and rectangle < min_steps:
+            return None
         return CausalRun(
             first_row=begin * rows,
             num_steps=steps,
@@ -196,7 +201,7 @@ class Block:
 
 @dataclass(frozen=True)
 class CausalRun:
-    """Rows whose keys are a rectangle and a triangle, both without holes.
+    """Rows whose keys are a rectangle and a triangle, both without holes; without `step_keys` a rectangle alone.
 
     Step s of `num_steps` is rows `first_row + s*step_rows ...` (`step_rows` of them); they all see the keys
     [rectangle_key, triangle_key) and of the keys from `triangle_key` on the first `(s+1) * step_keys`. Keys from

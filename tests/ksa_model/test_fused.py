@@ -215,6 +215,17 @@ def test_context_ranks_see_what_one_rank_sees(monkeypatch, context_size):
             assert error(gradient.grad_q, check[0]) < GRAD_ERROR
             whole = (k_text, v_text, shard.full_ranges())
             assert error(fused.attend(mine, [whole]).out, take(want_full)) < OUT_ERROR
+            own = (take(k_text), take(v_text), shard.own_ranges())
+            earlier = (k_text, v_text, shard.earlier_ranges())
+            assert lengths != [128] or earlier[2].causal_split(4)[0]  # rectangles for the library
+            softmax = fused.attend(mine, [earlier], fused.attend(mine, [own]))
+            assert error(softmax.out, take(want_full)) < OUT_ERROR
+            gradient = fused.Gradient(take(want_full), mine, softmax)
+            check = check_gradient(take(want_full), mine, [own, earlier], softmax)
+            for part, expected in zip((earlier, own), check[:0:-1]):
+                for got, right in zip(gradient.add([part])[0], expected):
+                    assert error(got, right) < GRAD_ERROR
+            assert error(gradient.grad_q, check[0]) < GRAD_ERROR
 
 
 def behind_halo(x, rank, size, halo_rows):
