@@ -21,9 +21,8 @@ GPU_MEMORY = {  # bytes a process can really have, below the label's number
     "h200-141gb": 139.8 * GIB,
     "b200-192gb": 178.0 * GIB,
 }
-CUDA_CONTEXT_AND_NCCL = (
-    7.8 * GIB
-)  # in use on an H100 beyond what torch handed out, with one rank and with two: docs/log.md
+# In use on an H100 beyond what torch had handed out, with one rank and with two: docs/log.md.
+CUDA_CONTEXT_AND_NCCL = 7.8 * GIB
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default
 _WORKSPACE = 0.8  # of a library attention kernel's backward, in shares of its queries: see ksa_model/fused.py
 

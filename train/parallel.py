@@ -195,8 +195,8 @@ def _connect(groups: list[dist.ProcessGroup], device: torch.device) -> None:
     """Make the communicators of these groups, on all ranks in one order.
 
     Left alone, NCCL makes one at a group's first use, which an exchange between neighbours need not be for all of its
-    ranks. Told the device when it starts, it makes one for each of megatron's two dozen groups: on an H100 7.8 GiB were
-    in use beyond what torch had handed out, and closing them took 15 s (docs/log.md).
+    ranks. Told the device when it starts, it makes one for each of megatron's two dozen groups, used or not: while it
+    was, 7.8 GiB of an H100 were in use beyond what torch had handed out, and closing them took 15 s (docs/log.md).
     """
     for group in dict.fromkeys(groups):
         if group.size() > 1 or group is dist.group.WORLD:
