@@ -169,10 +169,10 @@ class KeyRanges:
         if not fills:
             steps = rounded_down(steps)
         rectangle = before if fills and document == 0 else rounded_down(before)
-        if rectangle < min_steps * keys:
+        if rectangle < min_steps * max(keys, 1):
+            if keys == 0:  # nothing else is there
+                return None
             rectangle = 0
-        if keys == 0 and rectangle < min_steps:
-            return None
         return CausalRun(
             first_row=begin * rows,
             num_steps=steps,

@@ -177,30 +177,33 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
     )
-    groups = [
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_context_parallel_group(),
-        parallel_state.get_data_parallel_group(),
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-    ]
-    assert dist.group.WORLD is not None
-    if size == 1:  # one communicator for all of them
-        groups = [dist.group.WORLD] * len(groups)
+    alone = dist.group.WORLD if size == 1 else None  # which then is every group, with one communicator
+    world = World(
+        rank=rank,
+        size=size,
+        device=device,
+        store=store,
+        tensor_group=alone or parallel_state.get_tensor_model_parallel_group(),
+        context_group=alone or parallel_state.get_context_parallel_group(),
+        data_group=alone or parallel_state.get_data_parallel_group(),
+        data_context_group=alone or parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
     if device.type == "cuda":
-        _connect([dist.group.WORLD, *groups], device)
-    return World(rank, size, device, store, *groups)
+        _connect(world)
+    return world
 
 
-def _connect(groups: list[dist.ProcessGroup], device: torch.device) -> None:
-    """Make the communicators of these groups, on all ranks in one order.
+def _connect(world: World) -> None:
+    """Make the communicators of all ranks together and of the groups of several, on every rank in one order.
 
     Left alone, NCCL makes one at a group's first use, which an exchange between neighbours need not be for all of its
     ranks. Told the device when it starts, it makes one for each of megatron's two dozen groups, used or not: while it
     was, 7.8 GiB of an H100 were in use beyond what torch had handed out, and closing them took 15 s (docs/log.md).
     """
-    for group in dict.fromkeys(groups):
-        if group.size() > 1 or group is dist.group.WORLD:
-            dist.all_reduce(torch.zeros(1, device=device), group=group)
+    dist.all_reduce(torch.zeros(1, device=world.device), group=dist.group.WORLD)
+    for group in (world.tensor_group, world.context_group, world.data_group, world.data_context_group):
+        if group.size() > 1:
+            dist.all_reduce(torch.zeros(1, device=world.device), group=group)
 
 
 SHUTDOWN_WAIT = timedelta(seconds=30)  # for the other ranks, and for NCCL

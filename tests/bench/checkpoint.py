@@ -22,22 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from train.config import TrainConfig, from_mapping
+from tests.bench import workload
+from train.config import TrainConfig
 from train.metrics import read_records
 from train.run_directory import read_config
 from train.trainer import train
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SAVES = 3
-
-
-def configured(overrides: list[str]) -> TrainConfig:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        values: Any = OmegaConf.to_container(compose("config", overrides), resolve=True)
-    return from_mapping(TrainConfig, values)
 
 
 def measure(config: TrainConfig, root: str, every: int) -> dict[str, Any]:
@@ -83,7 +75,7 @@ def main(arguments: list[str]) -> None:
     overrides = [a for a in arguments if not a.startswith(("out=", "every="))]
     shared = os.environ.get("BENCH_ROOT")  # several ranks need one directory
     with tempfile.TemporaryDirectory() as own:
-        found = measure(configured(overrides), shared or own, every) | {"overrides": overrides}
+        found = measure(workload.configured(overrides), shared or own, every) | {"overrides": overrides}
     if os.environ.get("RANK", "0") == "0":
         text = json.dumps(found, indent=1)
         print(text)

@@ -1,8 +1,9 @@
 """The default CPU run's speed.
 
-python -m tests.bench.cpu_step [key=value ...]    tokens/s, and the share of each operation from the torch profiler
-python -m tests.bench.cpu_step against=COMMIT     `python -m train` of a commit and of this tree in turn, three times
-                                                  60 steps each; writes docs/results/cpu_step.json
+    python -m tests.bench.cpu_step [key=value ...]    tokens/s, and the share of each operation from the torch profiler
+    python -m tests.bench.cpu_step against=COMMIT     the tokens/s of `python -m train` of a commit and of this tree
+
+The second takes both in turn, three times 60 steps each, and writes docs/results/cpu_step.json.
 """
 
 from __future__ import annotations
@@ -19,13 +20,11 @@ import time
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import data_pipeline
+from tests.bench import workload
 from train import parallel, trainer
-from train.config import TrainConfig, from_mapping
 from train.metrics import StepSums, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,9 +32,7 @@ WARM_UP, STEPS, TURNS = 3, 8, 3
 
 
 def main() -> None:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        values = OmegaConf.to_container(compose("config", sys.argv[1:]), resolve=True)
-    config = from_mapping(TrainConfig, values)  # type: ignore[arg-type]
+    config = workload.configured(sys.argv[1:])
     data = data_pipeline.open_data(config.data)
     config = dataclasses.replace(config, model=trainer.with_vocabulary(config.model, data.vocab_size))
     world = parallel.initialize(config.parallel, torch.device("cpu"))

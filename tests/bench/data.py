@@ -195,18 +195,14 @@ def wait() -> dict:
     import dataclasses
 
     import torch
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     from data_pipeline import Loader
+    from tests.bench import workload
     from train import parallel, trainer
     from train.batches import batch_maker
-    from train.config import TrainConfig, from_mapping
     from train.metrics import StepSums
 
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        values = OmegaConf.to_container(compose("config", []), resolve=True)
-    config = from_mapping(TrainConfig, values)  # type: ignore[arg-type]
+    config = workload.configured([])
     data = open_data(config.data)
     config = dataclasses.replace(config, model=trainer.with_vocabulary(config.model, data.vocab_size))
     world = parallel.initialize(config.parallel, torch.device("cpu"))

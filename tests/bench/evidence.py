@@ -30,13 +30,10 @@ from typing import Any
 
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 import data_pipeline
 from tests.bench import workload
 from train import checkpoint, evaluation_plots
-from train.config import TrainConfig, from_mapping
 from train.metrics import read_records
 from train.signals import REQUEUE
 
@@ -105,10 +102,7 @@ def _list(value: Any) -> list[str]:
 
 def prepare(options: dict[str, Any]) -> None:
     """Tokenize once, before many processes want the same."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        overrides = ["+evidence=full", *shlex.split(options["overrides"])]
-        values = OmegaConf.to_container(compose("config", overrides), resolve=True)
-    config = from_mapping(TrainConfig, values)  # type: ignore[arg-type]
+    config = workload.configured(["+evidence=full", *shlex.split(options["overrides"])])
     data = data_pipeline.open_data(config.data, progress=True)
     data.samples("train", config.seq_len, config.alignment)
     print("\n".join(data.report()), flush=True)

@@ -10,6 +10,7 @@ checkpoint of it is 23 GB.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,16 +20,12 @@ import time
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 import data_pipeline
 from tests.bench import workload
 from tests.ranks import free_port
-from train.config import TrainConfig, from_mapping
 from train.metrics import read_records
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SEEDS = 8  # orders of the samples that are tried
 PRESETS = {
     "full": ["+experiment=1b9_1m", "data=stdlib", "model.vocab_size=151936"],
@@ -38,7 +35,7 @@ PRESETS = {
 
 def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments)
-    out, size = Path(given.pop("out", ROOT / "docs/results")), given.pop("size", "full")
+    out, size = Path(given.pop("out", workload.ROOT / "docs/results")), given.pop("size", "full")
     steps, gpus = int(given.pop("steps", 2)), int(given.pop("gpus", 2))
     overrides = [
         *PRESETS[size], f"dry_run_ranks={gpus}", f"run.steps={steps + 1}", "run.log_every=1", "run.eval_every=1000",
@@ -66,12 +63,10 @@ def main(arguments: list[str]) -> None:
 
 def fullest_order(overrides: list[str], steps: int) -> tuple[int, list[int]]:
     """The `data.seed` under which the emptiest of the first `steps` samples is fullest, and their real tokens."""
-    found: dict[int, list[int]] = {}
+    config, found = workload.configured(overrides), {}
     for seed in range(SEEDS):
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            values = OmegaConf.to_container(compose("config", [*overrides, f"data.seed={seed}"]), resolve=True)
-        config = from_mapping(TrainConfig, values)  # type: ignore[arg-type]
-        samples = data_pipeline.open_data(config.data).samples("train", config.seq_len, config.alignment)
+        data = data_pipeline.open_data(dataclasses.replace(config.data, seed=seed))
+        samples = data.samples("train", config.seq_len, config.alignment)
         found[seed] = [int(samples.at(i).doc_lengths.sum()) for i in range(steps)]
     return max(found.items(), key=lambda item: min(item[1]))
 
@@ -85,7 +80,7 @@ def first_steps(command: list[str], ranks: int, directory: Path, steps: int) -> 
     processes = []
     for rank in range(ranks):
         environment = os.environ | place | dict(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS=threads)
-        processes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment))
+        processes.append(subprocess.Popen([sys.executable, *command], cwd=workload.ROOT, env=environment))
     try:
         while True:
             records = []

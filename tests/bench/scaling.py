@@ -74,8 +74,8 @@ def run(ranks: int, kinds: tuple[str, ...], settings: ParallelConfig, size: str,
         seconds = bench.seconds(2, 3)
         sent = dict(bench.engine.module.context.received_bytes) if settings.context > 1 else {}  # type: ignore
         found = {
-            "kind": kind, "ranks": ranks, "seq_len": length, "seconds": seconds, "losses": losses,
-            "tokens_per_second": samples * length / seconds, "received_bytes": sent,
+            "kind": kind, "ranks": ranks, "memory": memory.recompute, "seq_len": length, "seconds": seconds,
+            "losses": losses, "tokens_per_second": samples * length / seconds, "received_bytes": sent,
             "device": workload.device_name(), "torch": torch.__version__,
         }  # fmt: skip
         if on_gpu:
@@ -122,10 +122,14 @@ def uncovered(spans: list[tuple[float, float]], by: list[tuple[float, float]]) -
     return left
 
 
+def plain_kind(kind: str) -> str:
+    """What stands for `kind` on one GPU, which shards nothing."""
+    return "data ZeRO-1" if kind.startswith("data") else "context"
+
+
 def efficiency(row: dict, rows: list[dict]) -> float | None:
-    """Share of ideal: tokens/s a GPU (`longer`: MFU) against one GPU's, which shards nothing."""
-    kind = "data ZeRO-1" if row["kind"].startswith("data") else "context"
-    one = next(r for r in rows if r["kind"] == kind and r["ranks"] == 1)
+    """Share of ideal: tokens/s a GPU (`longer`: MFU) against one GPU's."""
+    one = next(r for r in rows if r["kind"] == plain_kind(row["kind"]) and r["ranks"] == 1)
     if row["kind"] == "longer":
         return row["mfu"] / one["mfu"] if "mfu" in row else None
     return row["tokens_per_second"] / row["ranks"] / one["tokens_per_second"]
@@ -134,7 +138,7 @@ def efficiency(row: dict, rows: list[dict]) -> float | None:
 def main(size: str, layers: int, wanted: list[str], out: Path) -> None:
     if unknown := set(wanted) - set(KINDS):
         raise SystemExit(f"kinds={','.join(unknown)}: the kinds are {', '.join(KINDS)}")
-    wanted = sorted({*wanted, *("data ZeRO-1" if kind.startswith("data") else "context" for kind in wanted)})
+    wanted = sorted({*wanted, *map(plain_kind, wanted)})
     most = 4 if size == "toy" else torch.cuda.device_count()
     numbers = [n for n in (1, 2, 4, 8) if n <= most]
     rows: list[dict] = []

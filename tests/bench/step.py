@@ -168,6 +168,9 @@ def memory_by_length(name: str, pattern: str, size: str) -> dict:
             "pinned_host_gib": bench.engine.module.host_pool.held_bytes / GIB, "outside_torch_gib": outside_torch(),
         })  # fmt: skip
         workload.note(str(found[-1]))
+    del bench
+    parallel.shutdown()
+    workload.forget()
     tokens, peaks = ([row[key] for row in found] for key in ("seq_len", "peak_gib"))
     slope, constant = np.polyfit(tokens, peaks, 1)
     return {
@@ -204,9 +207,9 @@ def run(name: str, pattern: str, size: str) -> dict:
         "memory": dataclasses.asdict(config.memory), "optimizer_on_host": case.parallel.offload == "optimizer",
         "gpus": case.ranks, "loss": loss, "seconds": seconds, "tokens_per_second": tokens / seconds,
         "mfu": flops / seconds / (peak_flops(world.device) or float("nan")),
-        "peak_gib": None if peak is None else peak / 2**30, "predicted_gib": planned.total / 2**30,
-        "pinned_host_gib": bench.engine.module.host_pool.held_bytes / 2**30,
-        "predicted_host_gib": dry_run.host_bytes(config)[0] / 2**30, "outside_torch_gib": outside_torch(),
+        "peak_gib": None if peak is None else peak / GIB, "predicted_gib": planned.total / GIB,
+        "pinned_host_gib": bench.engine.module.host_pool.held_bytes / GIB,
+        "predicted_host_gib": dry_run.host_bytes(config)[0] / GIB, "outside_torch_gib": outside_torch(),
     }  # fmt: skip
     if not case.is_long:
         result |= profiled(bench, batches, seconds)

@@ -18,16 +18,25 @@ from unittest import mock
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from data_pipeline import IGNORE_INDEX, PackedSample
 from data_pipeline.samples import join
 from train import parallel, trainer
 from train.batches import Batch, batch_maker
-from train.config import TrainConfig
+from train.config import TrainConfig, from_mapping
 from train.metrics import StepSums
 from train.parallel import World
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def configured(overrides: Sequence[str]) -> TrainConfig:
+    """What `python -m train OVERRIDES` is told."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        values = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    return from_mapping(TrainConfig, values)  # type: ignore[arg-type]
 
 
 def sample(seq_len: int, vocab_size: int, index: int, cuts: list[int]) -> PackedSample:

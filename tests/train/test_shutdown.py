@@ -57,8 +57,7 @@ def sizes_of_connected_groups(**settings):
     world = parallel.initialize(parallel.ParallelConfig(**settings), torch.device("cpu"))
     used, real = [], dist.all_reduce
     dist.all_reduce = lambda tensor, group: (used.append(group.size()), real(tensor, group=group))
-    groups = [world.tensor_group, world.context_group, world.data_group, world.data_context_group]
-    parallel._connect([dist.group.WORLD, *groups], world.device)
+    parallel._connect(world)
     return used
 
 
