@@ -23,7 +23,7 @@ import torch
 from ksa_model.config import ModelConfig
 from ksa_model.memory import MemoryConfig
 from tests.bench import workload
-from tests.bench.step import PARTS
+from tests.bench.step import PARTS, outside_torch
 from train import parallel
 from train.config import RunConfig, TrainConfig
 from train.metrics import peak_flops
@@ -82,6 +82,7 @@ def run(ranks: int, kinds: tuple[str, ...], settings: ParallelConfig, size: str,
             flops = sum(batch.model_flops for batch in batches) / settings.tensor
             found["mfu"] = flops / seconds / (peak_flops(world.device) or float("nan"))
             found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            found["outside_torch_gib"] = outside_torch()
             found["parts_ms"] = parts(bench, batches)
         yield found
     del bench, batches
