@@ -108,17 +108,18 @@ class Gradient:
         rests = [(k, v, rest) for (k, v, _), (_, rest) in zip(parts, split)]
         runs_of_all = [run for runs, _ in split for run in runs]
         if _visible(rests) or not runs_of_all:
-            grads = self._add_rests(rests)
+            grads = [_KeySums(*grads, written=True) for grads in self._add_rests(rests)]
         else:
-            grads = [(torch.zeros_like(k), torch.zeros_like(v)) for k, v, _ in rests]
+            grads = [_KeySums(torch.empty_like(k), torch.empty_like(v)) for k, v, _ in rests]
         adding = self.grad_q is not None
         if self.grad_q is None:
             self.grad_q = _zero_outside(runs_of_all, q)
-        for (k, v, _), (runs, _), (grad_k, grad_v) in zip(parts, split, grads):
-            for run in runs:
+        for (k, v, _), (runs, _), sums in zip(parts, split, grads):
+            for run in sorted(runs, key=lambda run: run.keys.start - run.keys.stop):  # the widest first
+                sums.begin(run.keys)
                 for call in _calls(run, q, k):
-                    self._add_call(call, k, v, grad_k, grad_v, adding or not call.is_first)
-        return grads
+                    self._add_call(call, k, v, sums, adding or not call.is_first)
+        return [sums.finish() for sums in grads]
 
     def _add_rests(self, rests: list[Part]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         q, grad_out, softmax = self._q, self._grad_out, self._softmax
@@ -129,7 +130,7 @@ class Gradient:
         triton_attention.backward_queries(grad_out, q, rests, *joint, has_state=has_state, has_delta=has_delta)
         return triton_attention.backward_keys(grad_out, q, rests, softmax.lse, self._delta)
 
-    def _add_call(self, call: _Call, k, v, grad_k, grad_v, adding: bool) -> None:
+    def _add_call(self, call: _Call, k, v, sums: _KeySums, adding: bool) -> None:
         assert self.grad_q is not None
         lse = call.lse_of(self._softmax.lse).contiguous()[..., None]
         saved = (*call.views(self._q, k, v), call.query_view(self._softmax.out), lse)
@@ -139,17 +140,55 @@ class Gradient:
             mine.add_(found)
         else:
             mine.copy_(found)
-        for total, found in ((grad_k, call_k), (grad_v, call_v)):
-            call.keys_of(total).add_((found[0] if len(found) == 1 else found.sum(0)).transpose(0, 1))
+        adding = (
+            sums.adding or call.heads.start % (self._q.shape[1] // k.shape[1]) > 0
+        )  # heads before it share its keys
+        for total, found in ((sums.k, call_k), (sums.v, call_v)):
+            found = (found[0] if len(found) == 1 else found.sum(0)).transpose(0, 1)
+            call.keys_of(total).add_(found) if adding else call.keys_of(total).copy_(found)
+
+
+class _KeySums:
+    """Gradients of a part's keys and values, in which its runs add up. A run has each key in one call for every head,
+    so keys that no run had before are written: zeros to add to would be two more passes over memory."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, written: bool = False):
+        self.k, self.v = k, v
+        self._written = [range(len(k))] if written else []  # apart from each other
+        self.adding = written  # whether the run that began last adds
+
+    def begin(self, keys: range) -> None:
+        """The calls to come are of a run that sees `keys`."""
+        fresh = _apart(keys, self._written)
+        self.adding = fresh != [keys]
+        for some in fresh if self.adding else []:
+            self._zero(some)
+        self._written += fresh
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        for some in _apart(range(len(self.k)), self._written):
+            self._zero(some)
+        return self.k, self.v
+
+    def _zero(self, keys: range) -> None:
+        for total in (self.k, self.v):
+            total[keys.start : keys.stop].zero_()
+
+
+def _apart(span: range, others: list[range]) -> list[range]:
+    """What of `span` is in none of `others`, which are apart from each other."""
+    left, start = [], span.start
+    for other in sorted(others, key=lambda other: other.start):
+        left.append(range(start, min(other.start, span.stop)))
+        start = max(start, other.stop)
+    return [some for some in (*left, range(start, span.stop)) if some]
 
 
 def _zero_outside(runs: list[CausalRun], like: torch.Tensor) -> torch.Tensor:
     """Rows outside the runs zero, the others as memory has them: the runs' first calls write those."""
-    x, row = torch.empty_like(like), 0
-    for run in sorted(runs, key=lambda run: run.first_row):
-        x[row : run.first_row].zero_()
-        row = run.first_row + run.num_rows
-    x[row:].zero_()
+    x = torch.empty_like(like)
+    for rows in _apart(range(len(x)), [run.rows for run in runs]):
+        x[rows.start : rows.stop].zero_()
     return x
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ksa_model import blocked, flash_cpu, reference
-from ksa_model.collectives import Arrived, ContextParallel, Exchange, Pending, gather, halo
+from ksa_model.collectives import ContextParallel, Exchange, Returning, gather, halo
 from ksa_model.config import ModelConfigError
 from ksa_model.layout import SequenceLayout
 from ksa_model.memory import Kept
@@ -50,13 +50,10 @@ def ksa_attention(
     """
     if backend == "reference":
         return reference.ksa_attention(q_text, k_text, v_text, k_summary, v_summary, layout, window_chunks)
-    near = Part(layout.near_ranges(window_chunks), halo(context, window_chunks * layout.chunk_size))
-    far = Part(layout.far_ranges(window_chunks), gather(context, "summaries"))
-    if near.exchange.travels or far.exchange.travels:  # near text has the shorter way
-        operands = q_text, k_text, v_text, k_summary, v_summary
-        return _JointAttention.apply((near, far), choose(q_text, backend), kept, *operands)
-    operands = q_text, k_summary, v_summary, k_text, v_text
-    return _JointAttention.apply((far, near), choose(q_text, backend), kept, *operands)
+    near = _text_parts(layout, layout.near_ranges(window_chunks), context, window_chunks * layout.chunk_size)
+    far = Part(layout.far_ranges(window_chunks), gather(context, "summaries"), pair=1)
+    operands = q_text, k_text, v_text, k_summary, v_summary
+    return _JointAttention.apply((far, *near), choose(q_text, backend), kept, *operands)
 
 
 def text_attention(
@@ -75,16 +72,26 @@ def text_attention(
     if backend == "reference":
         return reference.text_attention(q, k, v, layout, mixer, window_chunks, window_tokens)
     if mixer == "F":
-        exchange = gather(context, "text")
-        if exchange.travels:  # a rank's own slices are computed while the others' keys are under way
-            parts = Part(layout.own_ranges(), Exchange()), Part(layout.earlier_ranges(), exchange)
-            return _JointAttention.apply(parts, choose(q, backend), kept, q, k, v, k, v)
-        part = Part(layout.full_ranges(), exchange)
+        parts = _text_parts(layout, layout.full_ranges(), context, None)
     elif mixer == "S":
-        part = Part(layout.sliding_ranges(window_tokens), halo(context, window_tokens - 1))
+        parts = _text_parts(layout, layout.sliding_ranges(window_tokens), context, window_tokens - 1)
     else:
-        part = Part(layout.near_ranges(window_chunks), halo(context, window_chunks * layout.chunk_size))
-    return _JointAttention.apply((part,), choose(q, backend), kept, q, k, v)
+        parts = _text_parts(layout, layout.near_ranges(window_chunks), context, window_chunks * layout.chunk_size)
+    return _JointAttention.apply(parts, choose(q, backend), kept, q, k, v)
+
+
+def _text_parts(
+    layout: SequenceLayout, ranges: KeyRanges, context: ContextParallel | None, rows_back: int | None
+) -> tuple[Part, ...]:
+    """The parts of text keys, for rows that look `rows_back` rows back, or to the start of the sample (None)."""
+    if context is None or context.size == 1:
+        return (Part(ranges, Exchange()),)
+    own = Part(layout.own(ranges), Exchange())
+    if rows_back is None:
+        return own, Part(layout.before_own(ranges), gather(context, "text"))
+    if rows_back == 0:
+        return (own,)
+    return own, Part(layout.in_halo(ranges, rows_back), halo(context, rows_back))
 
 
 def choose(q: torch.Tensor, backend: str) -> ModuleType:
@@ -170,34 +177,35 @@ class Part:
 
     ranges: KeyRanges
     exchange: Exchange
+    pair: int = 0  # of the attention's keys and values: text, summaries
 
 
 class _JointAttention(torch.autograd.Function):
-    """One softmax over several parts; the i-th pair of keys and values belongs to `parts[i]`.
+    """One softmax over several parts of one or two pairs of keys and values.
 
-    Every exchange starts before the first part is computed and is waited for when its part's turn comes, so the part
-    with the largest exchange stands last; backward runs the other way round. Parts that are here already are handed
-    over together, since the fused kernels then join them in one pass.
+    What has to come from other ranks is asked for first and waited for last: the parts that are here are computed while
+    it is under way. Backward goes the other way round, so that what belongs to other ranks leaves while the rest is
+    computed. Parts of either kind are handed over together, since the fused kernels join them in one pass.
 
     A re-run of the block finds the result in `kept` and computes nothing, but exchanges again: backward needs the keys.
     """
 
     @staticmethod
     def forward(ctx, parts: tuple[Part, ...], kernels, kept: Kept | None, q, *keys_and_values):
-        own = zip(keys_and_values[::2], keys_and_values[1::2])
-        pending = [part.exchange.start(k, v) for part, (k, v) in zip(parts, own)]
-        seen: list[torch.Tensor] = []
+        own = list(zip(keys_and_values[::2], keys_and_values[1::2]))
+        pending = [part.exchange.start(*own[part.pair]) for part in parts]
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = [own[part.pair] for part in parts]
         found = None if kept is None else kept.take()
         softmax: Any = None if found is None else kernels.Softmax(*found)
         for group in _groups(parts):
-            arrived = [(*pending[i].wait(), parts[i].ranges) for i in group]
-            seen += [x for k, v, _ in arrived for x in (k, v)]
+            for i in group:
+                seen[i] = pending[i].wait()
             if found is None:
-                softmax = kernels.attend(q, arrived, softmax)
+                softmax = kernels.attend(q, [(*seen[i], parts[i].ranges) for i in group], softmax)
         if kept is not None and found is None:
             kept.put(softmax.out, softmax.lse)
-        ctx.parts, ctx.kernels = parts, kernels
-        ctx.save_for_backward(q, softmax.out, softmax.lse, *seen)
+        ctx.parts, ctx.kernels, ctx.pairs = parts, kernels, len(own)
+        ctx.save_for_backward(q, softmax.out, softmax.lse, *(x for both in seen for x in both))
         return softmax.out
 
     @staticmethod
@@ -205,17 +213,18 @@ class _JointAttention(torch.autograd.Function):
         q, out, lse, *seen = ctx.saved_tensors
         parts, kernels = ctx.parts, ctx.kernels
         gradient = kernels.Gradient(grad_out, q, kernels.Softmax(out, lse))
-        pending: dict[int, Pending | Arrived] = {}
+        totals: list[Any] = [None] * ctx.pairs
+        pending: list[tuple[int, Returning]] = []
         for group in reversed(_groups(parts)):
             found = gradient.add([(seen[2 * i], seen[2 * i + 1], parts[i].ranges) for i in group])
-            pending |= {i: parts[i].exchange.start_backward(*grads) for i, grads in zip(group, found)}
+            pending += [(parts[i].pair, parts[i].exchange.start_backward(*grads)) for i, grads in zip(group, found)]
             del found  # of a million rows that travel, gigabytes beside the next part's
-        grads = [grad for i in range(len(parts)) for grad in pending[i].wait()]
-        return None, None, None, gradient.grad_q, *grads
+        for pair, returning in reversed(pending):  # what a halo returns is a few rows of what was computed here
+            totals[pair] = returning.add_to(totals[pair])
+        return None, None, None, gradient.grad_q, *(grad for both in totals for grad in both)
 
 
 def _groups(parts: tuple[Part, ...]) -> list[list[int]]:
-    """Parts to compute together: all of them, or one by one where some have to travel."""
-    if any(part.exchange.travels for part in parts):
-        return [[i] for i in range(len(parts))]
-    return [list(range(len(parts)))]
+    """Parts to compute together: those that are here, then those that have to come."""
+    groups = ([i for i, part in enumerate(parts) if part.exchange.travels == travels] for travels in (False, True))
+    return [group for group in groups if group]

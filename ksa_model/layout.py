@@ -81,15 +81,6 @@ class SequenceLayout:
         """All earlier text of the document and the row itself."""
         return self.cached("full", lambda: self._causal_from(self.document_starts, growth=(1, 1)))
 
-    def own_ranges(self) -> KeyRanges:
-        """Of full attention what each row sees of its own context-parallel slice, in this rank's rows: here, all."""
-        return self.full_ranges()
-
-    def earlier_ranges(self) -> KeyRanges:
-        """Of full attention what each row sees of the slices before its own, in rows of the whole sample."""
-        start = self.full_ranges().start
-        return self.cached("earlier", lambda: KeyRanges(start, start, growth=(1, 0)))
-
     def sliding_ranges(self, window_tokens: int) -> KeyRanges:
         """The last `window_tokens` text rows of the document, the row itself included."""
 
@@ -98,6 +89,23 @@ class SequenceLayout:
             return self._causal_from(np.maximum(self.document_starts, row - window_tokens + 1))
 
         return self.cached(("sliding", window_tokens), compute)
+
+    # Where a sample is spread over context ranks, text ranges fall into keys that are here and keys that have to come.
+
+    def own(self, ranges: KeyRanges) -> KeyRanges:
+        """Of ranges over text, what each row sees of its own context-parallel slice, in this rank's rows: here, all."""
+        return ranges
+
+    def before_own(self, ranges: KeyRanges) -> KeyRanges:
+        """What each row sees before its own slice, in rows of the whole sample: here, nothing."""
+        return self.cached(("before", id(ranges)), lambda: KeyRanges(ranges.start, ranges.start, growth=(1, 0)))
+
+    def in_halo(self, ranges: KeyRanges, halo_rows: int) -> KeyRanges:
+        """`before_own` in rows of the halo, [the last `halo_rows` rows before the first slice | before the second].
+
+        Raises `ModelConfigError` where they are more than a slice has.
+        """
+        return self.before_own(ranges)
 
     def _causal_from(self, start: np.ndarray, growth: tuple[int, int] | None = None) -> KeyRanges:
         row = np.arange(self.num_text)
@@ -169,19 +177,21 @@ class TextLayout(SequenceLayout):
     def full_ranges(self) -> KeyRanges:
         return self._layout.full_ranges()
 
-    def own_ranges(self) -> KeyRanges:
-        return self._layout.own_ranges()
+    def own(self, ranges: KeyRanges) -> KeyRanges:
+        return self._layout.own(ranges)
 
-    def earlier_ranges(self) -> KeyRanges:
-        return self._layout.earlier_ranges()
+    def before_own(self, ranges: KeyRanges) -> KeyRanges:
+        return self._layout.before_own(ranges)
+
+    def in_halo(self, ranges: KeyRanges, halo_rows: int) -> KeyRanges:
+        return self._layout.in_halo(ranges, halo_rows)
 
 
 class ShardedLayout(SequenceLayout):
     """One context rank's share of a layout: slices `rank` and `2*size - 1 - rank` of `2*size` equal slices.
 
-    It reads like a layout of the rank's own rows; only its key ranges point into what `collectives` brings: the halo
-    buffer `[halo | slice | halo | slice]` for near and sliding keys, the whole sample for summaries and full keys; but
-    `own_ranges`, which need none of it.
+    It reads like a layout of the rank's own rows; only its key ranges point into the whole sample. `own`, `before_own`
+    and `in_halo` say where text keys are found: here, in the sample gathered, or in what the neighbours sent.
 
     Worked example, T = 16, k = 2, size = 2: slices of 4 rows; rank 0 holds rows 0-3 and 12-15, rank 1 rows 4-11.
     """
@@ -211,10 +221,10 @@ class ShardedLayout(SequenceLayout):
         return self._own(values, self._slice_rows)
 
     def near_ranges(self, window_chunks: int) -> KeyRanges:
-        return self._behind_halo(self._whole.near_ranges(window_chunks), window_chunks * self.chunk_size)
+        return self._in_whole(self._whole.near_ranges(window_chunks))
 
     def sliding_ranges(self, window_tokens: int) -> KeyRanges:
-        return self._behind_halo(self._whole.sliding_ranges(window_tokens), window_tokens - 1)
+        return self._in_whole(self._whole.sliding_ranges(window_tokens))
 
     def far_ranges(self, window_chunks: int) -> KeyRanges:
         return self._in_whole(self._whole.far_ranges(window_chunks))
@@ -222,49 +232,44 @@ class ShardedLayout(SequenceLayout):
     def full_ranges(self) -> KeyRanges:
         return self._in_whole(self._whole.full_ranges())
 
-    def own_ranges(self) -> KeyRanges:
-        def compute() -> KeyRanges:
-            full, (slice_start, shift) = self.full_ranges(), self._slice_starts()
-            start = np.maximum(full.start, slice_start)
-            return KeyRanges(start - shift, np.maximum(full.end, start) - shift, growth=(1, 1))
-
-        return self.cached("own", compute)
-
-    def earlier_ranges(self) -> KeyRanges:
-        def compute() -> KeyRanges:
-            full, (slice_start, _) = self.full_ranges(), self._slice_starts()
-            return KeyRanges(full.start, np.maximum(np.minimum(full.end, slice_start), full.start), growth=(1, 0))
-
-        return self.cached("earlier", compute)
-
-    def _slice_starts(self) -> tuple[np.ndarray, np.ndarray]:
-        """For every row of this rank the sample's row that its slice begins at, and what is less in the rank's rows."""
-        starts = np.repeat(np.array(self._slices) * self._slice_rows, self._slice_rows)
-        return starts, starts - np.repeat([0, self._slice_rows], self._slice_rows)
-
     def _in_whole(self, ranges: KeyRanges) -> KeyRanges:
         return self.cached(
             id(ranges), lambda: KeyRanges(self.rows(ranges.start), self.rows(ranges.end), growth=ranges.growth)
         )
 
-    def _behind_halo(self, ranges: KeyRanges, halo_rows: int) -> KeyRanges:
-        """Sample rows -> rows of the halo buffer, where slice i's first row stands `halo_rows` behind its halo's."""
+    def own(self, ranges: KeyRanges) -> KeyRanges:
+        def compute() -> KeyRanges:
+            start = np.maximum(ranges.start, self._slice_starts)
+            shift = self._slice_starts - np.repeat([0, self._slice_rows], self._slice_rows)
+            return KeyRanges(start - shift, np.maximum(ranges.end, start) - shift, growth=ranges.growth)
+
+        return self.cached(("own", id(ranges)), compute)
+
+    def before_own(self, ranges: KeyRanges) -> KeyRanges:
+        def compute() -> KeyRanges:
+            start, end = (np.minimum(x, self._slice_starts) for x in (ranges.start, ranges.end))
+            return KeyRanges(start, end, growth=ranges.growth and (1, 0))
+
+        return self.cached(("before", id(ranges)), compute)
+
+    def in_halo(self, ranges: KeyRanges, halo_rows: int) -> KeyRanges:
+        if halo_rows > self._slice_rows:
+            raise ModelConfigError(
+                f"a window of {halo_rows} rows is longer than a context-parallel slice of {self._slice_rows}"
+            )
 
         def compute() -> KeyRanges:
-            if halo_rows > self._slice_rows:
-                raise ModelConfigError(
-                    f"a window of {halo_rows} rows is longer than a context-parallel slice of {self._slice_rows}"
-                )
-            shift = np.repeat(
-                [
-                    place * (halo_rows + self._slice_rows) + halo_rows - number * self._slice_rows
-                    for place, number in enumerate(self._slices)
-                ],
-                self._slice_rows,
-            )
-            return KeyRanges(self.rows(ranges.start) + shift, self.rows(ranges.end) + shift)
+            before = self.before_own(ranges)
+            shift = self._slice_starts - np.repeat([halo_rows, 2 * halo_rows], self._slice_rows)
+            return KeyRanges(before.start - shift, before.end - shift)
 
-        return self.cached((id(ranges), halo_rows), compute)
+        return self.cached(("halo", id(ranges), halo_rows), compute)
+
+    @property
+    def _slice_starts(self) -> np.ndarray:
+        """int64 [rows of this rank]: the row of the sample that a row's slice begins at."""
+        starts = np.array(self._slices) * self._slice_rows
+        return self.cached("slice starts", lambda: np.repeat(starts, self._slice_rows))
 
 
 def check_context_parallel(num_text: int, chunk_size: int, halo_rows: int, size: int) -> None:

@@ -220,6 +220,15 @@ class CausalRun:
     def num_rows(self) -> int:
         return self.num_steps * self.step_rows
 
+    @property
+    def rows(self) -> range:
+        return range(self.first_row, self.first_row + self.num_rows)
+
+    @property
+    def keys(self) -> range:
+        """All that some row of the run sees."""
+        return range(self.rectangle_key, self.triangle_key + self.num_steps * self.step_keys)
+
 
 def rounded_down(n: int) -> int:
     """The largest number not above `n` whose binary digits behind the first five are zero."""

@@ -1,8 +1,8 @@
 """Norm, norm with rotation, and SwiGLU on a GPU: one launch each where torch needs many, with gradients.
 
 Legend: h features of a row, H heads, d head dimension. Every kernel computes in fp32 and reads and writes its operands
-once. Backward keeps nothing but the inputs. Their plain twins are `plain_rms_norm`, `plain_norm_rotate` and
-`plain_swiglu` in `ksa_model.rows`, which also chooses between them.
+once. Backward keeps nothing but the inputs, or the output where that is kept anyway. Their plain twins are
+`plain_rms_norm`, `plain_norm_rotate` and `plain_swiglu` in `ksa_model.rows`, which also chooses between them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _rms_norm_backward(x, weight, grad, grad_x, grad_weight, rows, size, eps, BL
 
 
 @triton.jit
-def _norm_rotate(x, weight, cos, sin, out, pairs, heads, eps, HALF: tl.constexpr, BLOCK: tl.constexpr,
+def _norm_rotate(x, weight, cos, sin, out, scales, pairs, heads, eps, HALF: tl.constexpr, BLOCK: tl.constexpr,
                  PAIRS: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     column = tl.arange(0, BLOCK)
@@ -56,6 +56,7 @@ def _norm_rotate(x, weight, cos, sin, out, pairs, heads, eps, HALF: tl.constexpr
     right = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         scale = 1 / tl.sqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / (2 * HALF) + eps)
+        tl.store(scales + pair, scale, mask=pair < pairs)
         left *= scale[:, None] * tl.load(weight + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
         right *= scale[:, None] * tl.load(weight + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
         left = left.to(x.dtype.element_ty).to(tl.float32)  # as the norm by itself hands it on
@@ -67,36 +68,39 @@ def _norm_rotate(x, weight, cos, sin, out, pairs, heads, eps, HALF: tl.constexpr
 
 
 @triton.jit
-def _norm_rotate_backward(x, weight, cos, sin, grad, grad_x, grad_weight, pairs, heads, eps, HALF: tl.constexpr,
+def _norm_rotate_backward(out, scales, weight, cos, sin, grad, grad_x, grad_weight, pairs, heads, HALF: tl.constexpr,
                           BLOCK: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
     first, step, column = tl.program_id(0), tl.num_programs(0), tl.arange(0, BLOCK)
     in_half = column < HALF
     if NORM:
-        gain_left = tl.load(weight + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        gain_right = tl.load(weight + HALF + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        gain_left = tl.load(weight + column, mask=in_half, other=1.0).to(tl.float32)[None, :]
+        gain_right = tl.load(weight + HALF + column, mask=in_half, other=1.0).to(tl.float32)[None, :]
+        ungain_left = tl.where(gain_left == 0.0, 0.0, 1 / gain_left)
+        ungain_right = tl.where(gain_right == 0.0, 0.0, 1 / gain_right)
     sum_left, sum_right = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for tile in range(first, tl.cdiv(pairs, PAIRS), step):
         pair = tl.cast(tile, tl.int64) * PAIRS + tl.arange(0, PAIRS)
         inside = (pair < pairs)[:, None] & in_half[None, :]
         at = pair[:, None] * (2 * HALF) + column[None, :]
         angle = (pair // heads)[:, None] * HALF + column[None, :]
-        c, s = tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+        c, s = tl.load(cos + angle, mask=inside, other=1.0), tl.load(sin + angle, mask=inside, other=0.0)
         given_left = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         given_right = tl.load(grad + at + HALF, mask=inside, other=0.0).to(tl.float32)
         left, right = given_left * c + given_right * s, given_right * c - given_left * s
         if NORM:
-            x_left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-            x_right = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
-            scale = 1 / tl.sqrt((tl.sum(x_left * x_left, 1) + tl.sum(x_right * x_right, 1)) / (2 * HALF) + eps)
-            x_left *= scale[:, None]
-            x_right *= scale[:, None]
-            sum_left += tl.sum(left * x_left, 0)
-            sum_right += tl.sum(right * x_right, 0)
+            out_left = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+            out_right = tl.load(out + at + HALF, mask=inside, other=0.0).to(tl.float32)
+            unturn = 1 / (c * c + s * s)  # 1, but for YaRN's factor
+            normed_left = (out_left * c + out_right * s) * unturn * ungain_left
+            normed_right = (out_right * c - out_left * s) * unturn * ungain_right
+            scale = tl.load(scales + pair, mask=pair < pairs, other=0.0)
+            sum_left += tl.sum(left * normed_left, 0)
+            sum_right += tl.sum(right * normed_right, 0)
             left *= gain_left
             right *= gain_right
-            mean = (tl.sum(left * x_left, 1) + tl.sum(right * x_right, 1)) / (2 * HALF)
-            left = scale[:, None] * (left - x_left * mean[:, None])
-            right = scale[:, None] * (right - x_right * mean[:, None])
+            mean = (tl.sum(left * normed_left, 1) + tl.sum(right * normed_right, 1)) / (2 * HALF)
+            left = scale[:, None] * (left - normed_left * mean[:, None])
+            right = scale[:, None] * (right - normed_right * mean[:, None])
         tl.store(grad_x + at, left.to(grad_x.dtype.element_ty), mask=inside)
         tl.store(grad_x + at + HALF, right.to(grad_x.dtype.element_ty), mask=inside)
     if NORM:
@@ -156,25 +160,29 @@ class RMSNorm(torch.autograd.Function):
 
 
 class NormRotate(torch.autograd.Function):
-    """x [rows, heads, d] -> normed over d where there is a weight [d], then rotated; cos, sin [rows, 1, d/2] fp32."""
+    """x [rows, heads, d] -> normed over d where there is a weight [d], then rotated; cos, sin [rows, 1, d/2] fp32.
+
+    Attention keeps the result, so backward finds the normed row from it instead of keeping x as well: turned back, by
+    the gain, whose zeros take no part. Per row and head one fp32 value, the norm's scale, is kept besides.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, eps: float, cos, sin):
         x = x.contiguous()
         rows, heads, d = x.shape
         out = torch.empty_like(x)
+        scales = torch.empty(0 if weight is None else rows * heads, dtype=torch.float32, device=x.device)
         if x.numel():
             _norm_rotate[(triton.cdiv(rows * heads, PAIRS),)](
-                x, x if weight is None else weight, cos, sin, out, rows * heads, heads, eps, HALF=d // 2,
+                x, x if weight is None else weight, cos, sin, out, scales, rows * heads, heads, eps, HALF=d // 2,
                 BLOCK=triton.next_power_of_2(d // 2), PAIRS=PAIRS, NORM=weight is not None, num_warps=4,
             )  # fmt: skip
-        ctx.save_for_backward(x if weight is not None else x[:0], weight, cos, sin)
-        ctx.eps = eps
+        ctx.save_for_backward(out if weight is not None else out[:0], scales, weight, cos, sin)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, cos, sin = ctx.saved_tensors
+        out, scales, weight, cos, sin = ctx.saved_tensors
         grad = grad.contiguous()
         rows, heads, d = grad.shape
         programs = max(1, min(PROGRAMS, triton.cdiv(rows * heads, PAIRS)))
@@ -183,8 +191,8 @@ class NormRotate(torch.autograd.Function):
         if weight is not None:
             partial = torch.empty(programs, d, dtype=torch.float32, device=grad.device)
         _norm_rotate_backward[(programs,)](
-            x if weight is not None else grad, weight if weight is not None else grad, cos, sin, grad, grad_x,
-            partial if partial is not None else grad, rows * heads, heads, ctx.eps, HALF=d // 2,
+            out if weight is not None else grad, scales, weight if weight is not None else grad, cos, sin, grad, grad_x,
+            partial if partial is not None else grad, rows * heads, heads, HALF=d // 2,
             BLOCK=triton.next_power_of_2(d // 2), PAIRS=PAIRS, NORM=weight is not None, num_warps=4,
         )  # fmt: skip
         return grad_x, None if partial is None else partial.sum(0).to(weight.dtype), None, None, None

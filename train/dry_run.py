@@ -21,8 +21,8 @@ GPU_MEMORY = {  # bytes a process can really have, below the label's number
     "h200-141gb": 139.8 * GIB,
     "b200-192gb": 178.0 * GIB,
 }
-# In use on an H100 beyond what torch had handed out, with one rank and with two: docs/log.md.
-CUDA_CONTEXT_AND_NCCL = 7.8 * GIB
+# In use beyond what torch has handed out, measured with one rank and with up to four on H100 and H200: docs/log.md.
+CUDA_CONTEXT, NCCL = 1.5 * GIB, 1.9 * GIB
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default
 _WORKSPACE = 0.8  # of a library attention kernel's backward, in shares of its queries: see ksa_model/fused.py
 
@@ -202,9 +202,11 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     remade = fused and tensor == 1
     attention_norm = entering / share * h * norm  # the residual stream, and the norm's own
     attention_input = 0.0 if remade else entering * h * b
-    heads = text * (q + 2 * kv) * b + projected * 2 * kv * b + summary_out * q * b  # as attention saved them
-    if model.qk_norm:  # the norm's input beside its output, which RoPE turns into another tensor
-        heads += (text * (q + kv) + projected * kv + summary_out * q) * norm
+    heads: float = text * (q + 2 * kv) * b + projected * 2 * kv * b + summary_out * q * b  # as attention saved them
+    if (
+        model.qk_norm
+    ):  # the norm's input beside its output, which RoPE turns into another tensor; on a GPU a scale a head
+        heads += (text * (q + kv) + projected * kv + summary_out * q) * (4 / model.head_dim if fused else norm)
     log_sum_exp = text * q // model.head_dim * 4
     out = updated * q * b * (2 if summary_out else 1)  # joined streams are a copy
     if summary_out and not fused:  # per-chunk copies of keys and values for the summary queries
@@ -232,10 +234,14 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
         # they go to the sums that the step adds up.
         of_mlp = 2 * local * h * b + rows * share * (wide + (passing + 2 * h) * b)
         of_mlp += 0.0 if b == 2 and config.parallel.zero < 2 else 3 * h * f * (4 + b)
-    # Backward of attention, with the MLP's tensors gone: gradients of outputs, queries, keys and values (those of other
-    # ranks twice, once as they are sent), and the library kernel's workspace.
+    # Backward of attention, with the MLP's tensors gone: gradients of outputs, queries, keys and values (other ranks'
+    # too, and what those return), and the library kernel's workspace.
     of_attention = (local * h + updated * q + (text + summary_out) * q + (text + projected) * 2 * kv) * b
-    of_attention += 2 * exchanged + (_WORKSPACE * text * q * b if fused else 0.0) - (mlp_norm + mlp_input + mlp)
+    of_attention += (
+        (1.5 if config.parallel.context == 2 else 2) * exchanged
+        + (_WORKSPACE * text * q * b if fused else 0.0)
+        - (mlp_norm + mlp_input + mlp)
+    )
     if layer.mixer == "G":  # of outputs, and of what stands before and behind the convolution and in the gate
         of_attention = (local * h + 8 * text * q) * b - (mlp_norm + mlp_input + mlp)
     return BlockBytes(
@@ -248,7 +254,7 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
 
 
 def _exchanged_rows(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> float:
-    """Rows of keys and values that attention sees as copies, its own and other context ranks'."""
+    """Rows of keys and values that attention sees as copies: other context ranks', and of a gathered sample its own."""
     context = config.parallel.context
     if context == 1 or layer.mixer == "G":
         return 0.0
@@ -256,7 +262,7 @@ def _exchanged_rows(model: ModelConfig, layer: LayerConfig, config: TrainConfig)
     if layer.mixer == "F":
         return text * context
     back = model.window_tokens - 1 if layer.mixer == "S" else layer.window_chunks * model.chunk_size
-    return text + 2 * back + (summary * context if layer.mixer == "K" else 0)
+    return 2 * back + (summary * context if layer.mixer == "K" else 0)
 
 
 def _exchange_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, float]:
@@ -291,7 +297,8 @@ def describe(config: TrainConfig, world_size: int, gpu: str) -> str:
         raise ConfigError(f"dry_run_gpu={gpu!r} is not one of {', '.join(GPU_MEMORY)}")
     counted, parallel, model = plan(config, world_size), config.parallel, config.model
     text, summary = _rows(config)
-    total = counted.total + CUDA_CONTEXT_AND_NCCL
+    outside = CUDA_CONTEXT + (NCCL if world_size > 1 else 0.0)
+    total = counted.total + outside
     capacity = GPU_MEMORY[gpu]
     lines = [
         f"{counted.parameters / 1e9:.3f} B parameters, {len(model.layers)} layers {model.layer_pattern}, "
@@ -307,7 +314,7 @@ def describe(config: TrainConfig, world_size: int, gpu: str) -> str:
         "",
         "memory of a rank",
         *(f"  {name:<22}{size / GIB:9.2f} GiB" for name, size in counted.memory.items()),
-        f"  {'CUDA context, NCCL':<22}{CUDA_CONTEXT_AND_NCCL / GIB:9.2f} GiB",
+        f"  {'CUDA context, NCCL':<22}{outside / GIB:9.2f} GiB",
         f"  {'together':<22}{total / GIB:9.2f} GiB of {capacity / GIB:.1f} on {gpu}: "
         + ("fits" if total <= capacity else f"does NOT fit, {(total - capacity) / GIB:.1f} GiB too much"),
     ]

@@ -153,9 +153,8 @@ def main(size: str, layers: int, wanted: list[str], out: Path) -> None:
 
     def start(ranks: int, first_gpu: int) -> None:
         devices = None if size == "toy" else range(first_gpu, first_gpu + ranks)
-        threads = 1 if size == "toy" else None
         for row in workload.ranks_results(
-            "tests.bench.scaling", ranks, size, str(layers), *wanted, threads=threads, devices=devices
+            "tests.bench.scaling", ranks, size, str(layers), *wanted, threads=1, devices=devices
         ):
             print(f"{row['kind']:<15}{ranks} ranks {row['seconds']:8.3f} s", flush=True)
             rows.append(row)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from ksa_model import kernels, layout
+from ksa_model import layout
 from ksa_model.collectives import ContextParallel, Gather, Halo
 from ksa_model.config import ModelConfigError
 from ksa_model.memory import MemoryConfig
-from tests.ksa_model.test_kernels import make_layout, random_inputs
+from tests.ksa_model.test_kernels import make_layout
 from tests.ksa_model.test_model import random_text, small_config
 from tests.ranks import run_on_ranks
 
@@ -27,10 +27,19 @@ def test_worked_example():
     first, second = layout.ShardedLayout(whole, 0, 2), layout.ShardedLayout(whole, 1, 2)
     assert first.text_positions.tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
     assert second.text_positions.tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
-    # W=1: two halo rows before each slice; row 0 stands at 2 of the buffer, row 12 at 6 + 2.
     near = first.near_ranges(1)
-    assert near.end.tolist() == [3, 4, 5, 6, 9, 10, 11, 12]
-    assert near.start.tolist() == [2, 2, 2, 2, 6, 6, 8, 8]
+    assert near.start.tolist() == [0, 0, 0, 0, 10, 10, 12, 12]
+    assert near.end.tolist() == [1, 2, 3, 4, 13, 14, 15, 16]
+    # Row 12 of the sample stands at 4; of its keys 10 and 11 come from elsewhere, 12 is its own.
+    own = first.own(near)
+    assert own.start.tolist() == [0, 0, 0, 0, 4, 4, 4, 4]
+    assert own.end.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    # W=1: two halo rows before each slice, 10 and 11 at 2 and 3 of the buffer.
+    halo = first.in_halo(near, 2)
+    assert halo.start.tolist() == [2, 2, 2, 2, 2, 2, 4, 4]
+    assert halo.end.tolist() == [2, 2, 2, 2, 4, 4, 4, 4]
+    before = first.before_own(first.full_ranges())
+    assert (before.end - before.start).tolist() == [0] * 4 + [12] * 4
     assert first.far_ranges(1).end.tolist() == [0, 0, 0, 0, 5, 5, 6, 6]
 
 
@@ -43,9 +52,17 @@ def test_shards_partition_the_sample(size):
     assert sum(shard.num_tokens for shard in shards) == whole.num_tokens
     for mixer in "KFSC":
         assert sum(s.visible_keys(mixer, 2, 7) for s in shards) == whole.visible_keys(mixer, 2, 7)
-        for shard in shards:
-            ranges = shard.near_ranges(2)
-            assert (np.diff(ranges.start) >= 0).all() and (np.diff(ranges.end) >= 0).all()
+    if size == 1:  # nothing is elsewhere
+        return
+    for shard in shards:
+        for ranges, elsewhere in (
+            (shard.near_ranges(2), shard.in_halo(shard.near_ranges(2), 8)),
+            (shard.sliding_ranges(7), shard.in_halo(shard.sliding_ranges(7), 6)),
+            (shard.full_ranges(), shard.before_own(shard.full_ranges())),
+        ):
+            assert shard.own(ranges).visible_keys + elsewhere.visible_keys == ranges.visible_keys
+            for some in (ranges, shard.own(ranges), elsewhere):
+                assert (np.diff(some.start) >= 0).all() and (np.diff(some.end) >= 0).all()
 
 
 def test_impossible_slices_are_refused():
@@ -63,13 +80,17 @@ def exchange_on_a_rank(size: int):
     whole = torch.arange(4 * size * 3 * 2 * 2, dtype=torch.float32).view(4 * size * 3, 2, 2)  # 2P slices of 6 rows
     n = len(whole) // (2 * size)
     own = torch.cat([whole[i * n : (i + 1) * n] for i in (context.rank, 2 * size - 1 - context.rank)])
-    buffer, _ = Halo(context, 4).start(own, own).wait()
-    gathered, _ = Gather(context, "text").start(own, own).wait()
+    halos = Halo(context, 4).start(own, 10 * own).wait()
+    gathered = Gather(context, "text").start(own, 10 * own).wait()
     # Each rank's gradient is its rank + 1 everywhere: sums say who sent what.
-    gradient = torch.full_like(buffer, context.rank + 1.0)
-    halo_grad, _ = Halo(context, 4).start_backward(gradient, gradient).wait()
-    gather_grad, _ = Gather(context, "text").start_backward(torch.ones_like(gathered), torch.ones_like(gathered)).wait()
-    return context.rank, buffer, gathered, halo_grad, gather_grad, dict(context.received_bytes)
+    gradient = torch.full_like(halos[0], context.rank + 1.0)
+    total = torch.ones_like(own), torch.zeros_like(own)
+    halo_grads = Halo(context, 4).start_backward(gradient, 10 * gradient).add_to(total)
+    gradient = (context.rank + 1) * whole
+    gather_grads = Gather(context, "text").start_backward(gradient, 10 * gradient).add_to(None)
+    total = own.clone(), own.clone()
+    added_grads = Gather(context, "text").start_backward(gradient, 10 * gradient).add_to(total)
+    return context.rank, own, halos, gathered, halo_grads, gather_grads, added_grads, dict(context.received_bytes)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -77,21 +98,28 @@ def test_exchanges(size):
     whole = torch.arange(4 * size * 3 * 2 * 2, dtype=torch.float32).view(4 * size * 3, 2, 2)
     n, h = 6, 4
     padded = torch.cat([torch.zeros(h, 2, 2), whole])
-    for rank, buffer, gathered, halo_grad, gather_grad, received in run_on_ranks(size, exchange_on_a_rank, size):
+    for rank, own, halos, gathered, halo_grads, gather_grads, added_grads, received in run_on_ranks(
+        size, exchange_on_a_rank, size
+    ):
         slices = (rank, 2 * size - 1 - rank)
-        assert torch.equal(buffer, torch.cat([padded[i * n : i * n + h + n] for i in slices]))
-        assert torch.equal(gathered, whole)
-        # The last four rows of slice i are also the halo of slice i+1: they get its holder's gradient as well.
-        for part, i in zip(halo_grad.split(n), slices):
-            after = None if i == 2 * size - 1 else min(i + 1, 2 * size - 2 - i)
-            want = torch.full((n,), rank + 1.0)
-            want[n - h :] += 0 if after is None else after + 1.0
-            assert torch.equal(part[:, 0, 0], want)
-        assert (gather_grad == size).all()
+        want = torch.cat([padded[i * n : i * n + h] for i in slices])
+        assert torch.equal(halos[0], want) and torch.equal(halos[1], 10 * want)
+        assert torch.equal(gathered[0], whole) and torch.equal(gathered[1], 10 * whole)
+        # The last four rows of slice i are also the halo of slice i+1: its holder's gradient comes on top.
+        for grad, first, factor in zip(halo_grads, (1.0, 0.0), (1, 10)):
+            for part, i in zip(grad.split(n), slices):
+                after = None if i == 2 * size - 1 else min(i + 1, 2 * size - 2 - i)
+                want = torch.full((n,), first)
+                want[n - h :] += 0 if after is None else factor * (after + 1.0)
+                assert torch.equal(part[:, 0, 0], want)
+        ranks_sum = size * (size + 1) // 2
+        for factor, grad, added in zip((1, 10), gather_grads, added_grads):
+            assert torch.equal(grad, ranks_sum * factor * own)
+            assert torch.equal(added, grad + own)
         row_bytes = 2 * 2 * 2 * 4
         neighbours = (rank > 0) + (rank < size - 1)
         assert received["halo"] == 2 * neighbours * h * row_bytes
-        assert received["text"] == 2 * (size - 1) * 2 * n * row_bytes
+        assert received["text"] == 3 * (size - 1) * 2 * n * row_bytes
 
 
 def model_on_a_rank(tensor: int, sequence: bool, context: int, memory: MemoryConfig):
@@ -173,6 +201,5 @@ def test_a_ksa_layer_exchanges_a_fifth_at_most():
 def test_a_window_longer_than_a_slice_is_named():
     whole = make_layout([64], 4, 1, 0)
     shard = layout.ShardedLayout(whole, 0, 2)
-    inputs = [x.detach().float() for x in random_inputs(shard)]
     with pytest.raises(ModelConfigError, match="a window of 20 rows is longer than a context-parallel slice of 16"):
-        kernels.ksa_attention(*inputs, shard, 5)
+        shard.in_halo(shard.near_ranges(5), 20)

@@ -190,8 +190,10 @@ def test_library_runs_at_real_sizes():
 
 @pytest.mark.parametrize("context_size", [2, 4])
 def test_context_ranks_see_what_one_rank_sees(monkeypatch, context_size):
-    """Every rank's share alone, with the buffers that the exchanges would bring: rectangles, halos, holes."""
+    """Every rank's share alone, with the buffers that the exchanges would bring: rectangles, halos, holes. Two query
+    heads share their keys, one at a time."""
     monkeypatch.setattr(fused, "MIN_RUN_STEPS", 4)
+    monkeypatch.setattr(fused, "SMALL_CALL", 1)
     window, k = 2, 4
     for lengths in ([128], [17, 76, 32], [9, 115]):
         pack = make_layout(lengths, k, 1, 0)
@@ -201,42 +203,41 @@ def test_context_ranks_see_what_one_rank_sees(monkeypatch, context_size):
         for rank in range(context_size):
             shard = layout.ShardedLayout(pack, rank, context_size)
             take = lambda x, shard=shard: x[torch.from_numpy(shard.rows(np.arange(len(x)))).to(DEVICE)]
-            near_k, near_v = (behind_halo(x, rank, context_size, window * k) for x in (k_text, v_text))
-            near = (near_k, near_v, shard.near_ranges(window))
+            near = shard.near_ranges(window)
+            own_near = (take(k_text), take(v_text), shard.own(near))
+            halo = (*(halo_of(x, rank, context_size, window * k) for x in (k_text, v_text)),
+                    shard.in_halo(near, window * k))  # fmt: skip
             far = (k_summary, v_summary, shard.far_ranges(window))
             mine = take(q)
-            softmax = fused.attend(mine, [far], fused.attend(mine, [near]))
-            assert error(softmax.out, take(want)) < OUT_ERROR
-            gradient = fused.Gradient(take(want), mine, softmax)
-            check = check_gradient(take(want), mine, [far, near], softmax)
-            for part, expected in zip((far, near), check[1:]):
-                for got, right in zip(gradient.add([part])[0], expected):
-                    assert error(got, right) < GRAD_ERROR
-            assert error(gradient.grad_q, check[0]) < GRAD_ERROR
+            check_groups(mine, [[own_near], [far, halo]], take(want))
             whole = (k_text, v_text, shard.full_ranges())
             assert error(fused.attend(mine, [whole]).out, take(want_full)) < OUT_ERROR
-            own = (take(k_text), take(v_text), shard.own_ranges())
-            earlier = (k_text, v_text, shard.earlier_ranges())
+            own = (take(k_text), take(v_text), shard.own(shard.full_ranges()))
+            earlier = (k_text, v_text, shard.before_own(shard.full_ranges()))
             assert lengths != [128] or earlier[2].causal_split(4)[0]  # rectangles for the library
-            softmax = fused.attend(mine, [earlier], fused.attend(mine, [own]))
-            assert error(softmax.out, take(want_full)) < OUT_ERROR
-            gradient = fused.Gradient(take(want_full), mine, softmax)
-            check = check_gradient(take(want_full), mine, [own, earlier], softmax)
-            for part, expected in zip((earlier, own), check[:0:-1]):
-                for got, right in zip(gradient.add([part])[0], expected):
-                    assert error(got, right) < GRAD_ERROR
-            assert error(gradient.grad_q, check[0]) < GRAD_ERROR
+            check_groups(mine, [[own], [earlier]], take(want_full))
 
 
-def behind_halo(x, rank, size, halo_rows):
-    """[halo | slice | halo | slice] of one rank, from the whole sample."""
+def check_groups(q, groups, want):
+    """The joint softmax over groups of parts, one after the other, and every gradient, with `want` as that of out."""
+    softmax = None
+    for group in groups:
+        softmax = fused.attend(q, group, softmax)
+    assert error(softmax.out, want) < OUT_ERROR
+    gradient = fused.Gradient(want, q, softmax)
+    grad_q, *grads = check_gradient(want, q, [part for group in groups for part in group], softmax)
+    found = [pair for group in reversed(groups) for pair in reversed(gradient.add(group))]
+    for got, expected in zip(found, reversed(grads)):
+        for one, right in zip(got, expected):
+            assert error(one, right) < GRAD_ERROR
+    assert error(gradient.grad_q, grad_q) < GRAD_ERROR
+
+
+def halo_of(x, rank, size, halo_rows):
+    """[rows before the first slice | rows before the second] of one rank, from the whole sample, behind zeros."""
     rows = len(x) // (2 * size)
-    pieces = []
-    for number in (rank, 2 * size - 1 - rank):
-        start = number * rows
-        padding = x.new_zeros(max(0, halo_rows - start), *x.shape[1:])
-        pieces += [padding, x[max(0, start - halo_rows) : start + rows]]
-    return torch.cat(pieces)
+    padded = torch.cat([x.new_zeros(halo_rows, *x.shape[1:]), x])
+    return torch.cat([padded[i * rows : i * rows + halo_rows] for i in (rank, 2 * size - 1 - rank)])
 
 
 def check_gradient(grad_out, q, parts, softmax):

@@ -42,10 +42,29 @@ def test_rms_norm(monkeypatch, count, size):
 def test_norm_rotate(monkeypatch, count, heads, d, normed):
     monkeypatch.setattr(triton_rows, "PROGRAMS", 2)
     angles = draw(count, 1, d // 2, seed=2).detach() * 10
-    table = angles.cos(), angles.sin()
+    table = 1.2 * angles.cos(), 1.2 * angles.sin()  # a factor, as YaRN's
     inputs = [draw(count, heads, d)] + ([draw(d, seed=1)] if normed else [])
     fast = lambda x, weight=None: triton_rows.NormRotate.apply(x, weight, 1e-6, *table)
     compare(fast, lambda x, weight=None: rows.plain_norm_rotate(x, weight, 1e-6, *table), inputs, **CLOSE)
+
+
+def test_norm_rotate_in_bf16():
+    """Backward finds the normed rows from the rounded result: its gradients are as good as 16 bits are. Features whose
+    gain is zero are lost to it, and the others not."""
+    x, gain = draw(500, 4, 64, dtype=torch.bfloat16), draw(64, seed=1, dtype=torch.bfloat16)
+    angles = draw(500, 1, 32, seed=2).detach() * 10
+    table, weights = (angles.cos(), angles.sin()), draw(500, 4, 64, seed=3).detach().bfloat16()
+    exact = [i.detach().float().requires_grad_() for i in (x, gain)]
+    want = torch.autograd.grad(rows.plain_norm_rotate(*exact, 1e-6, *table), exact, weights.float())
+    for g, w in zip(torch.autograd.grad(triton_rows.NormRotate.apply(x, gain, 1e-6, *table), (x, gain), weights), want):
+        assert (g.float() - w).norm() / w.norm() < 8e-3
+    with torch.no_grad():
+        gain[7] = exact[1][7] = 0
+    want = torch.autograd.grad(rows.plain_norm_rotate(*exact, 1e-6, *table), exact, weights.float())
+    got = torch.autograd.grad(triton_rows.NormRotate.apply(x, gain, 1e-6, *table), (x, gain), weights)
+    kept = torch.arange(64, device=DEVICE) != 7
+    for g, w in zip(got, want):
+        assert (g.float() - w)[..., kept].norm() / w.norm() < 8e-3
 
 
 def test_swiglu():
