@@ -96,7 +96,9 @@ class LayerCache:
         self._buffer[0][at], self._buffer[1][at] = k, v
 
     def append_summaries(self, step: Step, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Keep the summary rows k, v [B*m, G, d] of a step."""
+        """Keep the summary rows k, v [B*m, G, d] of a step, in layers that do."""
+        if not self.keeps_summaries:
+            return
         if (fast := _kernels(k)) is not None:
             fast.store_summaries(self._buffer, step.chunk, self._rule(fast), k, v)
         else:
@@ -123,14 +125,16 @@ class LayerCache:
         return rows[0], rows[1]
 
     def summarise(self, heads: Heads, step: Step) -> torch.Tensor:
-        """The summaries [B*m, H, d] of the chunk that each request's step summarises."""
+        """The summaries [B*m, H, d] of the chunk that each request's step summarises; their rows are kept as by
+        `append_summaries`."""
         q, k_own, v_own = heads.q_summary, heads.k_summary, heads.v_summary
         assert q is not None and k_own is not None and v_own is not None
-        found = None
         if (fast := _kernels(q)) is not None:
-            found = fast.summarise(q, self._buffer, self.ring_rows, step.chunk, step.chunk_size, k_own, v_own)
-        if found is None:
-            found = _summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own)
+            found = fast.summarise(q, self._buffer, step.chunk, self._rule(fast), k_own, v_own)
+            if found is not None:
+                return found
+        found = _summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own)
+        self.append_summaries(step, k_own, v_own)
         return found
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> torch.Tensor:
@@ -332,7 +336,7 @@ class DecodingCache:
         if step.closing and heads.k_summary is not None and heads.v_summary is not None:
             if heads.q_summary is not None:  # before this token may take a slot of the chunk
                 out_summary = cache.summarise(heads, step)
-            if cache.keeps_summaries:
+            else:
                 cache.append_summaries(step, heads.k_summary, heads.v_summary)
         return cache.attend(heads.q, heads.k, heads.v, step), out_summary
 

@@ -140,8 +140,9 @@ def _merge_shares(parts, weights, out, GROUP: tl.constexpr, SHARES: tl.constexpr
 @triton.jit
 def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, ring, heads, scale, GROUP: tl.constexpr,
                CHUNK: tl.constexpr, OWN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
-               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The OWN summaries of one chunk, for the query heads of one key/value head of one request."""
+               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+    """The OWN summaries of one chunk, for the query heads of one key/value head of one request. With KEEP their keys
+    and values are put behind the ring."""
     request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column, query, key = tl.arange(0, BLOCK_D), tl.arange(0, QUERIES), tl.arange(0, KEYS)
     in_column, member, own = column < D, query % GROUP, query // GROUP
@@ -162,6 +163,13 @@ def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, ring, heads, sc
     weight = tl.exp(scores - tl.max(scores, 1)[:, None])
     found = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION) / tl.sum(weight, 1)[:, None]
     tl.store(out + at_query, found.to(out.dtype.element_ty), mask=real[:, None] & in_column[None, :])
+    if KEEP:
+        for one in tl.static_range(OWN):
+            source = ((request * OWN + one) * heads + head) * D + column
+            kept_at = ring + tl.load(chunks + request) * OWN + one
+            target = ((request * heads + head) * rows + kept_at) * D + column
+            tl.store(keys + target, tl.load(k_own + source, mask=in_column), mask=in_column)
+            tl.store(values + target, tl.load(v_own + source, mask=in_column), mask=in_column)
 
 
 @triton.jit
@@ -286,29 +294,24 @@ def store_summaries(buffer: torch.Tensor, chunks: torch.Tensor, rule: Rule, k: t
 
 
 def summarise(
-    q: torch.Tensor,
-    buffer: torch.Tensor,
-    ring_rows: int | None,
-    chunk: torch.Tensor,
-    chunk_size: int,
-    k_own: torch.Tensor,
-    v_own: torch.Tensor,
+    q: torch.Tensor, buffer: torch.Tensor, chunk: torch.Tensor, rule: Rule, k_own: torch.Tensor, v_own: torch.Tensor
 ) -> torch.Tensor | None:
     """The m summaries of one whole chunk a request, each over the chunk's text and the summaries up to itself.
 
-    q [B*m, H, d]; k_own, v_own [B*m, G, d]; text stands in buffer [2, B, G, N, d] at its position modulo `ring_rows`;
-    chunk int64 [B] -> [B*m, H, d]. None where a chunk is too long for one tile.
+    q [B*m, H, d]; text stands in buffer [2, B, G, N, d] by `rule`; k_own, v_own [B*m, G, d] are put there too where it
+    keeps summaries; chunk int64 [B] -> [B*m, H, d]. None, with nothing put, where a chunk is too long for one tile.
     """
     (batch, kv_heads), (total, heads, d) = buffer.shape[1:3], q.shape
     group, m = heads // kv_heads, total // batch
-    if chunk_size + m > MOST_KEYS:
+    if rule.chunk_size + m > MOST_KEYS:
         return None
     out = torch.empty_like(q)
     _summarise[(batch, kv_heads)](
         q.contiguous(), buffer[0], buffer[1], k_own.contiguous(), v_own.contiguous(), chunk, out, buffer.shape[3],
-        ring_rows or 2**62, kv_heads, d**-0.5, GROUP=group, CHUNK=chunk_size, OWN=m,
-        QUERIES=max(16, triton.next_power_of_2(group * m)), KEYS=max(16, triton.next_power_of_2(chunk_size + m)), D=d,
-        BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=_precision(q),
+        rule.ring or 2**62, kv_heads, d**-0.5, GROUP=group, CHUNK=rule.chunk_size, OWN=m,
+        QUERIES=max(16, triton.next_power_of_2(group * m)),
+        KEYS=max(16, triton.next_power_of_2(rule.chunk_size + m)), D=d,
+        BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=_precision(q), KEEP=rule.own > 0,
     )  # fmt: skip
     return out
 

@@ -81,18 +81,26 @@ def test_attend(monkeypatch, heads, kv_heads, d, rule, positions):
     torch.testing.assert_close(buffer, filled, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("ring, k, m, heads", [(None, 4, 1, 4), (12, 4, 2, 2), (None, 3, 1, 6), (1, 1, 1, 2)])
-def test_summarise(ring, k, m, heads):
+@pytest.mark.parametrize("rule, m, heads", [
+    (Rule(0, 4, 0, 0), 1, 4), (Rule(12, 4, 2, 2), 2, 2), (Rule(0, 3, 0, 0), 1, 6), (Rule(1, 1, 0, 1), 1, 2),
+    (Rule(12, 4, 2, 3), 3, 2),
+])  # fmt: skip
+def test_summarise(rule, m, heads):
     """Against `cache._summarise` over rows read from the cache; the third request has no chunk yet."""
-    buffer, chunk = draw(2, 3, 2, ring or 19, 24), torch.tensor([2, 4, 0], device=DEVICE)
+    ring, k = rule.ring, rule.chunk_size
+    rows = ring + 5 * rule.own if ring else 19
+    buffer, chunk = draw(2, 3, 2, rows, 24), torch.tensor([2, 4, 0], device=DEVICE)
     q, k_own, v_own = draw(3 * m, heads, 24, seed=1), draw(3 * m, 2, 24, seed=2), draw(3 * m, 2, 24, seed=3)
     positions = chunk[:, None] * k + torch.arange(k, device=DEVICE)
-    slots = (positions if ring is None else positions % ring).clamp(max=buffer.shape[3] - 1)
+    slots = (positions % ring if ring else positions).clamp(max=rows - 1)
     at = slots[None, :, None, :, None].expand(2, -1, 2, -1, 24)
-    want = _summarise(q, *buffer.gather(3, at), k_own, v_own)
-    got = triton_decode.summarise(q, buffer, ring, chunk, k, k_own, v_own)
+    want, filled = _summarise(q, *buffer.gather(3, at), k_own, v_own), buffer.clone()
+    if rule.own:
+        triton_decode.store_summaries(filled, chunk, rule, k_own, v_own)
+    got = triton_decode.summarise(q, buffer, chunk, rule, k_own, v_own)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert triton_decode.summarise(q, buffer, ring, chunk, triton_decode.MOST_KEYS, k_own, v_own) is None
+    assert torch.equal(buffer, filled)
+    assert triton_decode.summarise(q, buffer, chunk, rule._replace(chunk_size=256), k_own, v_own) is None
 
 
 @pytest.mark.parametrize("normed", [True, False])
