@@ -23,6 +23,7 @@ GPU_MEMORY = {  # bytes a process can really have, below the label's number
 }
 # In use on an H100 beyond what torch had handed out, with one rank and with two: docs/log.md.
 CUDA_CONTEXT_AND_NCCL = 7.8 * GIB
+WITHOUT_FP8 = ("a100-40gb", "a100-80gb")
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default
 _WORKSPACE = 0.8  # of a library attention kernel's backward, in shares of its queries: see ksa_model/fused.py
 
@@ -223,7 +224,8 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     local, rows = updated / share, config.memory.mlp_rows
     mlp_norm, mlp_input, mlp = local * h * norm, 0.0 if remade else float(updated * h * b), float(updated * wide)
     # Backward of the MLP: the gradient of what leaves the block, and those of gate and up; on a GPU their product, made
-    # again, and its gradient stand beside them.
+    # again, and its gradient stand beside them. Copies in 8 bits (perf.precision=fp8) come when those two are
+    # gone, and are smaller wherever f is above 4/3 h.
     passing = (4 if fused else 2) * f
     of_mlp = local * h * b + updated * (passing + h) * b
     if rows is not None and rows < local:
@@ -286,16 +288,19 @@ def _exchange_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, f
 
 
 def describe(config: TrainConfig, world_size: int, gpu: str) -> str:
-    """The plan in words and tables. Raises `ConfigError` for a device whose memory is not known."""
+    """The plan in words and tables. Raises `ConfigError` for a device whose memory is not known, or which cannot."""
     if gpu not in GPU_MEMORY:
         raise ConfigError(f"dry_run_gpu={gpu!r} is not one of {', '.join(GPU_MEMORY)}")
+    fp8 = config.perf.precision == "fp8"
+    if fp8 and gpu in WITHOUT_FP8:
+        raise ConfigError(f"dry_run_gpu={gpu} has no products for perf.precision=fp8; use perf.precision=bf16")
     counted, parallel, model = plan(config, world_size), config.parallel, config.model
     text, summary = _rows(config)
     total = counted.total + CUDA_CONTEXT_AND_NCCL
     capacity = GPU_MEMORY[gpu]
     lines = [
         f"{counted.parameters / 1e9:.3f} B parameters, {len(model.layers)} layers {model.layer_pattern}, "
-        f"k={model.chunk_size}, seq_len {config.seq_len:,}, {config.run.precision}",
+        f"k={model.chunk_size}, seq_len {config.seq_len:,}, {config.run.precision}{', products in fp8' if fp8 else ''}",
         f"{world_size} ranks = tensor {parallel.tensor}{' + sequence' if parallel.sequence else ''} x context "
         f"{parallel.context} x data {counted.data_size}, ZeRO-{parallel.zero}; "
         f"{config.micro_batches(counted.data_size)} micro-batches a step",
