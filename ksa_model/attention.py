@@ -112,25 +112,34 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(config.head_dim, config.norm_eps, tp, meets_all=tp.size == 1)
 
     def forward(
-        self, x: torch.Tensor, norm: Norm, layout: SequenceLayout, rotary: RotaryTables, mix: Mix | None = None
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        layout: SequenceLayout,
+        rotary: RotaryTables,
+        mix: Mix | None = None,
+        fp8: bool = False,
     ) -> torch.Tensor:
         """x: rows before the norm, [text | summaries] while the layer carries summaries, text alone otherwise.
 
         Returns the heads' outputs [rows, H*d] for the rows that the layer updates, both streams or text alone, which
         `output` brings back to the hidden size. `mix` replaces the attention itself; decoding brings its cache so.
+        `fp8`: projections in 8 bits.
         """
-        heads = self.project(x, norm, layout, rotary)
+        heads = self.project(x, norm, layout, rotary, fp8)
         out, out_summary = (mix or self.mix)(self, heads, layout)
         if out_summary is None:
             return out.flatten(1)
         return self.tp.join_streams(out.flatten(1), out_summary.flatten(1))
 
-    def project(self, x: torch.Tensor, norm: Norm, layout: SequenceLayout, rotary: RotaryTables) -> Heads:
+    def project(
+        self, x: torch.Tensor, norm: Norm, layout: SequenceLayout, rotary: RotaryTables, fp8: bool = False
+    ) -> Heads:
         """Queries, keys and values of both streams, normed and rotated; what the layer does not need is left out."""
         text = [self.query.weight, self.key.weight, self.value.weight]
         names = ["key", "value"] * self.layer.projects_summaries + ["query"] * self.layer.updates_summaries
         summary = [w for name in names for w in self._summary_weights(name)] if layout.num_summary else []
-        q, k, v, *of_summary = self.tp.project(x, norm, layout.num_text, text, summary)
+        q, k, v, *of_summary = self.tp.project(x, norm, layout.num_text, text, summary, fp8=fp8)
         q, k = self._queries_and_keys(q, k, rotary.text)
         heads = Heads(q=q, k=k, v=self._heads(v))
         if not layout.num_summary:  # kernels are for rows that exist

@@ -46,6 +46,7 @@ _MOST_FEATURES = 256  # of a head, in the package's kernels
 _DECAY_RATES = (1.0, 16.0)  # where they begin, drawn evenly
 _STEP_SIZES = (1e-3, 1e-1)  # likewise, drawn evenly in their logarithm
 _EPS = 1e-6
+_WIDE, _NARROW = ("query", "key", "value", "gate"), ("beta", "decay")  # projections: a feature each, or one a head
 
 
 @dataclass
@@ -80,14 +81,21 @@ class DeltaNet(nn.Module):
         self.output = tp.row(size, h, std / (2 * config.num_layers) ** 0.5)
 
     def forward(
-        self, x: torch.Tensor, norm: Norm, layout: SequenceLayout, rotary: RotaryTables, mix: Callable | None = None
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        layout: SequenceLayout,
+        rotary: RotaryTables,
+        mix: Callable | None = None,
+        fp8: bool = False,
     ) -> torch.Tensor:
         """x: rows before the norm, with or without summaries, which are not looked at.
 
-        Returns [T, H*d], which `output` brings back to the hidden size. `mix` replaces the recurrence itself.
+        Returns [T, H*d], which `output` brings back to the hidden size. `mix` replaces the recurrence itself. `fp8`:
+        products in 8 bits, but for beta and decay, whose errors the state would gather and whose heads are few.
         """
-        weights = [getattr(self, name).weight for name in ("query", "key", "value", "gate", "beta", "decay")]
-        q, k, v, gate, beta, decay = self.tp.project(x, norm, layout.num_text, weights)
+        wide, narrow = ([getattr(self, name).weight for name in names] for names in (_WIDE, _NARROW))
+        q, k, v, gate, beta, decay = self.tp.project(x, norm, layout.num_text, wide, exact=narrow, fp8=fp8)
         step = F.softplus(decay.float() + self.step_bias.float())
         given = DeltaRows(
             qkv=torch.stack([q, k, v], 1).unflatten(-1, (-1, self.config.head_dim)),

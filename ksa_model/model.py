@@ -35,7 +35,8 @@ class Decoder(nn.Module):
     """A decoder LLM whose layers follow `config.layer_pattern`.
 
     With `context` of several ranks, every call is given this rank's slices of the sample and a `ShardedLayout`, and
-    the loss is this rank's share of the sum. `memory` says what blocks keep for their backward.
+    the loss is this rank's share of the sum. `memory` says what blocks keep for their backward. With `fp8` the blocks'
+    products run in 8 bits where gradients are asked for; without gradients, as in validation and decoding, they do not.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class Decoder(nn.Module):
         tp: TensorParallel,
         context: ContextParallel | None = None,
         memory: MemoryConfig | None = None,
+        fp8: bool = False,
     ):
         super().__init__()
         check_tensor_parallel(config, tp.size)
         check_context_ranks(config, 1 if context is None else context.size)
         self.config, self.tp, self.context, self.memory = config, tp, context, memory or MemoryConfig()
+        self.fp8 = fp8
         self.host_pool = HostPool(self.memory.host_gib * GIB)
         self.embedding = tp.embedding(config.padded_vocab_size, config.hidden_size, config.init_std)
         if config.has_summaries:
@@ -105,7 +108,7 @@ class Decoder(nn.Module):
             return x
         running = Pass(self.memory, self.host_pool)
         for block in self.blocks:
-            x = running.run(partial(_run_block, block, layout=layout, rotary=rotary, mix=mix), x)
+            x = running.run(partial(_run_block, block, layout=layout, rotary=rotary, mix=mix, fp8=self.fp8), x)
         return x
 
     def anneal(self, own_share: float) -> None:
@@ -153,8 +156,9 @@ def _run_block(
     layout: SequenceLayout,
     rotary: RotaryTables,
     mix: Mix | None,
+    fp8: bool,
 ) -> torch.Tensor:
-    return block(x, layout, rotary, mix or partial(block.attention.mix, kept=kept))
+    return block(x, layout, rotary, mix or partial(block.attention.mix, kept=kept), fp8)
 
 
 class Block(nn.Module):
@@ -176,21 +180,26 @@ class Block(nn.Module):
         self.mlp = MLP(config, tp, mlp_rows)
 
     def forward(
-        self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables, mix: Mix | None = None
+        self,
+        x: torch.Tensor,
+        layout: SequenceLayout,
+        rotary: RotaryTables,
+        mix: Mix | None = None,
+        fp8: bool = False,
     ) -> torch.Tensor:
         """x [rows, h]: both streams while some layer from here on reads summaries, text alone above that."""
-        mixed = self.attention(x, self.attention_norm.ready(), layout, rotary, mix)
+        mixed = self.attention(x, self.attention_norm.ready(), layout, rotary, mix, fp8)
         # A layer that leaves summaries as they are updates the text rows alone; the last `K` layer drops them.
         updated, kept = x, None
         if self.layer.carries_summaries and not self.layer.updates_summaries:
             text_rows = self.tp.local_rows(layout.num_text)
             updated, kept = x.split([text_rows, len(x) - text_rows])
-        x = self.tp.add_product(updated, mixed, self.attention.output.weight)
-        x = self.mlp(x, self.mlp_norm.ready())
+        x = self.tp.add_product(updated, mixed, self.attention.output.weight, fp8)
+        x = self.mlp(x, self.mlp_norm.ready(), fp8)
         return x if kept is None or self.layer.is_last_ksa else torch.cat([x, kept])
 
     def attended(self, mixed: torch.Tensor) -> torch.Tensor:
-        """What attention adds to the residual stream, for what it returned."""
+        """What attention adds to the residual stream, for what it returned; never in 8 bits."""
         return self.tp.product(mixed, self.attention.output.weight)
 
 
@@ -205,11 +214,12 @@ class MLP(nn.Module):
         self.gate, self.up = tp.column(h, f, config.init_std), tp.column(h, f, config.init_std)
         self.down = tp.row(f, h, config.init_std / (2 * config.num_layers) ** 0.5)
 
-    def forward(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, norm: Norm, fp8: bool = False) -> torch.Tensor:
         if self.rows is None or len(x) <= self.rows:
-            return self._of_rows(x, norm)
-        return in_slices(partial(self._of_rows, norm=norm), x, self.rows, (*self.parameters(), norm.gain))
+            return self._of_rows(x, norm, fp8)
+        of_rows = partial(self._of_rows, norm=norm, fp8=fp8)
+        return in_slices(of_rows, x, self.rows, (*self.parameters(), norm.gain))
 
-    def _of_rows(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        parts = self.tp.gated(x, norm, self.gate.weight, self.up.weight)
-        return self.tp.add_gated(x, parts, self.down.weight)
+    def _of_rows(self, x: torch.Tensor, norm: Norm, fp8: bool) -> torch.Tensor:
+        parts = self.tp.gated(x, norm, self.gate.weight, self.up.weight, fp8)
+        return self.tp.add_gated(x, parts, self.down.weight, fp8)

@@ -5,7 +5,7 @@ Legend: t tensor ranks, rows = [text | summaries] of this context rank, h hidden
 A block alternates between two states. *Sharded*: hidden rows, under sequence parallelism each tensor rank holds
 1/t of the text rows and 1/t of the summary rows; otherwise every rank holds all. *Gathered*: all rows on every tensor
 rank, each rank owning some heads or some MLP columns. `project` and `gated` enter the second state once per sub-layer
-(one collective for all its products), `add_product` and `add_gated` leave it.
+(one collective for all its products), `add_product` and `add_gated` leave it. `fp8` is as in `ksa_model.linear`.
 
 Megatron's layers hold and initialise the weights; `ksa_model.linear` multiplies with them.
 """
@@ -129,34 +129,42 @@ class TensorParallel:
         num_text: int,
         text: Sequence[torch.Tensor],
         summary: Sequence[torch.Tensor] = (),
+        exact: Sequence[torch.Tensor] = (),
+        fp8: bool = False,
     ) -> list[torch.Tensor]:
         """Sharded rows x behind a norm, gathered, text rows times each of the weights `text` and summary rows times
-        each of `summary`: one tensor [T or S, this rank's features] for each weight, rows in sequence order."""
+        each of `summary`: one tensor [T or S, this rank's features] for each weight, rows in sequence order. Then text
+        rows times each of `exact`, which stay as they are under `fp8`."""
         x, own_norm = self._enter(x, norm)
         if self.shards_rows and len(x) > num_text:
             # The gathered rows stand rank by rank, [text_0 | summaries_0 | text_1 | ...].
             by_rank, local_text = x.view(self.size, -1, *x.shape[1:]), num_text // self.size
             x = torch.cat([*by_rank[:, :local_text].unbind(), *by_rank[:, local_text:].unbind()])
-        targets = [Target(0, num_text, weight) for weight in text]
-        return linear.project(x, own_norm, targets + [Target(num_text, len(x), weight) for weight in summary])
+        targets = [Target(0, num_text, weight, fp8) for weight in text]
+        targets += [Target(num_text, len(x), weight, fp8) for weight in summary]
+        return linear.project(x, own_norm, targets + [Target(0, num_text, weight) for weight in exact])
 
-    def gated(self, x: torch.Tensor, norm: Norm, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def gated(
+        self, x: torch.Tensor, norm: Norm, gate: torch.Tensor, up: torch.Tensor, fp8: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """Sharded rows x behind a norm, gathered, as SwiGLU's two factors (or what `linear.gated` makes of them)."""
-        return linear.gated(*self._enter(x, norm), gate, up)
+        return linear.gated(*self._enter(x, norm), gate, up, fp8)
 
-    def add_product(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def add_product(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, fp8: bool = False) -> torch.Tensor:
         """Sharded rows x plus gathered rows y, a share of their features, times a weight, summed over ranks."""
-        return linear.add_product(x, y, weight) if self.size == 1 else x + self.product(y, weight)
+        return linear.add_product(x, y, weight, fp8) if self.size == 1 else x + self.product(y, weight, fp8)
 
-    def add_gated(self, x: torch.Tensor, parts: tuple[torch.Tensor, ...], weight: torch.Tensor) -> torch.Tensor:
+    def add_gated(
+        self, x: torch.Tensor, parts: tuple[torch.Tensor, ...], weight: torch.Tensor, fp8: bool = False
+    ) -> torch.Tensor:
         """The same for y = swiglu of `parts`."""
         if self.size == 1:
-            return linear.add_gated(x, parts, weight)
-        return x + self._leave(linear.add_gated(None, parts, weight))
+            return linear.add_gated(x, parts, weight, fp8)
+        return x + self._leave(linear.add_gated(None, parts, weight, fp8))
 
-    def product(self, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def product(self, y: torch.Tensor, weight: torch.Tensor, fp8: bool = False) -> torch.Tensor:
         """What `add_product` adds."""
-        return self._leave(linear.add_product(None, y, weight))
+        return self._leave(linear.add_product(None, y, weight, fp8))
 
     def _enter(self, x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, Norm | None]:
         """Gathered rows, and the norm where it still has to be applied."""

@@ -1,8 +1,10 @@
-"""Norm, norm with rotation, and SwiGLU on a GPU: one launch each where torch needs many, with gradients.
+"""Norm, norm with rotation, and SwiGLU on a GPU: one launch each where torch needs many, with gradients. And rows in
+8 bits, without.
 
 Legend: h features of a row, H heads, d head dimension. Every kernel computes in fp32 and reads and writes its operands
 once. Backward keeps nothing but the inputs, or the output where that is kept anyway. Their plain twins are
-`plain_rms_norm`, `plain_norm_rotate` and `plain_swiglu` in `ksa_model.rows`, which also chooses between them.
+`plain_rms_norm`, `plain_norm_rotate` and `plain_swiglu` in `ksa_model.rows`, which also chooses between them, and
+`plain_quantize_rows` in `ksa_model.fp8`.
 """
 
 from __future__ import annotations
@@ -132,6 +134,18 @@ def _swiglu_backward(gate, up, grad, grad_gate, grad_up, out, count, BLOCK: tl.c
     tl.store(grad_gate + at, (given * u * slope).to(grad_gate.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _quantize_rows(x, out, scales, size, largest, least, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < size
+    values = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values), 0), least) / largest
+    strange = tl.max((values != values).to(tl.int32), 0) > 0  # a maximum passes over NaN
+    scale = tl.where(strange, float("nan"), scale)
+    tl.store(scales + row, scale)
+    tl.store(out + row * size + column, (values / scale).to(out.dtype.element_ty), mask=inside)
+
+
 class RMSNorm(torch.autograd.Function):
     """x [..., h], weight [h] -> x's shape and dtype."""
 
@@ -229,6 +243,18 @@ def swiglu_backward(
             OUT=and_product,
         )  # fmt: skip
     return product, grad_gate, grad_up
+
+
+def quantize_rows(x: torch.Tensor, largest: float, least: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [n, h] -> (float8_e4m3fn [n, h], scales fp32 [n, 1]): scales times `largest` are the rows' largest magnitudes,
+    or `least` where they are below it."""
+    x, (rows, size) = x.contiguous(), x.shape
+    out = torch.empty(rows, size, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    if rows:
+        block = triton.next_power_of_2(size)
+        _quantize_rows[(rows,)](x, out, scales, size, largest, least, block, num_warps=_norm_warps(block))
+    return out, scales
 
 
 def _norm_warps(block: int) -> int:

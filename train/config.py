@@ -16,6 +16,7 @@ from typing import Any
 
 from data_pipeline import DataConfig, DataError
 from ksa_model.config import ModelConfig, ModelConfigError, check_context_ranks, check_tensor_parallel
+from ksa_model.fp8 import check_features
 from ksa_model.layout import check_context_parallel
 from ksa_model.memory import MemoryConfig, MemoryConfigError
 from train.optim import OptimConfig, OptimConfigError
@@ -173,6 +174,13 @@ def validate(config: TrainConfig, world_size: int) -> None:
             "run.precision=bf16 adds gradients up in fp32, for which DeepSpeed needs parallel.zero=1 or more (on a "
             "single rank stage 1 shards nothing)"
         )
+    if config.perf.precision == "fp8":
+        if config.run.precision != "bf16":
+            raise ConfigError(
+                f"perf.precision=fp8 takes the place of 16-bit products, and run.precision={config.run.precision} has "
+                "none; use run.precision=bf16, or perf.precision=bf16"
+            )
+        check_features(model, parallel.tensor)
     if config.run.samples_per_step % data_size:
         raise ConfigError(
             f"run.samples_per_step={config.run.samples_per_step} is not a multiple of the {data_size} data-parallel "

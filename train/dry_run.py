@@ -21,6 +21,7 @@ GPU_MEMORY = {  # bytes a process can really have, below the label's number
     "h200-141gb": 139.8 * GIB,
     "b200-192gb": 178.0 * GIB,
 }
+WITHOUT_FP8 = ("a100-40gb", "a100-80gb")
 # In use beyond what torch has handed out, measured with one rank and with up to four on H100 and H200: docs/log.md.
 CUDA_CONTEXT, NCCL = 1.5 * GIB, 1.9 * GIB
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default
@@ -225,7 +226,8 @@ def block_bytes(model: ModelConfig, layer: LayerConfig, config: TrainConfig) -> 
     local, rows = updated / share, config.memory.mlp_rows
     mlp_norm, mlp_input, mlp = local * h * norm, 0.0 if remade else float(updated * h * b), float(updated * wide)
     # Backward of the MLP: the gradient of what leaves the block, and those of gate and up; on a GPU their product, made
-    # again, and its gradient stand beside them.
+    # again, and its gradient stand beside them. Copies in 8 bits (perf.precision=fp8) come when those two are
+    # gone, and are smaller wherever f is above 4/3 h.
     passing = (4 if fused else 2) * f
     of_mlp = local * h * b + updated * (passing + h) * b
     if rows is not None and rows < local:
@@ -292,9 +294,12 @@ def _exchange_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, f
 
 
 def describe(config: TrainConfig, world_size: int, gpu: str) -> str:
-    """The plan in words and tables. Raises `ConfigError` for a device whose memory is not known."""
+    """The plan in words and tables. Raises `ConfigError` for a device whose memory is not known, or which cannot."""
     if gpu not in GPU_MEMORY:
         raise ConfigError(f"dry_run_gpu={gpu!r} is not one of {', '.join(GPU_MEMORY)}")
+    fp8 = config.perf.precision == "fp8"
+    if fp8 and gpu in WITHOUT_FP8:
+        raise ConfigError(f"dry_run_gpu={gpu} has no products for perf.precision=fp8; use perf.precision=bf16")
     counted, parallel, model = plan(config, world_size), config.parallel, config.model
     text, summary = _rows(config)
     outside = CUDA_CONTEXT + (NCCL if world_size > 1 else 0.0)
@@ -302,7 +307,7 @@ def describe(config: TrainConfig, world_size: int, gpu: str) -> str:
     capacity = GPU_MEMORY[gpu]
     lines = [
         f"{counted.parameters / 1e9:.3f} B parameters, {len(model.layers)} layers {model.layer_pattern}, "
-        f"k={model.chunk_size}, seq_len {config.seq_len:,}, {config.run.precision}",
+        f"k={model.chunk_size}, seq_len {config.seq_len:,}, {config.run.precision}{', products in fp8' if fp8 else ''}",
         f"{world_size} ranks = tensor {parallel.tensor}{' + sequence' if parallel.sequence else ''} x context "
         f"{parallel.context} x data {counted.data_size}, ZeRO-{parallel.zero}; "
         f"{config.micro_batches(counted.data_size)} micro-batches a step",

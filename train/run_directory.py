@@ -10,7 +10,8 @@ import yaml
 from data_pipeline import TrainingData
 from train.config import ConfigError, TrainConfig, flatten, from_saved, to_mapping
 
-# Sections and keys that may differ between two visits to one run directory: they do not change what is computed.
+# Sections and keys that may differ between two visits to one run directory: they do not change what is computed, or
+# only in how many bits.
 CHANGEABLE = (
     "logging",
     "checkpoint",

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import data_pipeline
 from data_pipeline import Loader, TrainingData
-from ksa_model import delta
+from ksa_model import delta, fp8
 from ksa_model.collectives import ContextParallel
 from ksa_model.config import ModelConfig
 from ksa_model.distillation import PARTS
@@ -59,6 +59,8 @@ def train(config: TrainConfig) -> RunResult:
     if config.model.attention_backend == "fused" and device.type != "cuda":
         raise ConfigError("model.attention_backend=fused needs a CUDA device; here it is the CPU: use auto")
     delta.check_device(config.model, device, _dtype(config))
+    if config.perf.precision == "fp8":
+        fp8.check_device(device)
     directory = Path(config.run.root) / config.run.name
     run_directory.check(directory, config)
     # A wrong path must not wait for the data.
@@ -395,7 +397,8 @@ def build_engine(config: TrainConfig, world: World) -> Engine:
     """The model, initialised from the seed alike on every layout, under its engine."""
     torch.manual_seed(config.run.seed)
     tp = TensorParallel(world.tensor_group, config.parallel.sequence, _dtype(config))
-    model = Decoder(config.model, tp, ContextParallel(world.context_group), config.memory)
+    in_fp8 = config.perf.precision == "fp8"
+    model = Decoder(config.model, tp, ContextParallel(world.context_group), config.memory, in_fp8)
     return Engine(
         model,
         config.optim,

@@ -1,6 +1,7 @@
 """Training steps of a million tokens in one sample, by the trainer itself, on real documents.
 
-    python -m tests.bench.million [out=DIR] [steps=2] [gpus=2] [key=value ...]    writes docs/results/million.json
+    python -m tests.bench.million [out=DIR] [steps=2] [gpus=2] [seconds=600] [key=value ...]
+        writes docs/results/million.json, for other than two GPUs million_GPUS.json
     python -m tests.bench.million size=toy      8,192 tokens on two CPU ranks: proves the script, measures nothing
 
 The preset `1b9_1m` over the sources of Python's standard library, with `key=value` on top. The order of the samples is
@@ -36,7 +37,7 @@ PRESETS = {
 def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments)
     out, size = Path(given.pop("out", workload.ROOT / "docs/results")), given.pop("size", "full")
-    steps, gpus = int(given.pop("steps", 2)), int(given.pop("gpus", 2))
+    steps, gpus, seconds = (int(given.pop(key, value)) for key, value in (("steps", 2), ("gpus", 2), ("seconds", 600)))
     overrides = [
         *PRESETS[size], f"dry_run_ranks={gpus}", f"run.steps={steps + 1}", "run.log_every=1", "run.eval_every=1000",
         "checkpoint.every_steps=null", "logging.progress=false", "logging.wandb=off",
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> None:
     print(f"data.seed={seed}: real tokens of the first samples {real_tokens}", flush=True)
     with tempfile.TemporaryDirectory() as root:
         command = ["-m", "train", *overrides, f"data.seed={seed}", f"run.root={root}"]
-        records = first_steps(command, gpus, Path(root) / "default", steps)
+        records = first_steps(command, gpus, Path(root) / "default", steps, seconds)
     report = {
         "command": " ".join(["python -m tests.bench.million", *arguments]),
         "device": workload.device_name(),
@@ -58,7 +59,9 @@ def main(arguments: list[str]) -> None:
     }
     print(json.dumps(records, indent=1))
     if size == "full":
-        (out / "million.json").write_text(json.dumps(report, indent=1) + "\n")
+        (out / ("million.json" if gpus == 2 else f"million_{gpus}.json")).write_text(
+            json.dumps(report, indent=1) + "\n"
+        )
 
 
 def fullest_order(overrides: list[str], steps: int) -> tuple[int, list[int]]:
@@ -71,8 +74,9 @@ def fullest_order(overrides: list[str], steps: int) -> tuple[int, list[int]]:
     return max(found.items(), key=lambda item: min(item[1]))
 
 
-def first_steps(command: list[str], ranks: int, directory: Path, steps: int) -> list[dict]:
-    """Start the ranks, wait for the records of `steps` steps, end them."""
+def first_steps(command: list[str], ranks: int, directory: Path, steps: int, seconds: float) -> list[dict]:
+    """Start the ranks, wait for the records of `steps` steps, or as many as there are after `seconds`, end them."""
+    began = time.monotonic()
     place = dict(
         WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
     )
@@ -86,8 +90,10 @@ def first_steps(command: list[str], ranks: int, directory: Path, steps: int) -> 
             records = []
             if (directory / "metrics.jsonl").exists():
                 records = [record for record in read_records(directory / "metrics.jsonl") if "loss" in record]
-            if len(records) >= steps:
+            if len(records) >= steps or (records and time.monotonic() - began > seconds):
                 return records[:steps]
+            if time.monotonic() - began > seconds:
+                raise SystemExit(f"no step ended within seconds={seconds:.0f}")
             codes = [process.poll() for process in processes]
             if any(code is not None for code in codes):
                 raise SystemExit(f"a rank ended after {len(records)} of {steps} steps; exit codes {codes}")

@@ -9,7 +9,8 @@ context. Every case is a start of its own, so that one which runs out of memory 
 hybrid, pure KSA and full attention side by side where it says so. The longest samples hold documents of 131,072 tokens
 and are timed once, without a profile. "memory" takes samples of 131,072 to 1,048,576 tokens through one model and fits
 a line to their peaks. "reference" compares the first loss of a model under the fused kernels and all that saves memory
-with the same model's under plain attention. Without `cases`, those that the GPUs of this host are enough for. What
+with the same model's under plain attention, "fp8 loss" the losses of 60 steps under perf.precision=fp8 with those of
+another start from the same weights without. Without `cases`, those that the GPUs of this host are enough for. What
 step.json holds of other cases and devices stays there.
 """
 
@@ -31,12 +32,14 @@ from train import dry_run, parallel
 from train.config import RunConfig, TrainConfig
 from train.metrics import peak_flops
 from train.parallel import ParallelConfig
+from train.perf import PerfConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = {
     "full": dict(hidden_size=2048, num_heads=16, num_kv_heads=16, head_dim=128, ffn_size=6144, vocab_size=151_936),
     "toy": dict(hidden_size=64, num_heads=4, num_kv_heads=4, head_dim=16, ffn_size=128, vocab_size=512,
                 window_chunks=4),
+    "small": dict(hidden_size=512, num_heads=8, num_kv_heads=8, head_dim=64, ffn_size=1536, vocab_size=32_000),
 }  # fmt: skip
 MEMORY = {
     "none": MemoryConfig(),
@@ -46,6 +49,7 @@ MEMORY = {
     "offload inputs": MemoryConfig("full", offload=True, mlp_rows=65_536),
 }
 DOCUMENT = 131_072  # tokens of one in the longest samples
+LOSS_STEPS = 60  # of "fp8 loss"
 ONE = ParallelConfig()
 TWO = ParallelConfig(context=2, zero=2, offload="optimizer")
 ON_HOST = ParallelConfig(zero=2, offload="optimizer")
@@ -61,6 +65,8 @@ class Case:
     patterns: tuple[str, ...] = ("KKKF",)
     parallel: ParallelConfig = ONE
     backend: str = "auto"  # of attention
+    precision: str = "bf16"  # of the products inside blocks
+    shape: str = "full"
 
     @property
     def is_long(self) -> bool:
@@ -74,6 +80,7 @@ class Case:
 CASES = {
     "8k": Case(8_192, "none", samples=8, joined=2),
     "8k single": Case(8_192, "none", samples=8),
+    "8k fp8": Case(8_192, "none", samples=8, joined=2, precision="fp8"),
     "32k": Case(32_768, "selective", samples=2),
     "128k": Case(131_072, "full", layers=12, patterns=("KKKF", "K", "F")),
     "128k full": Case(131_072, "full"),
@@ -84,6 +91,7 @@ CASES = {
     "memory": Case(1_048_576, "offload inputs", layers=16, parallel=ON_HOST),
     "1M context": Case(1_048_576, "offload inputs", parallel=TWO),
     "reference": Case(8_192, "offload"),
+    "fp8 loss": Case(8_192, "none", layers=8, samples=4, joined=2, precision="fp8", shape="small"),
 }
 TOY_SHARE = 512  # of a case's tokens, and of its slices of the MLP, in the toy size
 PARTS = {  # words in a kernel's name: the part it is counted to; the first that fits
@@ -97,6 +105,7 @@ PARTS = {  # words in a kernel's name: the part it is counted to; the first that
     "_rms_norm": "norms and rotation",
     "_norm_rotate": "norms and rotation",
     "_swiglu": "SwiGLU",
+    "_quantize_rows": "quantization",
     "gemm": "matrix products",
     "nvjet": "matrix products",
     "cutlass": "matrix products",
@@ -118,31 +127,51 @@ def configuration(case: Case, pattern: str, size: str) -> TrainConfig:
     if toy and memory.mlp_rows:
         memory = dataclasses.replace(memory, mlp_rows=memory.mlp_rows // TOY_SHARE)
     return TrainConfig(
-        model=ModelConfig(**SHAPES[size], layer_pattern=pattern, num_layers=layers, attention_backend=case.backend),
+        model=ModelConfig(
+            **SHAPES["toy" if toy else case.shape],
+            layer_pattern=pattern,
+            num_layers=layers,
+            attention_backend=case.backend,
+        ),
         seq_len=max(64, case.seq_len // TOY_SHARE) if toy else case.seq_len,
         run=RunConfig(samples_per_step=case.samples, samples_per_micro_batch=case.joined, precision="bf16"),
         parallel=case.parallel,
         memory=memory,
+        perf=PerfConfig(precision=case.precision),
     )
 
 
-def first_loss(case: Case, pattern: str, size: str) -> float:
+def losses(case: Case, pattern: str, size: str, steps: int) -> list[float]:
     config = configuration(case, pattern, size)
     bench = workload.Bench(config, workload.start(config), [[0, config.seq_len // 3 // 8 * 8]])
-    (loss,) = bench.losses(1)
+    found = bench.losses(steps)
     del bench
     parallel.shutdown()
     workload.forget()
-    return loss
+    return found
 
 
 def against_reference(name: str, pattern: str, size: str) -> dict:
     case = CASES[name]
     plain = dataclasses.replace(case, memory="full", backend="reference")
-    loss, reference = first_loss(case, pattern, size), first_loss(plain, pattern, size)
+    (loss,), (reference,) = losses(case, pattern, size, 1), losses(plain, pattern, size, 1)
     return {
         "case": name, "pattern": pattern, "seq_len": configuration(case, pattern, size).seq_len, "loss": loss,
         "loss_of_plain_attention": reference, "relative_difference": abs(loss / reference - 1),
+        "device": workload.device_name(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def against_bf16(name: str, pattern: str, size: str) -> dict:
+    case = CASES[name]
+    config = configuration(case, pattern, size)
+    found = losses(case, pattern, size, LOSS_STEPS)
+    wanted = losses(dataclasses.replace(case, precision="bf16"), pattern, size, LOSS_STEPS)
+    return {
+        "case": name, "pattern": pattern, "seq_len": config.seq_len, "samples": case.samples,
+        "layers": config.model.num_layers, "hidden_size": config.model.hidden_size, "steps": LOSS_STEPS,
+        "first_loss": found[0], "last_loss": found[-1], "last_loss_of_bf16": wanted[-1],
+        "largest_relative_difference": max(abs(a / b - 1) for a, b in zip(found, wanted)),
         "device": workload.device_name(), "torch": torch.__version__,
     }  # fmt: skip
 
@@ -186,6 +215,8 @@ def run(name: str, pattern: str, size: str) -> dict:
     case = CASES[name]
     if name == "reference":
         return against_reference(name, pattern, size)
+    if name == "fp8 loss":
+        return against_bf16(name, pattern, size)
     if name == "memory":
         return memory_by_length(name, pattern, size)
     config = configuration(case, pattern, size)
@@ -205,6 +236,7 @@ def run(name: str, pattern: str, size: str) -> dict:
         "case": name, "pattern": pattern, "seq_len": config.seq_len, "samples": case.samples,
         "samples_per_micro_batch": case.joined, "documents_of_a_sample": documents, "layers": config.model.num_layers,
         "memory": dataclasses.asdict(config.memory), "optimizer_on_host": case.parallel.offload == "optimizer",
+        "products": case.precision,
         "gpus": case.ranks, "loss": loss, "seconds": seconds, "tokens_per_second": tokens / seconds,
         "mfu": flops / seconds / (peak_flops(world.device) or float("nan")),
         "peak_gib": None if peak is None else peak / GIB, "predicted_gib": planned.total / GIB,

@@ -155,9 +155,9 @@ def test_a_rerun_does_not_run_the_slices(world, monkeypatch):
 
     runs, of_rows = [0], MLP._of_rows
 
-    def counted(self, x, norm):
+    def counted(self, x, norm, fp8):
         runs[0] += 1
-        return of_rows(self, x, norm)
+        return of_rows(self, x, norm, fp8)
 
     monkeypatch.setattr(MLP, "_of_rows", counted)
     config = small_config(layer_pattern="F", num_layers=2)
