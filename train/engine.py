@@ -65,13 +65,14 @@ class Engine:
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         if parallel.zero == 3:  # a block multiplies with its submodules' weights: they come and go together
             set_z3_leaf_modules(self.module, list({type(block) for block in self.module.blocks}))  # type: ignore
+        largest_block = max(sum(p.numel() for p in block.parameters()) for block in self.module.blocks)  # type: ignore
         with _quiet():
             self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
                 model=self.module,
                 optimizer=optimizer,
                 mpu=self._mpu,
                 dist_init_required=False,
-                config=_deepspeed_config(optim, parallel, precision, micro_batches),
+                config=_deepspeed_config(optim, parallel, precision, micro_batches, largest_block),
             )
         for name, parameter in self.module.named_parameters():
             # Only now: DeepSpeed would leave them out of the state that is saved and handed on.
@@ -166,8 +167,12 @@ def _accumulate_in_fp32(optimizer: BF16_Optimizer) -> None:
     optimizer._update_hp_grad = torch.no_grad()(take)
 
 
-def _deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, precision: str, micro_batches: int) -> dict:
+def _deepspeed_config(
+    optim: OptimConfig, parallel: ParallelConfig, precision: str, micro_batches: int, largest_block: int
+) -> dict:
     zero: dict = {"stage": parallel.zero}
+    if parallel.zero == 3:  # while a block computes, all weights of the next are gathered: the default ends at 50M
+        zero["stage3_prefetch_bucket_size"] = largest_block
     if parallel.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config = {

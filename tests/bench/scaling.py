@@ -4,9 +4,9 @@
     python -m tests.bench.scaling size=toy                 on four CPU ranks: proves the script, measures nothing
 
 The 1.9B layer shape in bf16. `context`: one sample of 131,072 tokens over 1, 2, 4, 8 GPUs, alone and with TP=2.
-`longer`: 131,072 tokens a GPU, one sample over all. `data`: one sample of 8,192 tokens a GPU and micro-batch, under
-ZeRO-1 and ZeRO-3. Every number of GPUs is one start, the smaller ones side by side on GPUs of their own; losses of 20
-steps of a small model must agree with one GPU's in every layout.
+`longer`: 131,072 tokens a GPU, one sample over all. `data`: two micro-batches a step of four samples of 8,192 tokens a
+GPU, under ZeRO-1 and ZeRO-3. Every number of GPUs is one start, the smaller ones side by side on GPUs of their own;
+losses of 20 steps of a small model must agree with one GPU's in every layout.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def run(ranks: int, kinds: tuple[str, ...], settings: ParallelConfig, size: str,
     on_gpu = torch.cuda.is_available()
     memory = MemoryConfig() if kinds[0].startswith("data") else MemoryConfig("selective", mlp_rows=MLP_ROWS[size])
 
-    def config(model: dict, seq_len: int, samples: int) -> TrainConfig:
-        run = RunConfig(samples_per_step=samples, precision="bf16" if on_gpu else "fp32")
+    def config(model: dict, seq_len: int, samples: int, joined: int = 1) -> TrainConfig:
+        precision = "bf16" if on_gpu else "fp32"
+        run = RunConfig(samples_per_step=samples, samples_per_micro_batch=joined, precision=precision)
         return TrainConfig(model=ModelConfig(**model), seq_len=seq_len, parallel=settings, run=run, memory=memory)
 
     given = config(SMALL if size == "full" else SHAPES["toy"] | dict(num_layers=4), for_losses, 8)
@@ -67,14 +68,15 @@ def run(ranks: int, kinds: tuple[str, ...], settings: ParallelConfig, size: str,
         workload.forget()
         workload.note(f"{kind}, {ranks} ranks")
         length = short if kind.startswith("data") else long * ranks if kind == "longer" else long
-        samples = 4 * ranks if kind.startswith("data") else 1
-        given = config(SHAPES[size] | dict(num_layers=layers), length, samples)
+        samples, joined = (8 * ranks, 4) if kind.startswith("data") else (1, 1)
+        given = config(SHAPES[size] | dict(num_layers=layers), length, samples, joined)
         bench = workload.Bench(given, world, [[0]])
         batches = bench.batches(0)
         seconds = bench.seconds(2, 3)
         sent = dict(bench.engine.module.context.received_bytes) if settings.context > 1 else {}  # type: ignore
         found = {
-            "kind": kind, "ranks": ranks, "memory": memory.recompute, "seq_len": length, "seconds": seconds,
+            "kind": kind, "ranks": ranks, "memory": memory.recompute, "seq_len": length, "samples": samples,
+            "samples_per_micro_batch": joined, "seconds": seconds,
             "losses": losses, "tokens_per_second": samples * length / seconds, "received_bytes": sent,
             "device": workload.device_name(), "torch": torch.__version__,
         }  # fmt: skip
