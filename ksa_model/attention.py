@@ -22,6 +22,8 @@ from ksa_model.ranges import to_device
 from ksa_model.rope import inverse_frequencies
 from ksa_model.tensor_parallel import TensorParallel
 
+SMALL_BATCH = 256  # rows of a decoding step up to which one launch for queries and keys is worth more than larger tiles
+
 
 @dataclass(frozen=True)
 class RotaryTables:
@@ -195,7 +197,7 @@ class Attention(nn.Module):
 
     def _queries_and_keys(self, q: torch.Tensor, k: torch.Tensor, table) -> tuple[torch.Tensor, torch.Tensor]:
         """[rows, heads*d] -> [rows, heads, d] each, normed and rotated."""
-        if (fast := linear.decoding(q)) is None:
+        if (fast := linear.decoding(q, most=SMALL_BATCH)) is None:
             return self._heads(q, "query_norm", table), self._heads(k, "key_norm", table)
         gains = (self.query_norm.weight, self.key_norm.weight) if self.config.qk_norm else None
         return fast.norm_rotate_both(self._heads(q), self._heads(k), gains, self.config.norm_eps, *table)

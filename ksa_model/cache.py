@@ -54,6 +54,7 @@ class LayerCache:
         self.ring_rows = {"F": None, "S": config.window_tokens, "K": window, "C": window}[layer.mixer]
         self.keeps_summaries = layer.mixer == "K"
         self._buffer = empty
+        self._arrivals = empty.new_zeros(empty.shape[1] * empty.shape[2], dtype=torch.int32)  # of attention's programs
 
     @property
     def rows(self) -> int:
@@ -124,31 +125,30 @@ class LayerCache:
         rows = self._buffer.gather(3, at.expand(2, -1, self._buffer.shape[2], -1, self._buffer.shape[4]))
         return rows[0], rows[1]
 
-    def summarise(self, heads: Heads, step: Step) -> torch.Tensor:
-        """The summaries [B*m, H, d] of the chunk that each request's step summarises; their rows are kept as by
-        `append_summaries`."""
+    def summarise(self, heads: Heads, step: Step, out: torch.Tensor) -> None:
+        """The summaries of the chunk that each request's step summarises, into out [B*m, H, d]; their rows are kept as
+        by `append_summaries`."""
         q, k_own, v_own = heads.q_summary, heads.k_summary, heads.v_summary
         assert q is not None and k_own is not None and v_own is not None
         if (fast := _kernels(q)) is not None:
-            found = fast.summarise(q, self._buffer, step.chunk, self._rule(fast), k_own, v_own)
-            if found is not None:
-                return found
-        found = _summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own)
+            if fast.summarise(q, self._buffer, step.chunk, self._rule(fast), k_own, v_own, out) is not None:
+                return
+        out.copy_(_summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own))
         self.append_summaries(step, k_own, v_own)
-        return found
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step) -> torch.Tensor:
-        """Keep the text rows k, v [B, G, d] of a step; q [B, H, d] over the rows that its tokens see -> [B, H, d]."""
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, out: torch.Tensor) -> None:
+        """Keep the text rows k, v [B, G, d] of a step; q [B, H, d] over the rows that its tokens see, into out."""
         if (fast := _kernels(q)) is not None:
-            return fast.attend(q, k, v, self._buffer, step.position, self._rule(fast))
+            fast.attend(q, k, v, self._buffer, step.position, self._arrivals, self._rule(fast), out)
+            return
         self.write(torch.arange(len(k), device=k.device), self.text_slots(step.position), k, v)
         visible = step.visible(self)
         keys, values = self._buffer[:, :, :, : visible.shape[1]]
         # Query heads that share a key/value head are rows of one product, so that no key is ever copied.
-        out = torch.nn.functional.scaled_dot_product_attention(
+        found = torch.nn.functional.scaled_dot_product_attention(
             q.unflatten(1, (keys.shape[1], -1)), keys, values, attn_mask=visible[:, None, None]
         )
-        return out.flatten(1, 2)
+        out.copy_(found.flatten(1, 2))
 
 
 class Step(SequenceLayout):
@@ -330,15 +330,20 @@ class DecodingCache:
 
     def _mix_step(self, attention: Any, heads: Any, step: SequenceLayout):
         assert isinstance(step, Step)
-        cache, out_summary = self._layers[attention.layer.index], None
+        cache = self._layers[attention.layer.index]
         if isinstance(cache, DeltaCache):
             return cache.step(attention, heads), None
-        if step.closing and heads.k_summary is not None and heads.v_summary is not None:
-            if heads.q_summary is not None:  # before this token may take a slot of the chunk
-                out_summary = cache.summarise(heads, step)
-            else:
-                cache.append_summaries(step, heads.k_summary, heads.v_summary)
-        return cache.attend(heads.q, heads.k, heads.v, step), out_summary
+        updates = step.closing and heads.q_summary is not None
+        # Both streams in one tensor, which `join_streams` then need not make.
+        text, summary = heads.q.new_empty(step.num_text + updates * step.num_summary, *heads.q.shape[1:]).tensor_split(
+            [step.num_text]
+        )
+        if updates:  # before this token may take a slot of the chunk
+            cache.summarise(heads, step, summary)
+        elif step.closing and heads.k_summary is not None and heads.v_summary is not None:
+            cache.append_summaries(step, heads.k_summary, heads.v_summary)
+        cache.attend(heads.q, heads.k, heads.v, step, text)
+        return text, summary if updates else None
 
     def _make_room(self, num_tokens: int) -> bool:
         return any([layer.ensure(num_tokens) for layer in self._layers])

@@ -199,8 +199,8 @@ def _remakes(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def decoding(x: torch.Tensor) -> ModuleType | None:
-    """The kernels for few rows x, where no gradients are asked for."""
-    if x.is_cuda and len(x) <= FEW_ROWS and not torch.is_grad_enabled():
+def decoding(x: torch.Tensor, most: int = FEW_ROWS) -> ModuleType | None:
+    """The kernels for few rows x, `most` of them, where no gradients are asked for."""
+    if x.is_cuda and len(x) <= most and not torch.is_grad_enabled():
         return triton_module("triton_decode")
     return None

@@ -180,6 +180,9 @@ class TensorParallel:
     def join_streams(self, text: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
         """Text and summary rows, each in sequence order, as gathered rows stand."""
         if not self.shards_rows:
+            if not torch.is_grad_enabled() and text.data_ptr() + text.nbytes == summary.data_ptr() > 0:
+                # Side by side already, as decoding has them.
+                return text.as_strided((len(text) + len(summary), *text.shape[1:]), text.stride())
             return torch.cat([text, summary])
         return torch.cat(
             [x.view(self.size, len(x) // self.size, *x.shape[1:]) for x in (text, summary)], dim=1

@@ -55,14 +55,15 @@ def _seen(row, position, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.con
 
 
 @triton.jit
-def _attend_share(q, k, v, keys, values, positions, parts, weights, rows, heads, scale, RING: tl.constexpr,
-                  CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr, GROUP: tl.constexpr,
-                  ROWS_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, rows, heads, scale, RING: tl.constexpr,
+            CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr, GROUP: tl.constexpr, ROWS_Q: tl.constexpr,
+            D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
     """The query heads of one key/value head of one request over one share of its rows: output and log-sum-exp. In the
-    share that the token's own row belongs to it comes from k and v, and is put there for later tokens."""
+    share that the token's own row belongs to it comes from k and v, and is put there for later tokens. Who is the last
+    of a pair's programs to be done merges their shares, and leaves the count of arrivals at zero."""
     request, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    share, shares = tl.program_id(1), tl.num_programs(1)
+    share = tl.program_id(1)
     position = tl.load(positions + request)
     stop, slot = position + 1, position
     if RING > 0:
@@ -71,7 +72,7 @@ def _attend_share(q, k, v, keys, values, positions, parts, weights, rows, heads,
         if far > 0:
             stop = RING + far
     stop = tl.minimum(stop, rows)
-    each = tl.cdiv(tl.cdiv(stop, shares), BLOCK) * BLOCK
+    each = tl.cdiv(tl.cdiv(stop, SHARES), BLOCK) * BLOCK
     first = share * each
     last = tl.minimum(first + each, stop)
     column, query_row = tl.arange(0, BLOCK_D), tl.arange(0, ROWS_Q)
@@ -113,26 +114,31 @@ def _attend_share(q, k, v, keys, values, positions, parts, weights, rows, heads,
         total = total * shrink + weight
         acc = acc * shrink[:, None] + weight[:, None] * new_value.to(tl.float32)[None, :]
         top = higher
-    at = (pair * shares + share) * GROUP + query_row
+    at = (pair * SHARES + share) * GROUP + query_row
     kept = query_row < GROUP
     some = total > 0
     tl.store(weights + at, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=kept)
     normed = acc / tl.where(some, total, 1.0)[:, None]
     tl.store(parts + at[:, None] * D + column[None, :], normed, mask=kept[:, None] & in_column[None, :])
+    tl.debug_barrier()  # the whole program's share is out before its arrival is
+    if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == SHARES - 1:
+        tl.store(arrivals + pair, 0)
+        for member in tl.static_range(GROUP):
+            _merge(parts, weights, out, pair, member, GROUP, SHARES, D, BLOCK_D)
 
 
 @triton.jit
-def _merge_shares(parts, weights, out, GROUP: tl.constexpr, SHARES: tl.constexpr, D: tl.constexpr,
-                  BLOCK_D: tl.constexpr):  # fmt: skip
-    pair, member = tl.program_id(0).to(tl.int64), tl.program_id(1)
+def _merge(parts, weights, out, pair, member, GROUP: tl.constexpr, SHARES: tl.constexpr, D: tl.constexpr,
+           BLOCK_D: tl.constexpr):  # fmt: skip
+    """One query head from its shares, which other multiprocessors have written: past the cache of this one."""
     share, column = tl.arange(0, SHARES), tl.arange(0, BLOCK_D)
     in_column = column < D
     at = (pair * SHARES + share) * GROUP + member
-    weight = tl.load(weights + at)
+    weight = tl.load(weights + at, cache_modifier=".cg")
     top = tl.max(weight, 0)
     weight = tl.exp(weight - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weight, 0)
-    part = tl.load(parts + at[:, None] * D + column[None, :], mask=in_column[None, :], other=0.0)
+    part = tl.load(parts + at[:, None] * D + column[None, :], mask=in_column[None, :], other=0.0, cache_modifier=".cg")
     merged = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + (pair * GROUP + member) * D + column, merged.to(out.dtype.element_ty), mask=in_column)
 
@@ -294,18 +300,23 @@ def store_summaries(buffer: torch.Tensor, chunks: torch.Tensor, rule: Rule, k: t
 
 
 def summarise(
-    q: torch.Tensor, buffer: torch.Tensor, chunk: torch.Tensor, rule: Rule, k_own: torch.Tensor, v_own: torch.Tensor
+    q: torch.Tensor,
+    buffer: torch.Tensor,
+    chunk: torch.Tensor,
+    rule: Rule,
+    k_own: torch.Tensor,
+    v_own: torch.Tensor,
+    out: torch.Tensor,
 ) -> torch.Tensor | None:
     """The m summaries of one whole chunk a request, each over the chunk's text and the summaries up to itself.
 
     q [B*m, H, d]; text stands in buffer [2, B, G, N, d] by `rule`; k_own, v_own [B*m, G, d] are put there too where it
-    keeps summaries; chunk int64 [B] -> [B*m, H, d]. None, with nothing put, where a chunk is too long for one tile.
+    keeps summaries; chunk int64 [B]; out [B*m, H, d]. None, with nothing put, where a chunk is too long for one tile.
     """
     (batch, kv_heads), (total, heads, d) = buffer.shape[1:3], q.shape
     group, m = heads // kv_heads, total // batch
     if rule.chunk_size + m > MOST_KEYS:
         return None
-    out = torch.empty_like(q)
     _summarise[(batch, kv_heads)](
         q.contiguous(), buffer[0], buffer[1], k_own.contiguous(), v_own.contiguous(), chunk, out, buffer.shape[3],
         rule.ring or 2**62, kv_heads, d**-0.5, GROUP=group, CHUNK=rule.chunk_size, OWN=m,
@@ -385,21 +396,30 @@ def _precision(x: torch.Tensor) -> str:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, buffer: torch.Tensor, positions: torch.Tensor, rule: Rule
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    buffer: torch.Tensor,
+    positions: torch.Tensor,
+    arrivals: torch.Tensor,
+    rule: Rule,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     """Put k, v [B, G, d] of the tokens at `positions` [B] (int64) into buffer [2, B, G, N, d]; then q [B, H, d] over
-    the rows there that `rule` lets them see -> [B, H, d]. Rows behind the last of these are not read."""
+    the rows there that `rule` lets them see, into out [B, H, d]. Rows behind the last of these are not read.
+
+    arrivals: int32 [B*G] zeros, and zeros again afterwards; of launches at the same time each needs its own.
+    """
     batch, heads, d = q.shape
     kv_heads, group = buffer.shape[2], heads // buffer.shape[2]
     pairs = batch * kv_heads
     shares = triton.next_power_of_2(max(1, min(MOST_SPLITS, PROGRAMS // pairs)))
     parts = torch.empty(pairs, shares, group, d, dtype=torch.float32, device=q.device)
     weights = torch.empty(pairs, shares, group, dtype=torch.float32, device=q.device)
-    out, block_d, rows_q = torch.empty_like(q), triton.next_power_of_2(d), max(16, triton.next_power_of_2(group))
-    _attend_share[(pairs, shares)](
-        q.contiguous(), k.contiguous(), v.contiguous(), buffer[0], buffer[1], positions, parts, weights,
+    _attend[(pairs, shares)](
+        q.contiguous(), k.contiguous(), v.contiguous(), buffer[0], buffer[1], positions, parts, weights, arrivals, out,
         buffer.shape[3], kv_heads, d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own,
-        GROUP=group, ROWS_Q=rows_q, D=d, BLOCK_D=max(16, block_d), BLOCK=BLOCK_ROWS, PRECISION=_precision(q),
+        GROUP=group, ROWS_Q=max(16, triton.next_power_of_2(group)), D=d, BLOCK_D=max(16, triton.next_power_of_2(d)),
+        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=_precision(q), num_stages=2,
     )  # fmt: skip
-    _merge_shares[(pairs, group)](parts, weights, out, GROUP=group, SHARES=shares, D=d, BLOCK_D=block_d, num_warps=8)
     return out

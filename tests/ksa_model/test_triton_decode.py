@@ -76,8 +76,11 @@ def test_attend(monkeypatch, heads, kv_heads, d, rule, positions):
     keys, values = (x.nan_to_num().repeat_interleave(heads // kv_heads, dim=1) for x in filled)
     mask = real[:, None, None]
     want = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
-    got = triton_decode.attend(q, k, v, buffer, torch.tensor(positions, device=DEVICE), rule)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    arrivals, at = torch.zeros(3 * kv_heads, dtype=torch.int32, device=DEVICE), torch.tensor(positions, device=DEVICE)
+    for _ in range(2):  # the second launch finds the count of arrivals as the first did
+        got = triton_decode.attend(q, k, v, buffer, at, arrivals, rule, torch.full_like(q, float("nan")))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert not arrivals.any()
     torch.testing.assert_close(buffer, filled, rtol=0, atol=0, equal_nan=True)
 
 
@@ -97,10 +100,10 @@ def test_summarise(rule, m, heads):
     want, filled = _summarise(q, *buffer.gather(3, at), k_own, v_own), buffer.clone()
     if rule.own:
         triton_decode.store_summaries(filled, chunk, rule, k_own, v_own)
-    got = triton_decode.summarise(q, buffer, chunk, rule, k_own, v_own)
+    got = triton_decode.summarise(q, buffer, chunk, rule, k_own, v_own, torch.empty_like(q))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(buffer, filled)
-    assert triton_decode.summarise(q, buffer, chunk, rule._replace(chunk_size=256), k_own, v_own) is None
+    assert triton_decode.summarise(q, buffer, chunk, rule._replace(chunk_size=256), k_own, v_own, got) is None
 
 
 @pytest.mark.parametrize("normed", [True, False])
@@ -140,7 +143,7 @@ def test_a_whole_model_with_these_kernels(world, monkeypatch, changes, several):
     monkeypatch.setattr(triton_decode, "PROGRAMS", 12)  # the interpreter takes milliseconds for each
     monkeypatch.setattr("ksa_model.rows._kernels", lambda x: triton_rows)
     monkeypatch.setattr("ksa_model.cache._kernels", lambda x: None if x.requires_grad else triton_decode)
-    few = lambda x: triton_decode if len(x) <= 2 else None
+    few = lambda x, most=2: triton_decode if len(x) <= most else None
     monkeypatch.setattr("ksa_model.linear.decoding", few)
     forward = DecodingCache._forward
     monkeypatch.setattr(
