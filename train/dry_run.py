@@ -22,8 +22,9 @@ GPU_MEMORY = {  # bytes a process can really have, below the label's number
     "b200-192gb": 178.0 * GIB,
 }
 WITHOUT_FP8 = ("a100-40gb", "a100-80gb")
-# In use beyond what torch has handed out, measured with one rank and with up to four on H100 and H200: docs/log.md.
-CUDA_CONTEXT, NCCL = 1.5 * GIB, 1.9 * GIB
+# In use beyond what torch has handed out, as measured on H100 and H200: alone, with other ranks, and for every context
+# rank that slices are sent to (with one and with three of them): docs/log.md.
+CUDA_CONTEXT, NCCL, NCCL_PEER = 1.5 * GIB, 1.7 * GIB, 0.36 * GIB
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default
 _WORKSPACE = 0.8  # of a library attention kernel's backward, in shares of its queries: see ksa_model/fused.py
 
@@ -302,7 +303,7 @@ def describe(config: TrainConfig, world_size: int, gpu: str) -> str:
         raise ConfigError(f"dry_run_gpu={gpu} has no products for perf.precision=fp8; use perf.precision=bf16")
     counted, parallel, model = plan(config, world_size), config.parallel, config.model
     text, summary = _rows(config)
-    outside = CUDA_CONTEXT + (NCCL if world_size > 1 else 0.0)
+    outside = CUDA_CONTEXT + (NCCL if world_size > 1 else 0.0) + NCCL_PEER * (parallel.context - 1)
     total = counted.total + outside
     capacity = GPU_MEMORY[gpu]
     lines = [
