@@ -61,22 +61,31 @@ def gated(
     return tuple(project(x, norm, [Target(0, len(x), gate, fp8), Target(0, len(x), up, fp8)]))
 
 
-def add_product(x: torch.Tensor | None, y: torch.Tensor, weight: torch.Tensor, fp8: bool = False) -> torch.Tensor:
-    """x + y @ weight.T: x [n, out] or None, y [n, h]."""
+def add_product(
+    x: torch.Tensor | None, y: torch.Tensor, weight: torch.Tensor, fp8: bool = False, reuse: bool = False
+) -> torch.Tensor:
+    """x + y @ weight.T: x [n, out] or None, y [n, h]. `reuse`: no gradients, and nobody else needs x: it may become the
+    sum, which saves a copy of it."""
     if x is not None and (fast := decoding(x)) is not None:
         return fast.add_product(x, y, weight)
+    if x is not None and reuse:
+        return x.addmm_(y, weight.t())
     return _AddProduct.apply(x, weight, fp8, y)
 
 
 def add_gated(
-    x: torch.Tensor | None, parts: tuple[torch.Tensor, ...], weight: torch.Tensor, fp8: bool = False
+    x: torch.Tensor | None,
+    parts: tuple[torch.Tensor, ...],
+    weight: torch.Tensor,
+    fp8: bool = False,
+    reuse: bool = False,
 ) -> torch.Tensor:
     """x + swiglu(gate, up) @ weight.T for `parts` as `gated` gives them."""
     if len(parts) == 1:
-        return add_product(x, *parts, weight, fp8)
-    if _remakes(parts[0]):
+        return add_product(x, *parts, weight, fp8, reuse)
+    if _remakes(parts[0]) and not reuse:
         return _AddProduct.apply(x, weight, fp8, *parts)
-    return add_product(x, rows.swiglu(*parts), weight, fp8)
+    return add_product(x, rows.swiglu(*parts), weight, fp8, reuse)
 
 
 class _Project(torch.autograd.Function):

@@ -194,8 +194,9 @@ class Block(nn.Module):
         if self.layer.carries_summaries and not self.layer.updates_summaries:
             text_rows = self.tp.local_rows(layout.num_text)
             updated, kept = x.split([text_rows, len(x) - text_rows])
-        x = self.tp.add_product(updated, mixed, self.attention.output.weight, fp8)
-        x = self.mlp(x, self.mlp_norm.ready(), fp8)
+        reuse = not torch.is_grad_enabled()  # then the rows that enter are needed no more
+        x = self.tp.add_product(updated, mixed, self.attention.output.weight, fp8, reuse)
+        x = self.mlp(x, self.mlp_norm.ready(), fp8, reuse)
         return x if kept is None or self.layer.is_last_ksa else torch.cat([x, kept])
 
     def attended(self, mixed: torch.Tensor) -> torch.Tensor:
@@ -214,12 +215,12 @@ class MLP(nn.Module):
         self.gate, self.up = tp.column(h, f, config.init_std), tp.column(h, f, config.init_std)
         self.down = tp.row(f, h, config.init_std / (2 * config.num_layers) ** 0.5)
 
-    def forward(self, x: torch.Tensor, norm: Norm, fp8: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, norm: Norm, fp8: bool = False, reuse: bool = False) -> torch.Tensor:
         if self.rows is None or len(x) <= self.rows:
-            return self._of_rows(x, norm, fp8)
-        of_rows = partial(self._of_rows, norm=norm, fp8=fp8)
+            return self._of_rows(x, norm, fp8, reuse)
+        of_rows = partial(self._of_rows, norm=norm, fp8=fp8, reuse=reuse)
         return in_slices(of_rows, x, self.rows, (*self.parameters(), norm.gain))
 
-    def _of_rows(self, x: torch.Tensor, norm: Norm, fp8: bool) -> torch.Tensor:
+    def _of_rows(self, x: torch.Tensor, norm: Norm, fp8: bool, reuse: bool) -> torch.Tensor:
         parts = self.tp.gated(x, norm, self.gate.weight, self.up.weight, fp8)
-        return self.tp.add_gated(x, parts, self.down.weight, fp8)
+        return self.tp.add_gated(x, parts, self.down.weight, fp8, reuse)

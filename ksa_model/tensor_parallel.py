@@ -5,7 +5,8 @@ Legend: t tensor ranks, rows = [text | summaries] of this context rank, h hidden
 A block alternates between two states. *Sharded*: hidden rows, under sequence parallelism each tensor rank holds
 1/t of the text rows and 1/t of the summary rows; otherwise every rank holds all. *Gathered*: all rows on every tensor
 rank, each rank owning some heads or some MLP columns. `project` and `gated` enter the second state once per sub-layer
-(one collective for all its products), `add_product` and `add_gated` leave it. `fp8` is as in `ksa_model.linear`.
+(one collective for all its products), `add_product` and `add_gated` leave it. `fp8` and `reuse` are as in
+`ksa_model.linear`.
 
 Megatron's layers hold and initialise the weights; `ksa_model.linear` multiplies with them.
 """
@@ -150,16 +151,23 @@ class TensorParallel:
         """Sharded rows x behind a norm, gathered, as SwiGLU's two factors (or what `linear.gated` makes of them)."""
         return linear.gated(*self._enter(x, norm), gate, up, fp8)
 
-    def add_product(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, fp8: bool = False) -> torch.Tensor:
+    def add_product(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, fp8: bool = False, reuse: bool = False
+    ) -> torch.Tensor:
         """Sharded rows x plus gathered rows y, a share of their features, times a weight, summed over ranks."""
-        return linear.add_product(x, y, weight, fp8) if self.size == 1 else x + self.product(y, weight, fp8)
+        return linear.add_product(x, y, weight, fp8, reuse) if self.size == 1 else x + self.product(y, weight, fp8)
 
     def add_gated(
-        self, x: torch.Tensor, parts: tuple[torch.Tensor, ...], weight: torch.Tensor, fp8: bool = False
+        self,
+        x: torch.Tensor,
+        parts: tuple[torch.Tensor, ...],
+        weight: torch.Tensor,
+        fp8: bool = False,
+        reuse: bool = False,
     ) -> torch.Tensor:
         """The same for y = swiglu of `parts`."""
         if self.size == 1:
-            return linear.add_gated(x, parts, weight, fp8)
+            return linear.add_gated(x, parts, weight, fp8, reuse)
         return x + self._leave(linear.add_gated(None, parts, weight, fp8))
 
     def product(self, y: torch.Tensor, weight: torch.Tensor, fp8: bool = False) -> torch.Tensor:

@@ -116,3 +116,14 @@ def test_fp32_sums_on_a_gpu():
     out.backward(given)
     want = 1 + given.double().t() @ x.detach().double()
     torch.testing.assert_close(weight.main_grad.double(), want, rtol=1e-4, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_sum_may_take_the_place_of_its_rows():
+    x, y, weight = draw(9, 6), draw(9, 8, seed=1), draw(6, 8, seed=2)
+    given, want = x.clone(), x + y @ weight.t()
+    assert linear.add_product(given, y, weight, reuse=True).data_ptr() == given.data_ptr()
+    torch.testing.assert_close(given, want, **CLOSE)
+    given = x.clone()
+    torch.testing.assert_close(linear.add_product(given, y, weight), want, **CLOSE)
+    assert torch.equal(given, x)

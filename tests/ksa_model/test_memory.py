@@ -48,6 +48,9 @@ def test_same_bits_whatever_is_kept(world, settings, backend):
     _, want = loss_and_gradients(world, config)
     decoder, got = loss_and_gradients(world, config, **settings)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+    with torch.no_grad():  # where rows are overwritten
+        pack = make_layout([30, 9, 1], 4, config.summary_tokens, 1)
+        torch.testing.assert_close(decoder(*random_text(pack), pack), want[0], rtol=1e-6, atol=1e-5)
     assert decoder.host_pool.held_bytes <= settings.get("host_gib", 1) * 2**30
     assert bool(decoder.host_pool.held_bytes) == (settings.get("host_gib", float(settings.get("offload", 0))) > 1e-9)
 
@@ -155,9 +158,9 @@ def test_a_rerun_does_not_run_the_slices(world, monkeypatch):
 
     runs, of_rows = [0], MLP._of_rows
 
-    def counted(self, x, norm, fp8):
+    def counted(self, x, norm, fp8, reuse):
         runs[0] += 1
-        return of_rows(self, x, norm, fp8)
+        return of_rows(self, x, norm, fp8, reuse)
 
     monkeypatch.setattr(MLP, "_of_rows", counted)
     config = small_config(layer_pattern="F", num_layers=2)
