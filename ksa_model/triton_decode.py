@@ -28,17 +28,8 @@ MOST_KEYS = 256  # of a chunk and its summaries, in one tile
 
 
 @triton.jit
-def _wait(EARLY: tl.constexpr):
-    """Let the next launch begin, and wait until the one before has ended: see `_early`."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
 def _store_summaries(k, v, keys, values, chunks, rows, heads, RING: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr,
-                     BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    _wait(EARLY)
+                     BLOCK: tl.constexpr):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     request = row // OWN
     slot = RING + tl.load(chunks + request) * OWN + row % OWN
@@ -67,11 +58,10 @@ def _seen(row, position, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.con
 def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, rows, heads, scale, RING: tl.constexpr,
             CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr, GROUP: tl.constexpr, ROWS_Q: tl.constexpr,
             D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
-            PRECISION: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+            PRECISION: tl.constexpr):  # fmt: skip
     """The query heads of one key/value head of one request over one share of its rows: output and log-sum-exp. In the
     share that the token's own row belongs to it comes from k and v, and is put there for later tokens. Who is the last
     of a pair's programs to be done merges their shares, and leaves the count of arrivals at zero."""
-    _wait(EARLY)
     request, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     share = tl.program_id(1)
     position = tl.load(positions + request)
@@ -156,11 +146,9 @@ def _merge(parts, weights, out, pair, member, GROUP: tl.constexpr, SHARES: tl.co
 @triton.jit
 def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, ring, heads, scale, GROUP: tl.constexpr,
                CHUNK: tl.constexpr, OWN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
-               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
-               EARLY: tl.constexpr):  # fmt: skip
+               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
     """The OWN summaries of one chunk, for the query heads of one key/value head of one request. With KEEP their keys
     and values are put behind the ring."""
-    _wait(EARLY)
     request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column, query, key = tl.arange(0, BLOCK_D), tl.arange(0, QUERIES), tl.arange(0, KEYS)
     in_column, member, own = column < D, query % GROUP, query // GROUP
@@ -193,7 +181,7 @@ def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, ring, heads, sc
 @triton.jit
 def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1, features_2,
               size, eps, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
-              FEATURES: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+              FEATURES: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """Some output features of one of three weights (or of two together, GATED) for one or two rows.
 
     Reading weights is all there is to do, so products are taken element by element, without the matrix units and the
@@ -214,19 +202,14 @@ def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out
     first_up, second, second_up = first, first, first
     first_squares = tl.zeros([DEPTH], tl.float32)
     second_squares = first_squares
-    # The first weights are on their way while the launch before, which makes x, still runs.
-    w = _tile_of(weight, line, in_features, 0, size, DEPTH)
-    up = w
-    if GATED:
-        up = _tile_of(weight_1, line, in_features, 0, size, DEPTH)
-    _wait(EARLY)
     for begin in range(0, size, DEPTH):
         column = begin + tl.arange(0, DEPTH)
         inside = column < size
-        if begin > 0:
-            w = _tile_of(weight, line, in_features, begin, size, DEPTH)
-            if GATED:
-                up = _tile_of(weight_1, line, in_features, begin, size, DEPTH)
+        held = in_features[:, None] & inside[None, :]
+        w = tl.load(weight + line + column[None, :], mask=held, other=0.0).to(tl.float32)
+        up = w
+        if GATED:
+            up = tl.load(weight_1 + line + column[None, :], mask=held, other=0.0).to(tl.float32)
         factor = tl.zeros([DEPTH], tl.float32)
         if NORM:
             factor = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
@@ -234,17 +217,17 @@ def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out
         if NORM:
             first_squares += values * values
             values *= factor
-        first += w.to(tl.float32) * values[None, :]
+        first += w * values[None, :]
         if GATED:
-            first_up += up.to(tl.float32) * values[None, :]
+            first_up += up * values[None, :]
         if ROWS == 2:
             values = tl.load(x + size + column, mask=inside, other=0.0).to(tl.float32)
             if NORM:
                 second_squares += values * values
                 values *= factor
-            second += w.to(tl.float32) * values[None, :]
+            second += w * values[None, :]
             if GATED:
-                second_up += up.to(tl.float32) * values[None, :]
+                second_up += up * values[None, :]
     _finish(first, first_up, first_squares, residual, out, feature, in_features, size, eps, NORM, GATED, ADD)
     if ROWS == 2:
         _finish(second, second_up, second_squares, residual + features, out + features, feature, in_features, size, eps,
@@ -252,17 +235,9 @@ def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out
 
 
 @triton.jit
-def _tile_of(weight, line, in_features, begin, size, DEPTH: tl.constexpr):
-    column = begin + tl.arange(0, DEPTH)
-    held = in_features[:, None] & (column < size)[None, :]
-    return tl.load(weight + line + column[None, :], mask=held, other=0.0)
-
-
-@triton.jit
 def _norm_rotate_both(q, k, q_gain, k_gain, cos, sin, q_out, k_out, q_heads, k_heads, eps, HALF: tl.constexpr,
-                      BLOCK: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+                      BLOCK: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
     """One head of one row: those of the queries come first."""
-    _wait(EARLY)
     row, head = tl.program_id(0), tl.program_id(1)
     x, gain, out, heads = q, q_gain, q_out, q_heads
     if head >= q_heads:
@@ -320,7 +295,7 @@ def store_summaries(buffer: torch.Tensor, chunks: torch.Tensor, rule: Rule, k: t
     count, heads, d = k.shape
     _store_summaries[(count, heads)](
         k.contiguous(), v.contiguous(), buffer[0], buffer[1], chunks, buffer.shape[3], heads, RING=rule.ring,
-        OWN=count // buffer.shape[1], D=d, BLOCK=triton.next_power_of_2(d), num_warps=1, **_early(k),
+        OWN=count // buffer.shape[1], D=d, BLOCK=triton.next_power_of_2(d), num_warps=1,
     )  # fmt: skip
 
 
@@ -348,7 +323,6 @@ def summarise(
         QUERIES=max(16, triton.next_power_of_2(group * m)),
         KEYS=max(16, triton.next_power_of_2(rule.chunk_size + m)), D=d,
         BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=_precision(q), KEEP=rule.own > 0,
-        **_early(q),
     )  # fmt: skip
     return out
 
@@ -382,7 +356,7 @@ def norm_rotate_both(
     q_gain, k_gain = (q, k) if gains is None else gains
     _norm_rotate_both[(count, heads + k.shape[1])](
         q, k, q_gain, k_gain, cos, sin, q_out, k_out, heads, k.shape[1], eps, HALF=d // 2,
-        BLOCK=triton.next_power_of_2(d // 2), NORM=gains is not None, num_warps=1, **_early(q),
+        BLOCK=triton.next_power_of_2(d // 2), NORM=gains is not None, num_warps=1,
     )  # fmt: skip
     return q_out, k_out
 
@@ -412,19 +386,9 @@ def _launch(x, weights, gain=None, eps=0.0, residual=None, is_gated=False) -> li
         _few_rows[(programs,)](
             x, x if gain is None else gain, x if residual is None else residual.contiguous(), *weights, *outs_3,
             *features, size, eps, NORM=gain is not None, GATED=is_gated, ADD=residual is not None, ROWS=rows,
-            FEATURES=block, DEPTH=depth, num_warps=warps, **_early(x),
+            FEATURES=block, DEPTH=depth, num_warps=warps,
         )  # fmt: skip
     return outs
-
-
-def _early(x: torch.Tensor) -> dict[str, bool]:
-    """Options of a launch that may begin while the one before it ends (CUDA's programmatic dependent launch).
-
-    Launches follow each other every few microseconds, of which beginning and ending takes one or two. What a kernel
-    does before it waits must not read what another has just made: it may fetch weights, nothing else.
-    """
-    able = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait")
-    return dict(EARLY=True, launch_pdl=True) if able else dict(EARLY=False)
 
 
 def _precision(x: torch.Tensor) -> str:
@@ -456,6 +420,6 @@ def attend(
         q.contiguous(), k.contiguous(), v.contiguous(), buffer[0], buffer[1], positions, parts, weights, arrivals, out,
         buffer.shape[3], kv_heads, d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own,
         GROUP=group, ROWS_Q=max(16, triton.next_power_of_2(group)), D=d, BLOCK_D=max(16, triton.next_power_of_2(d)),
-        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=_precision(q), num_stages=2, **_early(q),
+        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=_precision(q), num_stages=2,
     )  # fmt: skip
     return out
