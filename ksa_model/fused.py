@@ -135,17 +135,18 @@ class Gradient:
         lse = call.lse_of(self._softmax.lse).contiguous()[..., None]
         saved = (*call.views(self._q, k, v), call.query_view(self._softmax.out), lse)
         call_q, call_k, call_v = _cudnn_backward(call.query_view(self._grad_out), *saved, call.causal)
-        mine, found = call.rows_of(self.grad_q), call.flat(call_q)
-        if adding:
-            mine.add_(found)
-        else:
-            mine.copy_(found)
-        adding = (
-            sums.adding or call.heads.start % (self._q.shape[1] // k.shape[1]) > 0
-        )  # heads before it share its keys
+        _put(call.rows_of(self.grad_q), call.flat(call_q), adding)
+        shares_keys = call.heads.start % (self._q.shape[1] // k.shape[1]) > 0  # with heads of a call before
         for total, found in ((sums.k, call_k), (sums.v, call_v)):
             found = (found[0] if len(found) == 1 else found.sum(0)).transpose(0, 1)
-            call.keys_of(total).add_(found) if adding else call.keys_of(total).copy_(found)
+            _put(call.keys_of(total), found, sums.adding or shares_keys)
+
+
+def _put(target: torch.Tensor, found: torch.Tensor, adding: bool) -> None:
+    if adding:
+        target.add_(found)
+    else:
+        target.copy_(found)
 
 
 class _KeySums:
