@@ -142,20 +142,15 @@ class Attention(nn.Module):
         names = ["key", "value"] * self.layer.projects_summaries + ["query"] * self.layer.updates_summaries
         summary = [w for name in names for w in self._summary_weights(name)] if layout.num_summary else []
         q, k, v, *of_summary = self.tp.project(x, norm, layout.num_text, text, summary, fp8=fp8)
-        q, k = self._queries_and_keys(q, k, rotary.text)
-        heads = Heads(q=q, k=k, v=self._heads(v))
+        heads = Heads(*(self._heads(x) for x in (q, k, v)))
+        own = {name: self._heads(self._summary_rows(of_summary)) for name in names} if layout.num_summary else {}
+        heads.q_summary, heads.k_summary, heads.v_summary = (own.get(name) for name in ("query", "key", "value"))
+        self._norm_rotate(heads, rotary)
         if not layout.num_summary:  # kernels are for rows that exist
             if self.layer.projects_summaries:
                 heads.k_summary, heads.v_summary = heads.k[:0], heads.v[:0]
             if self.layer.updates_summaries:
                 heads.q_summary = heads.q[:0]
-            return heads
-        own = {name: self._summary_rows(of_summary) for name in names}
-        if self.layer.updates_summaries:
-            heads.q_summary, heads.k_summary = self._queries_and_keys(own["query"], own["key"], rotary.summary)
-        elif self.layer.projects_summaries:
-            heads.k_summary = self._heads(own["key"], "key_norm", rotary.summary)
-        heads.v_summary = self._heads(own["value"]) if own else None
         return heads
 
     def _summary_weights(self, name: str) -> list[torch.Tensor]:
@@ -195,17 +190,27 @@ class Attention(nn.Module):
         # A chunk lies on one rank with its summaries, so this part never exchanges anything.
         return out, kernels.summary_attention(heads.q_summary, k, v, k_summary, v_summary, layout, backend)
 
-    def _queries_and_keys(self, q: torch.Tensor, k: torch.Tensor, table) -> tuple[torch.Tensor, torch.Tensor]:
-        """[rows, heads*d] -> [rows, heads, d] each, normed and rotated."""
-        if (fast := linear.decoding(q, most=SMALL_BATCH)) is None:
-            return self._heads(q, "query_norm", table), self._heads(k, "key_norm", table)
-        gains = (self.query_norm.weight, self.key_norm.weight) if self.config.qk_norm else None
-        return fast.norm_rotate_both(self._heads(q), self._heads(k), gains, self.config.norm_eps, *table)
+    def _norm_rotate(self, heads: Heads, rotary: RotaryTables) -> None:
+        """Norm and rotate queries and keys of both streams, in place of what they were."""
+        normed, eps = self.config.qk_norm, self.config.norm_eps
+        if (fast := linear.decoding(heads.q, most=SMALL_BATCH)) is not None:
+            streams = [fast.Stream(heads.q, heads.k, *rotary.text)]
+            if heads.k_summary is not None:
+                streams.append(fast.Stream(heads.q_summary, heads.k_summary, *rotary.summary))
+            gains = (self.query_norm.weight, self.key_norm.weight) if normed else None
+            (heads.q, heads.k), *of_summary = fast.norm_rotate_heads(streams, gains, eps)
+            if of_summary:
+                ((heads.q_summary, heads.k_summary),) = of_summary
+            return
+        q_gain, k_gain = (self.query_norm.ready().gain, self.key_norm.ready().gain) if normed else (None, None)
+        heads.q, heads.k = (
+            rows.norm_rotate(x, gain, eps, *rotary.text) for x, gain in ((heads.q, q_gain), (heads.k, k_gain))
+        )
+        if heads.q_summary is not None:
+            heads.q_summary = rows.norm_rotate(heads.q_summary, q_gain, eps, *rotary.summary)
+        if heads.k_summary is not None:
+            heads.k_summary = rows.norm_rotate(heads.k_summary, k_gain, eps, *rotary.summary)
 
-    def _heads(self, x: torch.Tensor, norm: str | None = None, table=None) -> torch.Tensor:
-        """[rows, heads*d] -> [rows, heads, d], normed and rotated where asked."""
-        x = x.unflatten(-1, (-1, self.config.head_dim))
-        if table is None:
-            return x
-        gain = getattr(self, norm).ready().gain if norm is not None and self.config.qk_norm else None
-        return rows.norm_rotate(x, gain, self.config.norm_eps, *table)
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, heads*d] -> [rows, heads, d]."""
+        return x.unflatten(-1, (-1, self.config.head_dim))

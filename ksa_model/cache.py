@@ -96,16 +96,6 @@ class LayerCache:
         at = requests, slice(None), slots
         self._buffer[0][at], self._buffer[1][at] = k, v
 
-    def append_summaries(self, step: Step, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Keep the summary rows k, v [B*m, G, d] of a step, in layers that do."""
-        if not self.keeps_summaries:
-            return
-        if (fast := _kernels(k)) is not None:
-            fast.store_summaries(self._buffer, step.chunk, self._rule(fast), k, v)
-        else:
-            requests = torch.arange(step.num_text, device=k.device).repeat_interleave(step.summary_tokens)
-            self.write(requests, self.summary_slots(step.summary_index()), k, v)
-
     def _rule(self, kernels: ModuleType):
         """What `_visible` of a step computes, in the words of the kernels."""
         window = -1 if self.layer.mixer == "S" else self.layer.window_chunks
@@ -125,30 +115,43 @@ class LayerCache:
         rows = self._buffer.gather(3, at.expand(2, -1, self._buffer.shape[2], -1, self._buffer.shape[4]))
         return rows[0], rows[1]
 
-    def summarise(self, heads: Heads, step: Step, out: torch.Tensor) -> None:
-        """The summaries of the chunk that each request's step summarises, into out [B*m, H, d]; their rows are kept as
-        by `append_summaries`."""
-        q, k_own, v_own = heads.q_summary, heads.k_summary, heads.v_summary
-        assert q is not None and k_own is not None and v_own is not None
-        if (fast := _kernels(q)) is not None:
-            if fast.summarise(q, self._buffer, step.chunk, self._rule(fast), k_own, v_own, out) is not None:
-                return
-        out.copy_(_summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own))
-        self.append_summaries(step, k_own, v_own)
+    def step(self, heads: Heads, step: Step, text: torch.Tensor, summary: torch.Tensor | None) -> None:
+        """Attention of a step's rows into `text` [B, H, d] and, where the layer updates them, `summary` [B*m, H, d].
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, out: torch.Tensor) -> None:
-        """Keep the text rows k, v [B, G, d] of a step; q [B, H, d] over the rows that its tokens see, into out."""
-        if (fast := _kernels(q)) is not None:
-            fast.attend(q, k, v, self._buffer, step.position, self._arrivals, self._rule(fast), out)
+        The text rows' keys and values are kept, and those of the summaries of a closing step where the layer keeps any.
+        """
+        q, k_own, v_own = heads.q_summary, heads.k_summary, heads.v_summary
+        fast = _kernels(heads.q)
+        if fast is None:
+            if q is not None and summary is not None:  # before this token may take a slot of the chunk
+                summary.copy_(_summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own))
+            if step.closing and self.keeps_summaries and k_own is not None and v_own is not None:
+                requests = torch.arange(step.num_text, device=text.device).repeat_interleave(step.summary_tokens)
+                self.write(requests, self.summary_slots(step.summary_index()), k_own, v_own)
+            text.copy_(self._attend(heads, step))
             return
-        self.write(torch.arange(len(k), device=k.device), self.text_slots(step.position), k, v)
+        rule, own = self._rule(fast), None
+        if q is not None and summary is not None:
+            own = fast.Summaries(q, k_own, v_own, step.chunk, summary)
+            if not fast.joins(rule, step.summary_tokens):
+                if not fast.summarise(self._buffer, rule, own):
+                    summary.copy_(_summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own))
+                    if self.keeps_summaries:
+                        fast.store_summaries(self._buffer, step.chunk, rule, k_own, v_own)
+                own = None
+        elif step.closing and self.keeps_summaries:
+            fast.store_summaries(self._buffer, step.chunk, rule, k_own, v_own)
+        fast.attend(heads.q, heads.k, heads.v, self._buffer, step.position, self._arrivals, rule, text, own)
+
+    def _attend(self, heads: Heads, step: Step) -> torch.Tensor:
+        self.write(torch.arange(len(heads.k), device=heads.k.device), self.text_slots(step.position), heads.k, heads.v)
         visible = step.visible(self)
         keys, values = self._buffer[:, :, :, : visible.shape[1]]
         # Query heads that share a key/value head are rows of one product, so that no key is ever copied.
         found = torch.nn.functional.scaled_dot_product_attention(
-            q.unflatten(1, (keys.shape[1], -1)), keys, values, attn_mask=visible[:, None, None]
+            heads.q.unflatten(1, (keys.shape[1], -1)), keys, values, attn_mask=visible[:, None, None]
         )
-        out.copy_(found.flatten(1, 2))
+        return found.flatten(1, 2)
 
 
 class Step(SequenceLayout):
@@ -338,11 +341,7 @@ class DecodingCache:
         text, summary = heads.q.new_empty(step.num_text + updates * step.num_summary, *heads.q.shape[1:]).tensor_split(
             [step.num_text]
         )
-        if updates:  # before this token may take a slot of the chunk
-            cache.summarise(heads, step, summary)
-        elif step.closing and heads.k_summary is not None and heads.v_summary is not None:
-            cache.append_summaries(step, heads.k_summary, heads.v_summary)
-        cache.attend(heads.q, heads.k, heads.v, step, text)
+        cache.step(heads, step, text, summary if updates else None)
         return text, summary if updates else None
 
     def _make_room(self, num_tokens: int) -> bool:

@@ -55,15 +55,23 @@ def _seen(row, position, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.con
 
 
 @triton.jit
-def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, rows, heads, scale, RING: tl.constexpr,
-            CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr, GROUP: tl.constexpr, ROWS_Q: tl.constexpr,
-            D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, q_own, k_own, v_own, chunks, out_own, rows,
+            heads, scale, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr,
+            GROUP: tl.constexpr, ROWS_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+            SHARES: tl.constexpr, PRECISION: tl.constexpr, SUMMARIES: tl.constexpr, QUERIES: tl.constexpr,
+            KEYS: tl.constexpr):  # fmt: skip
     """The query heads of one key/value head of one request over one share of its rows: output and log-sum-exp. In the
     share that the token's own row belongs to it comes from k and v, and is put there for later tokens. Who is the last
-    of a pair's programs to be done merges their shares, and leaves the count of arrivals at zero."""
+    of a pair's programs to be done merges their shares, and leaves the count of arrivals at zero. SUMMARIES of a chunk,
+    where there are any, are made by one program more."""
     request, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     share = tl.program_id(1)
+    if SUMMARIES > 0:
+        if share == SHARES:
+            _summarise_chunk(q_own, keys, values, k_own, v_own, chunks, out_own, rows, heads, scale, request, head,
+                             RING, GROUP, CHUNK, SUMMARIES, QUERIES, KEYS, D, BLOCK_D, PRECISION,
+                             OWN > 0)  # fmt: skip
+            return
     position = tl.load(positions + request)
     stop, slot = position + 1, position
     if RING > 0:
@@ -144,19 +152,21 @@ def _merge(parts, weights, out, pair, member, GROUP: tl.constexpr, SHARES: tl.co
 
 
 @triton.jit
-def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, ring, heads, scale, GROUP: tl.constexpr,
-               CHUNK: tl.constexpr, OWN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
-               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+def _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, request, head, RING: tl.constexpr,
+                     GROUP: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, QUERIES: tl.constexpr,
+                     KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+                     KEEP: tl.constexpr):  # fmt: skip
     """The OWN summaries of one chunk, for the query heads of one key/value head of one request. With KEEP their keys
     and values are put behind the ring."""
-    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column, query, key = tl.arange(0, BLOCK_D), tl.arange(0, QUERIES), tl.arange(0, KEYS)
     in_column, member, own = column < D, query % GROUP, query // GROUP
     real = own < OWN
     at_query = ((request * OWN + own) * heads * GROUP + head * GROUP + member)[:, None] * D + column[None, :]
     queries = tl.load(q + at_query, mask=real[:, None] & in_column[None, :], other=0.0)
     is_text, summary = key < CHUNK, key - CHUNK
-    slot = (tl.load(chunks + request) * CHUNK + key) % ring
+    slot = tl.load(chunks + request) * CHUNK + key
+    if RING > 0:
+        slot %= RING
     slot = tl.minimum(tl.maximum(slot, 0), rows - 1)  # provisional summaries may look at any row
     at_text = ((request * heads + head) * rows + slot)[:, None] * D + column[None, :]
     at_own = ((request * OWN + summary) * heads + head)[:, None] * D + column[None, :]
@@ -172,10 +182,19 @@ def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, ring, heads, sc
     if KEEP:
         for one in tl.static_range(OWN):
             source = ((request * OWN + one) * heads + head) * D + column
-            kept_at = ring + tl.load(chunks + request) * OWN + one
+            kept_at = RING + tl.load(chunks + request) * OWN + one
             target = ((request * heads + head) * rows + kept_at) * D + column
             tl.store(keys + target, tl.load(k_own + source, mask=in_column), mask=in_column)
             tl.store(values + target, tl.load(v_own + source, mask=in_column), mask=in_column)
+
+
+@triton.jit
+def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, RING: tl.constexpr, GROUP: tl.constexpr,
+               CHUNK: tl.constexpr, OWN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+    _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, tl.program_id(0).to(tl.int64),
+                     tl.program_id(1), RING, GROUP, CHUNK, OWN, QUERIES, KEYS, D, BLOCK_D, PRECISION,
+                     KEEP)  # fmt: skip
 
 
 @triton.jit
@@ -235,10 +254,16 @@ def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out
 
 
 @triton.jit
-def _norm_rotate_both(q, k, q_gain, k_gain, cos, sin, q_out, k_out, q_heads, k_heads, eps, HALF: tl.constexpr,
-                      BLOCK: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """One head of one row: those of the queries come first."""
-    row, head = tl.program_id(0), tl.program_id(1)
+def _norm_rotate_heads(q, k, cos, sin, q_out, k_out, own_q, own_k, own_cos, own_sin, own_q_out, own_k_out, q_gain,
+                       k_gain, rows, q_heads, own_q_heads, k_heads, eps, HALF: tl.constexpr, BLOCK: tl.constexpr,
+                       NORM: tl.constexpr):  # fmt: skip
+    """One head of one row: all heads of text rows, queries before keys, then those of summary rows."""
+    place, heads = tl.program_id(0), q_heads + k_heads
+    if place >= rows * heads:
+        place -= rows * heads
+        q, k, cos, sin, q_out, k_out, q_heads = own_q, own_k, own_cos, own_sin, own_q_out, own_k_out, own_q_heads
+        heads = q_heads + k_heads
+    row, head = place // heads, place % heads
     x, gain, out, heads = q, q_gain, q_out, q_heads
     if head >= q_heads:
         x, gain, out, heads, head = k, k_gain, k_out, k_heads, head - q_heads
@@ -289,6 +314,25 @@ class Rule(NamedTuple):
     own: int
 
 
+class Stream(NamedTuple):
+    """Queries [n, H, d], or none, and keys [n, G, d] of rows whose angles have these cos and sin [n, 1, d/2] fp32."""
+
+    q: torch.Tensor | None
+    k: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Summaries(NamedTuple):
+    """The m summaries of chunk `chunk` [B] (int64) of each request: q [B*m, H, d], k and v [B*m, G, d], out as q."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    chunk: torch.Tensor
+    out: torch.Tensor
+
+
 def store_summaries(buffer: torch.Tensor, chunks: torch.Tensor, rule: Rule, k: torch.Tensor, v: torch.Tensor) -> None:
     """k, v [B*m, G, d] of the m summaries of chunk `chunks` [B] (int64) of each request into buffer [2, B, G, N, d],
     behind the ring of text."""
@@ -299,32 +343,38 @@ def store_summaries(buffer: torch.Tensor, chunks: torch.Tensor, rule: Rule, k: t
     )  # fmt: skip
 
 
-def summarise(
-    q: torch.Tensor,
-    buffer: torch.Tensor,
-    chunk: torch.Tensor,
-    rule: Rule,
-    k_own: torch.Tensor,
-    v_own: torch.Tensor,
-    out: torch.Tensor,
-) -> torch.Tensor | None:
-    """The m summaries of one whole chunk a request, each over the chunk's text and the summaries up to itself.
+def summarise(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
+    """Summaries of one whole chunk a request, each over the chunk's text and the summaries up to itself.
 
-    q [B*m, H, d]; text stands in buffer [2, B, G, N, d] by `rule`; k_own, v_own [B*m, G, d] are put there too where it
-    keeps summaries; chunk int64 [B]; out [B*m, H, d]. None, with nothing put, where a chunk is too long for one tile.
+    Text stands in buffer [2, B, G, N, d] by `rule`; the summaries' keys and values are put there too where it keeps
+    any. False, with nothing done, where a chunk is too long for one tile.
     """
+    q, k, v, chunk, out = summaries
     (batch, kv_heads), (total, heads, d) = buffer.shape[1:3], q.shape
     group, m = heads // kv_heads, total // batch
-    if rule.chunk_size + m > MOST_KEYS:
-        return None
+    if not _fits(rule, m):
+        return False
     _summarise[(batch, kv_heads)](
-        q.contiguous(), buffer[0], buffer[1], k_own.contiguous(), v_own.contiguous(), chunk, out, buffer.shape[3],
-        rule.ring or 2**62, kv_heads, d**-0.5, GROUP=group, CHUNK=rule.chunk_size, OWN=m,
-        QUERIES=max(16, triton.next_power_of_2(group * m)),
-        KEYS=max(16, triton.next_power_of_2(rule.chunk_size + m)), D=d,
+        q.contiguous(), buffer[0], buffer[1], k.contiguous(), v.contiguous(), chunk, out, buffer.shape[3], kv_heads,
+        d**-0.5, RING=rule.ring, GROUP=group, CHUNK=rule.chunk_size, OWN=m, D=d,
         BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=_precision(q), KEEP=rule.own > 0,
+        **_tile_of_summaries(rule, group, m),
     )  # fmt: skip
-    return out
+    return True
+
+
+def joins(rule: Rule, m: int) -> bool:
+    """Whether `attend` can make summaries too: its token must not take a slot that they look at."""
+    return _fits(rule, m) and rule.ring != rule.chunk_size
+
+
+def _fits(rule: Rule, m: int) -> bool:
+    return rule.chunk_size + m <= MOST_KEYS
+
+
+def _tile_of_summaries(rule: Rule, group: int, m: int) -> dict[str, int]:
+    keys = max(16, triton.next_power_of_2(rule.chunk_size + m)) if m else 16
+    return dict(QUERIES=max(16, triton.next_power_of_2(group * m)), KEYS=keys)
 
 
 def project(x: torch.Tensor, gain: torch.Tensor, eps: float, targets: Sequence[Target]) -> list[torch.Tensor]:
@@ -347,18 +397,27 @@ def add_product(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch
     return _launch(y, [weight], residual=x)[0]
 
 
-def norm_rotate_both(
-    q: torch.Tensor, k: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor] | None, eps: float, cos, sin
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows.norm_rotate` of q [n, H, d] and k [n, G, d], with a gain [d] each or without a norm."""
-    q, k, (count, heads, d) = q.contiguous(), k.contiguous(), q.shape
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    q_gain, k_gain = (q, k) if gains is None else gains
-    _norm_rotate_both[(count, heads + k.shape[1])](
-        q, k, q_gain, k_gain, cos, sin, q_out, k_out, heads, k.shape[1], eps, HALF=d // 2,
+def norm_rotate_heads(
+    streams: Sequence[Stream], gains: tuple[torch.Tensor, torch.Tensor] | None, eps: float
+) -> list[tuple[torch.Tensor | None, torch.Tensor]]:
+    """`rows.norm_rotate` of the queries and keys of one or two streams, with a gain [d] each or without a norm."""
+    streams = [stream._replace(q=None if stream.q is None else stream.q.contiguous(), k=stream.k.contiguous())
+               for stream in streams]  # fmt: skip
+    outs = [
+        (None if stream.q is None else torch.empty_like(stream.q), torch.empty_like(stream.k)) for stream in streams
+    ]
+    q_heads = [0 if stream.q is None else stream.q.shape[1] for stream in streams]
+    rows, (_, k_heads, d) = [len(stream.k) for stream in streams], streams[0].k.shape
+    operands = []  # where there are no queries, the keys' address stands for theirs
+    for stream, (q_out, k_out) in zip(streams, outs):
+        q, q_out = (stream.k, k_out) if stream.q is None or q_out is None else (stream.q, q_out)
+        operands.append([q, stream.k, stream.cos, stream.sin, q_out, k_out])
+    q_gain, k_gain = gains or (streams[0].k, streams[0].k)
+    _norm_rotate_heads[(sum(n * (q + k_heads) for n, q in zip(rows, q_heads)),)](
+        *operands[0], *operands[-1], q_gain, k_gain, rows[0], q_heads[0], q_heads[-1], k_heads, eps, HALF=d // 2,
         BLOCK=triton.next_power_of_2(d // 2), NORM=gains is not None, num_warps=1,
     )  # fmt: skip
-    return q_out, k_out
+    return outs
 
 
 def _tile(rows: int, is_normed: bool, is_gated: bool) -> tuple[int, int, int]:
@@ -404,11 +463,13 @@ def attend(
     arrivals: torch.Tensor,
     rule: Rule,
     out: torch.Tensor,
+    summaries: Summaries | None = None,
 ) -> torch.Tensor:
     """Put k, v [B, G, d] of the tokens at `positions` [B] (int64) into buffer [2, B, G, N, d]; then q [B, H, d] over
     the rows there that `rule` lets them see, into out [B, H, d]. Rows behind the last of these are not read.
 
     arrivals: int32 [B*G] zeros, and zeros again afterwards; of launches at the same time each needs its own.
+    summaries: as by `summarise`, in the same launch, where it `joins`.
     """
     batch, heads, d = q.shape
     kv_heads, group = buffer.shape[2], heads // buffer.shape[2]
@@ -416,10 +477,15 @@ def attend(
     shares = triton.next_power_of_2(max(1, min(MOST_SPLITS, PROGRAMS // pairs)))
     parts = torch.empty(pairs, shares, group, d, dtype=torch.float32, device=q.device)
     weights = torch.empty(pairs, shares, group, dtype=torch.float32, device=q.device)
-    _attend[(pairs, shares)](
-        q.contiguous(), k.contiguous(), v.contiguous(), buffer[0], buffer[1], positions, parts, weights, arrivals, out,
-        buffer.shape[3], kv_heads, d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own,
-        GROUP=group, ROWS_Q=max(16, triton.next_power_of_2(group)), D=d, BLOCK_D=max(16, triton.next_power_of_2(d)),
-        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=_precision(q), num_stages=2,
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    own, m = Summaries(q, k, v, positions, out), 0  # never looked at
+    if summaries is not None:
+        own, m = Summaries(*(x.contiguous() for x in summaries)), len(summaries.q) // batch
+    _attend[(pairs, shares + (m > 0))](
+        q, k, v, buffer[0], buffer[1], positions, parts, weights, arrivals, out, *own, buffer.shape[3], kv_heads,
+        d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group,
+        ROWS_Q=max(16, triton.next_power_of_2(group)), D=d, BLOCK_D=max(16, triton.next_power_of_2(d)),
+        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=_precision(q), SUMMARIES=m, num_stages=2,
+        **_tile_of_summaries(rule, group, m),
     )  # fmt: skip
     return out

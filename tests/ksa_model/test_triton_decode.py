@@ -11,7 +11,7 @@ from ksa_model.linear import Target
 from ksa_model.model import Decoder
 from ksa_model.rows import plain_norm_rotate, plain_rms_norm, plain_swiglu
 from ksa_model.tensor_parallel import TensorParallel
-from ksa_model.triton_decode import Rule
+from ksa_model.triton_decode import Rule, Stream, Summaries
 from tests.ksa_model.test_cache import model_for
 from tests.ksa_model.test_model import small_config
 
@@ -88,7 +88,7 @@ def test_attend(monkeypatch, heads, kv_heads, d, rule, positions):
     (Rule(0, 4, 0, 0), 1, 4), (Rule(12, 4, 2, 2), 2, 2), (Rule(0, 3, 0, 0), 1, 6), (Rule(1, 1, 0, 1), 1, 2),
     (Rule(12, 4, 2, 3), 3, 2),
 ])  # fmt: skip
-def test_summarise(rule, m, heads):
+def test_summarise(monkeypatch, rule, m, heads):
     """Against `cache._summarise` over rows read from the cache; the third request has no chunk yet."""
     ring, k = rule.ring, rule.chunk_size
     rows = ring + 5 * rule.own if ring else 19
@@ -100,20 +100,45 @@ def test_summarise(rule, m, heads):
     want, filled = _summarise(q, *buffer.gather(3, at), k_own, v_own), buffer.clone()
     if rule.own:
         triton_decode.store_summaries(filled, chunk, rule, k_own, v_own)
-    got = triton_decode.summarise(q, buffer, chunk, rule, k_own, v_own, torch.empty_like(q))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    summaries, before = Summaries(q, k_own, v_own, chunk, torch.empty_like(q)), buffer.clone()
+    assert triton_decode.summarise(buffer, rule, summaries)
+    torch.testing.assert_close(summaries.out, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(buffer, filled)
-    assert triton_decode.summarise(q, buffer, chunk, rule._replace(chunk_size=256), k_own, v_own, got) is None
+    assert not triton_decode.summarise(buffer, rule._replace(chunk_size=256), summaries)
+    assert triton_decode.joins(rule, m) == (ring != k)
+    if not triton_decode.joins(rule, m):
+        return
+    # In the launch of the attention whose token follows the chunk.
+    monkeypatch.setattr(triton_decode, "PROGRAMS", 12)
+    text = [draw(3, n, 24, seed=4 + i) for i, n in enumerate((heads, 2, 2))]
+    after, arrivals = (chunk + 1) * k, torch.zeros(6, dtype=torch.int32, device=DEVICE)
+    alone, together = before.clone(), before.clone()
+    want = triton_decode.attend(*text, alone, after, arrivals, rule, torch.empty_like(text[0]))
+    summaries = summaries._replace(out=torch.full_like(q, float("nan")))
+    got = triton_decode.attend(*text, together, after, arrivals, rule, torch.empty_like(text[0]), summaries)
+    assert torch.equal(got, want)
+    torch.testing.assert_close(summaries.out, _summarise(q, *before.gather(3, at), k_own, v_own), rtol=1e-4, atol=1e-5)
+    if rule.own:
+        triton_decode.store_summaries(alone, chunk, rule, k_own, v_own)
+    assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("normed", [True, False])
-def test_norm_rotate_both(normed):
-    q, k, angles = draw(3, 4, 24), draw(3, 2, 24, seed=1), draw(3, 1, 12, seed=2) * 9
-    gains = (draw(24, seed=3), draw(24, seed=4)) if normed else None
-    got = triton_decode.norm_rotate_both(q, k, gains, 1e-6, angles.cos(), angles.sin())
-    for x, gain, found in zip((q, k), gains or (None, None), got):
-        want = plain_norm_rotate(x, gain, 1e-6, angles.cos(), angles.sin())
-        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("summary", ["queries and keys", "keys", "none"])
+def test_norm_rotate_heads(normed, summary):
+    streams, gains = [], (draw(24, seed=3), draw(24, seed=4)) if normed else None
+    for count in (3, 6)[: 1 if summary == "none" else 2]:
+        angles = draw(count, 1, 12, seed=2) * 9
+        q = None if count == 6 and summary == "keys" else draw(count, 4, 24, seed=5 + count)
+        streams.append(Stream(q, draw(count, 2, 24, seed=6 + count), angles.cos(), angles.sin()))
+    found = triton_decode.norm_rotate_heads(streams, gains, 1e-6)
+    for stream, got in zip(streams, found, strict=True):
+        for x, gain, turned in zip((stream.q, stream.k), gains or (None, None), got):
+            if x is None:
+                assert turned is None
+                continue
+            want = plain_norm_rotate(x, gain, 1e-6, stream.cos, stream.sin)
+            torch.testing.assert_close(turned, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows, size", [(1, 1100), (2, 40), (2, 2048)])
