@@ -10,24 +10,18 @@ from pathlib import Path
 
 STEPS = 4
 GOLDEN = Path(__file__).with_name("default_losses.json")
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
 
 def first_steps(root: str, cache: str) -> tuple[str, list[dict]]:
     """The data fingerprint, and {loss, grad_norm} of the first steps of `python -m train` on one rank."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
     import data_pipeline
-    from train.config import TrainConfig, from_mapping
+    from tests.bench.workload import configured
     from train.metrics import read_records
     from train.trainer import train
 
     overrides = [f"run.root={root}", f"data.cache_dir={cache}", "run.log_every=1", f"run.stop_at_step={STEPS}"]
     overrides += ["run.eval_samples=0", "run.device=cpu", "logging.wandb=off", "logging.progress=false"]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        values = OmegaConf.to_container(compose("config", overrides), resolve=True)
-    config = from_mapping(TrainConfig, values)  # type: ignore[arg-type]
+    config = configured(overrides)
     result = train(config)
     records = [r for r in read_records(result.directory / "metrics.jsonl") if "loss" in r]
     fingerprint = data_pipeline.prepare(config.data).fingerprint

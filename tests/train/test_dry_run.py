@@ -7,6 +7,7 @@ import torch
 
 from ksa_model.config import ModelConfigError
 from tests import commands
+from tests.bench.workload import configured
 from tests.ranks import run_on_ranks
 from tests.train.runs import make_config
 from train import dry_run
@@ -174,15 +175,7 @@ EXPERIMENTS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_fit_their_cards(name):
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from train.config import TrainConfig, from_mapping
-
-    root = Path(__file__).resolve().parents[2]
-    with initialize_config_dir(str(root / "configs"), version_base="1.3"):
-        values = OmegaConf.to_container(compose("config", [f"+experiment={name}", "model.vocab_size=151936"]))
-    config = from_mapping(TrainConfig, values)
+    config = configured([f"+experiment={name}", "model.vocab_size=151936"])
     said = dry_run.describe(config, config.dry_run_ranks or 1, "h100-80gb")
     assert "does NOT fit" not in said and "on h100-80gb: fits" in said
     assert config.seq_len == {"8k": 8192, "32k": 32768, "128k": 131072, "1m": 1048576}[name.split("_")[1]]
