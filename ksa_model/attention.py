@@ -203,13 +203,14 @@ class Attention(nn.Module):
                 ((heads.q_summary, heads.k_summary),) = of_summary
             return
         q_gain, k_gain = (self.query_norm.ready().gain, self.key_norm.ready().gain) if normed else (None, None)
-        heads.q, heads.k = (
-            rows.norm_rotate(x, gain, eps, *rotary.text) for x, gain in ((heads.q, q_gain), (heads.k, k_gain))
-        )
-        if heads.q_summary is not None:
-            heads.q_summary = rows.norm_rotate(heads.q_summary, q_gain, eps, *rotary.summary)
-        if heads.k_summary is not None:
-            heads.k_summary = rows.norm_rotate(heads.k_summary, k_gain, eps, *rotary.summary)
+        for name, gain, table in (
+            ("q", q_gain, rotary.text),
+            ("k", k_gain, rotary.text),
+            ("q_summary", q_gain, rotary.summary),
+            ("k_summary", k_gain, rotary.summary),
+        ):
+            if (x := getattr(heads, name)) is not None:
+                setattr(heads, name, rows.norm_rotate(x, gain, eps, *table))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, heads*d] -> [rows, heads, d]."""

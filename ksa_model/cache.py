@@ -121,27 +121,31 @@ class LayerCache:
         The text rows' keys and values are kept, and those of the summaries of a closing step where the layer keeps any.
         """
         q, k_own, v_own = heads.q_summary, heads.k_summary, heads.v_summary
-        fast = _kernels(heads.q)
-        if fast is None:
-            if q is not None and summary is not None:  # before this token may take a slot of the chunk
+        fast, joined = _kernels(heads.q), None
+        if q is not None and summary is not None:  # before this token may take a slot of the chunk
+            own = None if fast is None else fast.Summaries(q, k_own, v_own, step.chunk, summary)
+            if fast is not None and fast.joins(self._rule(fast), step.summary_tokens):
+                joined = own
+            elif fast is None or not fast.summarise(self._buffer, self._rule(fast), own):
                 summary.copy_(_summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own))
-            if step.closing and self.keeps_summaries and k_own is not None and v_own is not None:
-                requests = torch.arange(step.num_text, device=text.device).repeat_interleave(step.summary_tokens)
-                self.write(requests, self.summary_slots(step.summary_index()), k_own, v_own)
+                self._keep_summaries(step, k_own, v_own)
+        elif step.closing:
+            self._keep_summaries(step, k_own, v_own)
+        if fast is None:
             text.copy_(self._attend(heads, step))
+        else:
+            operands = heads.q, heads.k, heads.v, self._buffer, step.position, self._arrivals
+            fast.attend(*operands, self._rule(fast), text, joined)
+
+    def _keep_summaries(self, step: Step, k: torch.Tensor | None, v: torch.Tensor | None) -> None:
+        """Keep the summary rows k, v [B*m, G, d] of a step, in layers that do."""
+        if not self.keeps_summaries or k is None or v is None:
             return
-        rule, own = self._rule(fast), None
-        if q is not None and summary is not None:
-            own = fast.Summaries(q, k_own, v_own, step.chunk, summary)
-            if not fast.joins(rule, step.summary_tokens):
-                if not fast.summarise(self._buffer, rule, own):
-                    summary.copy_(_summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own))
-                    if self.keeps_summaries:
-                        fast.store_summaries(self._buffer, step.chunk, rule, k_own, v_own)
-                own = None
-        elif step.closing and self.keeps_summaries:
-            fast.store_summaries(self._buffer, step.chunk, rule, k_own, v_own)
-        fast.attend(heads.q, heads.k, heads.v, self._buffer, step.position, self._arrivals, rule, text, own)
+        if (fast := _kernels(k)) is not None:
+            fast.store_summaries(self._buffer, step.chunk, self._rule(fast), k, v)
+        else:
+            requests = torch.arange(step.num_text, device=k.device).repeat_interleave(step.summary_tokens)
+            self.write(requests, self.summary_slots(step.summary_index()), k, v)
 
     def _attend(self, heads: Heads, step: Step) -> torch.Tensor:
         self.write(torch.arange(len(heads.k), device=heads.k.device), self.text_slots(step.position), heads.k, heads.v)

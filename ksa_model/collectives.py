@@ -204,11 +204,6 @@ def _sum(total: Pair | None, more: Pair) -> Pair:
     return total
 
 
-def halo(context: ContextParallel | None, rows: int) -> Exchange:
-    """The exchange of a part that looks `rows` rows back."""
-    return Exchange() if context is None or context.size == 1 or rows == 0 else Halo(context, rows)
-
-
 def gather(context: ContextParallel | None, kind: str) -> Exchange:
     """The exchange of a part that sees the whole sample."""
     return Exchange() if context is None or context.size == 1 else Gather(context, kind)

@@ -12,6 +12,7 @@ On a GPU torch's `scaled_mm` multiplies and Triton quantizes (`ksa_model.triton_
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -85,9 +86,7 @@ def check_features(config: ModelConfig, tensor_ranks: int) -> None:
         (("num_kv_heads", "head_dim"), tensor_ranks),
         (("ffn_size",), tensor_ranks),
     ):
-        size = 1
-        for name in names:
-            size *= getattr(config, name)
+        size = math.prod(getattr(config, name) for name in names)
         if size // divided % FEATURES:
             said = " x ".join(f"model.{name}={getattr(config, name)}" for name in names)
             share = f" over parallel.tensor={divided}" if divided > 1 else ""

@@ -18,7 +18,7 @@ import torch
 
 from ksa_model import triton_attention, triton_summary
 from ksa_model.layout import SequenceLayout
-from ksa_model.ranges import CausalRun, to_device
+from ksa_model.ranges import CausalRun, outside, to_device, zero_outside
 from ksa_model.triton_attention import Part
 
 # Steps (chunks of a far part, rows of a full layer) from which cuDNN is faster than the Triton kernels: docs/log.md.
@@ -113,7 +113,8 @@ class Gradient:
             grads = [_KeySums(torch.empty_like(k), torch.empty_like(v)) for k, v, _ in rests]
         adding = self.grad_q is not None
         if self.grad_q is None:
-            self.grad_q = _zero_outside(runs_of_all, q)
+            self.grad_q = torch.empty_like(q)  # the runs' first calls write their rows
+            zero_outside(self.grad_q, [run.rows for run in runs_of_all])
         for (k, v, _), (runs, _), sums in zip(parts, split, grads):
             for run in sorted(runs, key=lambda run: run.keys.start - run.keys.stop):  # the widest first
                 sums.begin(run.keys)
@@ -160,37 +161,17 @@ class _KeySums:
 
     def begin(self, keys: range) -> None:
         """The calls to come are of a run that sees `keys`."""
-        fresh = _apart(keys, self._written)
+        fresh = outside(keys, self._written)
         self.adding = fresh != [keys]
         for some in fresh if self.adding else []:
-            self._zero(some)
+            self.k[some.start : some.stop].zero_()
+            self.v[some.start : some.stop].zero_()
         self._written += fresh
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        for some in _apart(range(len(self.k)), self._written):
-            self._zero(some)
-        return self.k, self.v
-
-    def _zero(self, keys: range) -> None:
         for total in (self.k, self.v):
-            total[keys.start : keys.stop].zero_()
-
-
-def _apart(span: range, others: list[range]) -> list[range]:
-    """What of `span` is in none of `others`, which are apart from each other."""
-    left, start = [], span.start
-    for other in sorted(others, key=lambda other: other.start):
-        left.append(range(start, min(other.start, span.stop)))
-        start = max(start, other.stop)
-    return [some for some in (*left, range(start, span.stop)) if some]
-
-
-def _zero_outside(runs: list[CausalRun], like: torch.Tensor) -> torch.Tensor:
-    """Rows outside the runs zero, the others as memory has them: the runs' first calls write those."""
-    x = torch.empty_like(like)
-    for rows in _apart(range(len(x)), [run.rows for run in runs]):
-        x[rows.start : rows.stop].zero_()
-    return x
+            zero_outside(total, self._written)
+        return self.k, self.v
 
 
 def summary_attention(q, k_text, v_text, k_summary, v_summary, layout: SequenceLayout) -> torch.Tensor | None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ksa_model import blocked, flash_cpu, reference
-from ksa_model.collectives import ContextParallel, Exchange, Returning, gather, halo
+from ksa_model.collectives import ContextParallel, Exchange, Gather, Halo, Returning, gather
 from ksa_model.config import ModelConfigError
 from ksa_model.layout import SequenceLayout
 from ksa_model.memory import Kept
@@ -88,10 +88,10 @@ def _text_parts(
         return (Part(ranges, Exchange()),)
     own = Part(layout.own(ranges), Exchange())
     if rows_back is None:
-        return own, Part(layout.before_own(ranges), gather(context, "text"))
+        return own, Part(layout.before_own(ranges), Gather(context, "text"))
     if rows_back == 0:
         return (own,)
-    return own, Part(layout.in_halo(ranges, rows_back), halo(context, rows_back))
+    return own, Part(layout.in_halo(ranges, rows_back), Halo(context, rows_back))
 
 
 def choose(q: torch.Tensor, backend: str) -> ModuleType:

@@ -13,6 +13,7 @@ where they are used: they are small beside the rows. Nothing more is kept for ba
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import torch
 
 from ksa_model import rows
 from ksa_model.fp8 import product, quantize_rows
+from ksa_model.ranges import zero_outside
 from ksa_model.rows import triton_module
 
 FEW_ROWS = 2  # up to which products without gradients go to the kernels of decoding; cuBLAS is as good from 3 on
@@ -141,12 +143,10 @@ class _Project(torch.autograd.Function):
 
 def _zero_rest(x: torch.Tensor, written: list[tuple[int, int]]) -> None:
     """Rows of x outside the spans `written`, which do not overlap, become zero."""
-    row = 0
-    for start, stop in sorted(written):
-        assert start >= row, f"targets overlap in part: {written}"
-        x[row:start].zero_()
-        row = stop
-    x[row:].zero_()
+    spans = [range(*span) for span in sorted(written)]
+    apart = all(before.stop <= after.start for before, after in itertools.pairwise(spans))
+    assert apart, f"targets overlap in part: {written}"
+    zero_outside(x, spans)
 
 
 class _AddProduct(torch.autograd.Function):

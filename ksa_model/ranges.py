@@ -5,6 +5,7 @@ Legend: T query rows, N key rows. A kernel works on tiles: consecutive rows, or 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -228,6 +229,21 @@ class CausalRun:
     def keys(self) -> range:
         """All that some row of the run sees."""
         return range(self.rectangle_key, self.triangle_key + self.num_steps * self.step_keys)
+
+
+def outside(span: range, others: Iterable[range]) -> list[range]:
+    """What of `span` is in none of `others`, no two of which may overlap."""
+    left, start = [], span.start
+    for other in sorted(others, key=lambda other: (other.start, other.stop)):
+        left.append(range(start, min(other.start, span.stop)))
+        start = max(start, other.stop)
+    return [some for some in (*left, range(start, span.stop)) if some]
+
+
+def zero_outside(x: torch.Tensor, spans: Iterable[range]) -> None:
+    """Rows of x that are in none of `spans`, no two of which may overlap, become zero."""
+    for rows in outside(range(len(x)), spans):
+        x[rows.start : rows.stop].zero_()
 
 
 def rounded_down(n: int) -> int:

@@ -332,6 +332,9 @@ class Summaries(NamedTuple):
     chunk: torch.Tensor
     out: torch.Tensor
 
+    def for_kernel(self) -> Summaries:
+        return self._replace(q=self.q.contiguous(), k=self.k.contiguous(), v=self.v.contiguous())
+
 
 def store_summaries(buffer: torch.Tensor, chunks: torch.Tensor, rule: Rule, k: torch.Tensor, v: torch.Tensor) -> None:
     """k, v [B*m, G, d] of the m summaries of chunk `chunks` [B] (int64) of each request into buffer [2, B, G, N, d],
@@ -349,14 +352,14 @@ def summarise(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
     Text stands in buffer [2, B, G, N, d] by `rule`; the summaries' keys and values are put there too where it keeps
     any. False, with nothing done, where a chunk is too long for one tile.
     """
-    q, k, v, chunk, out = summaries
+    q, k, v, chunk, out = summaries.for_kernel()
     (batch, kv_heads), (total, heads, d) = buffer.shape[1:3], q.shape
     group, m = heads // kv_heads, total // batch
     if not _fits(rule, m):
         return False
     _summarise[(batch, kv_heads)](
-        q.contiguous(), buffer[0], buffer[1], k.contiguous(), v.contiguous(), chunk, out, buffer.shape[3], kv_heads,
-        d**-0.5, RING=rule.ring, GROUP=group, CHUNK=rule.chunk_size, OWN=m, D=d,
+        q, buffer[0], buffer[1], k, v, chunk, out, buffer.shape[3], kv_heads, d**-0.5, RING=rule.ring, GROUP=group,
+        CHUNK=rule.chunk_size, OWN=m, D=d,
         BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=_precision(q), KEEP=rule.own > 0,
         **_tile_of_summaries(rule, group, m),
     )  # fmt: skip
@@ -373,7 +376,7 @@ def _fits(rule: Rule, m: int) -> bool:
 
 
 def _tile_of_summaries(rule: Rule, group: int, m: int) -> dict[str, int]:
-    keys = max(16, triton.next_power_of_2(rule.chunk_size + m)) if m else 16
+    keys = max(16, triton.next_power_of_2(rule.chunk_size + m))
     return dict(QUERIES=max(16, triton.next_power_of_2(group * m)), KEYS=keys)
 
 
@@ -480,7 +483,7 @@ def attend(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     own, m = Summaries(q, k, v, positions, out), 0  # never looked at
     if summaries is not None:
-        own, m = Summaries(*(x.contiguous() for x in summaries)), len(summaries.q) // batch
+        own, m = summaries.for_kernel(), len(summaries.q) // batch
     _attend[(pairs, shares + (m > 0))](
         q, k, v, buffer[0], buffer[1], positions, parts, weights, arrivals, out, *own, buffer.shape[3], kv_heads,
         d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group,
