@@ -76,7 +76,7 @@ def attend(q: torch.Tensor, parts: list[Part], before: Softmax | None = None) ->
             for call in _calls(run, q, k):
                 out, lse = _cudnn_forward(*call.views(q, k, v), call.causal)
                 if call.is_first and before is None:
-                    call.rows_of(state.out).copy_(call.flat(out))
+                    _put(call.rows_of(state.out), call.flat(out), adding=False)
                     call.lse_of(state.lse).copy_(lse)
                 else:
                     mine = state.out[:, call.heads], state.lse[call.heads]
@@ -106,20 +106,24 @@ class Gradient:
         parts = [(_rows_apart(k), _rows_apart(v), ranges) for k, v, ranges in parts]
         split = [ranges.causal_split(_min_run_steps(q)) for _, _, ranges in parts]
         rests = [(k, v, rest) for (k, v, _), (_, rest) in zip(parts, split)]
+        grads = [_KeySums(k, v) for k, v, _ in parts]
         runs_of_all = [run for runs, _ in split for run in runs]
-        if _visible(rests) or not runs_of_all:
-            grads = [_KeySums(*grads, written=True) for grads in self._add_rests(rests)]
-        else:
-            grads = [_KeySums(torch.empty_like(k), torch.empty_like(v)) for k, v, _ in rests]
+        # Runs first: their calls write what the Triton kernels, which read a sum anyway, then add to.
         adding = self.grad_q is not None
-        if self.grad_q is None:
-            self.grad_q = torch.empty_like(q)  # the runs' first calls write their rows
+        if self.grad_q is None and runs_of_all:
+            self.grad_q = torch.empty_like(q)
             zero_outside(self.grad_q, [run.rows for run in runs_of_all])
         for (k, v, _), (runs, _), sums in zip(parts, split, grads):
             for run in sorted(runs, key=lambda run: run.keys.start - run.keys.stop):  # the widest first
                 sums.begin(run.keys)
                 for call in _calls(run, q, k):
                     self._add_call(call, k, v, sums, adding or not call.is_first)
+        seen = [i for i, (_, _, rest) in enumerate(rests) if rest.visible_keys]
+        if not seen and self.grad_q is None:
+            seen = list(range(len(rests)))  # nobody sees anything: zeros
+        if seen:
+            for i, found in zip(seen, self._add_rests([rests[i] for i in seen])):
+                grads[i].add(*found)
         return [sums.finish() for sums in grads]
 
     def _add_rests(self, rests: list[Part]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -139,36 +143,49 @@ class Gradient:
         _put(call.rows_of(self.grad_q), call.flat(call_q), adding)
         shares_keys = call.heads.start % (self._q.shape[1] // k.shape[1]) > 0  # with heads of a call before
         for total, found in ((sums.k, call_k), (sums.v, call_v)):
-            found = (found[0] if len(found) == 1 else found.sum(0)).transpose(0, 1)
-            _put(call.keys_of(total), found, sums.adding or shares_keys)
+            target = call.keys_of(total).transpose(0, 1)
+            if sums.adding or shares_keys or len(found) == 1:
+                _put(target, found[0] if len(found) == 1 else found.sum(0), sums.adding or shares_keys)
+            else:
+                torch.sum(found, 0, out=target)
 
 
 def _put(target: torch.Tensor, found: torch.Tensor, adding: bool) -> None:
     if adding:
         target.add_(found)
-    else:
-        target.copy_(found)
+    else:  # in words of 8 bytes: with strides a copy moves one value a thread
+        target.view(torch.int64).copy_(found.view(torch.int64))
 
 
 class _KeySums:
     """Gradients of a part's keys and values, in which its runs add up. A run has each key in one call for every head,
     so keys that no run had before are written: zeros to add to would be two more passes over memory."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, written: bool = False):
-        self.k, self.v = k, v
-        self._written = [range(len(k))] if written else []  # apart from each other
-        self.adding = written  # whether the run that began last adds
+    def __init__(self, k: torch.Tensor, v: torch.Tensor):
+        self._operands = k, v
+        self._written: list[range] = []  # apart from each other
 
     def begin(self, keys: range) -> None:
         """The calls to come are of a run that sees `keys`."""
+        if not self._written:
+            self.k, self.v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in self._operands)
         fresh = outside(keys, self._written)
-        self.adding = fresh != [keys]
+        self.adding = fresh != [keys]  # whether the calls add
         for some in fresh if self.adding else []:
             self.k[some.start : some.stop].zero_()
             self.v[some.start : some.stop].zero_()
         self._written += fresh
 
+    def add(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Gradients of all keys and values, which may be kept."""
+        if self._written:
+            had = self.finish()
+            k, v = had[0].add_(k), had[1].add_(v)
+        self.k, self.v, self._written = k, v, [range(len(k))]
+
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._written:
+            self.begin(range(0))
         for total in (self.k, self.v):
             zero_outside(total, self._written)
         return self.k, self.v

@@ -25,7 +25,7 @@ from ksa_model.fp8 import product, quantize_rows
 from ksa_model.ranges import zero_outside
 from ksa_model.rows import triton_module
 
-FEW_ROWS = 2  # up to which products without gradients go to the kernels of decoding; cuBLAS is as good from 3 on
+FEW_ROWS = 16  # up to which products without gradients go to the kernels of decoding; cuBLAS is as good beyond
 
 
 class Norm(NamedTuple):

@@ -188,8 +188,7 @@ class TensorParallel:
     def join_streams(self, text: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
         """Text and summary rows, each in sequence order, as gathered rows stand."""
         if not self.shards_rows:
-            if not torch.is_grad_enabled() and text.data_ptr() + text.nbytes == summary.data_ptr() > 0:
-                # Side by side already, as decoding has them.
+            if not torch.is_grad_enabled() and _is_followed_by(text, summary):  # as decoding has them
                 return text.as_strided((len(text) + len(summary), *text.shape[1:]), text.stride())
             return torch.cat([text, summary])
         return torch.cat(
@@ -203,6 +202,13 @@ class TensorParallel:
         is summed over the ranks in backward. Without this the ranks' copies drift apart silently.
         """
         return weight if meets_all or self.size == 1 else copy_to_tensor_model_parallel_region(weight, group=self.group)
+
+
+def _is_followed_by(x: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether rows of one tensor stand behind each other. Adjacent addresses alone are no sign: allocators give them to
+    tensors that have nothing to do with each other."""
+    same = x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return same and x.storage_offset() + x.numel() == other.storage_offset()
 
 
 def _normal(std: float):

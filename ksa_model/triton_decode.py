@@ -21,10 +21,13 @@ import triton.language as tl
 if TYPE_CHECKING:
     from ksa_model.linear import Target
 
-PROGRAMS = 512  # of the attention over a cache, some for each multiprocessor; each walks over its share of the rows
-MOST_SPLITS = 64
+# Programs of the attention over a cache, each of which walks over its share of the rows: one for each multiprocessor,
+# because merging shares takes its time; twice as many where there are heads enough.
+PROGRAMS = 128
+MOST_SHARES = 64
 BLOCK_ROWS = 64
 MOST_KEYS = 256  # of a chunk and its summaries, in one tile
+SINGLE_ROWS = 2  # up to which products are taken element by element, and on the matrix units beyond
 
 
 @triton.jit
@@ -59,7 +62,7 @@ def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, q_o
             heads, scale, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr,
             GROUP: tl.constexpr, ROWS_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
             SHARES: tl.constexpr, PRECISION: tl.constexpr, SUMMARIES: tl.constexpr, QUERIES: tl.constexpr,
-            KEYS: tl.constexpr):  # fmt: skip
+            KEYS: tl.constexpr, GROUP_2: tl.constexpr):  # fmt: skip
     """The query heads of one key/value head of one request over one share of its rows: output and log-sum-exp. In the
     share that the token's own row belongs to it comes from k and v, and is put there for later tokens. Who is the last
     of a pair's programs to be done merges their shares, and leaves the count of arrivals at zero. SUMMARIES of a chunk,
@@ -131,24 +134,32 @@ def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, q_o
     tl.debug_barrier()  # the whole program's share is out before its arrival is
     if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == SHARES - 1:
         tl.store(arrivals + pair, 0)
-        for member in tl.static_range(GROUP):
-            _merge(parts, weights, out, pair, member, GROUP, SHARES, D, BLOCK_D)
+        _merge(parts, weights, out, pair, GROUP, GROUP_2, SHARES, D, BLOCK_D)
 
 
 @triton.jit
-def _merge(parts, weights, out, pair, member, GROUP: tl.constexpr, SHARES: tl.constexpr, D: tl.constexpr,
+def _merge(parts, weights, out, pair, GROUP: tl.constexpr, GROUP_2: tl.constexpr, SHARES: tl.constexpr, D: tl.constexpr,
            BLOCK_D: tl.constexpr):  # fmt: skip
-    """One query head from its shares, which other multiprocessors have written: past the cache of this one."""
-    share, column = tl.arange(0, SHARES), tl.arange(0, BLOCK_D)
-    in_column = column < D
-    at = (pair * SHARES + share) * GROUP + member
-    weight = tl.load(weights + at, cache_modifier=".cg")
-    top = tl.max(weight, 0)
-    weight = tl.exp(weight - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(weight, 0)
-    part = tl.load(parts + at[:, None] * D + column[None, :], mask=in_column[None, :], other=0.0, cache_modifier=".cg")
-    merged = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + (pair * GROUP + member) * D + column, merged.to(out.dtype.element_ty), mask=in_column)
+    """A pair's query heads from their shares, which other multiprocessors have written: past the cache of this one.
+
+    Each thread adds up its own features, so that many shares are on their way at once and no thread waits for others.
+    """
+    share, member, column = tl.arange(0, SHARES), tl.arange(0, GROUP_2), tl.arange(0, BLOCK_D)
+    real = member < GROUP
+    held = real[:, None] & (column < D)[None, :]
+    at = (pair * SHARES + share[None, :]) * GROUP + member[:, None]
+    weight = tl.load(weights + at, mask=real[:, None], other=float("-inf"), cache_modifier=".cg")
+    top = tl.max(weight, 1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(weight - top[:, None]), 1)
+    merged = tl.zeros([GROUP_2, BLOCK_D], tl.float32)
+    for one in tl.range(0, SHARES, loop_unroll_factor=min(SHARES, 16)):
+        at_one = (pair * SHARES + one) * GROUP + member
+        part = tl.load(parts + at_one[:, None] * D + column[None, :], mask=held, other=0.0, cache_modifier=".cg")
+        its_weight = tl.exp(tl.load(weights + at_one, mask=real, other=float("-inf"), cache_modifier=".cg") - top)
+        merged += part * its_weight[:, None]
+    merged /= tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + (pair * GROUP + member)[:, None] * D + column[None, :], merged.to(out.dtype.element_ty), mask=held)
 
 
 @triton.jit
@@ -198,14 +209,9 @@ def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, R
 
 
 @triton.jit
-def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1, features_2,
-              size, eps, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
-              FEATURES: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
-    """Some output features of one of three weights (or of two together, GATED) for one or two rows.
-
-    Reading weights is all there is to do, so products are taken element by element, without the matrix units and the
-    ways to them, and added up once at the end. A norm's scale is one number a row, so it multiplies the result.
-    """
+def _features_of(weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1, features_2,
+                 FEATURES: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """Which weight, output and output features this program is for: those of the weights queue up."""
     block, weight, out, features = tl.program_id(0), weight_0, out_0, features_0
     if not GATED:
         before = tl.cdiv(features_0, FEATURES)
@@ -214,13 +220,24 @@ def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out
             before = tl.cdiv(features_1, FEATURES)
             if block >= before:
                 block, weight, out, features = block - before, weight_2, out_2, features_2
-    feature = block * FEATURES + tl.arange(0, FEATURES)
+    return weight, out, block * FEATURES + tl.arange(0, FEATURES), features
+
+
+@triton.jit
+def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1, features_2,
+              size, eps, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
+              FEATURES: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """Some output features of one of three weights (or of two together, GATED) for one or two rows.
+
+    Reading weights is all there is to do, so products are taken element by element, without the matrix units and the
+    ways to them, and added up once at the end. A norm's scale is one number a row, so it multiplies the result.
+    """
+    weight, out, feature, features = _features_of(weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0,
+                                                  features_1, features_2, FEATURES, GATED)  # fmt: skip
     in_features = feature < features
     line = feature.to(tl.int64)[:, None] * size
-    first = tl.zeros([FEATURES, DEPTH], tl.float32)
-    first_up, second, second_up = first, first, first
-    first_squares = tl.zeros([DEPTH], tl.float32)
-    second_squares = first_squares
+    sums = (tl.zeros([FEATURES, DEPTH // 8], tl.float32),) * ROWS
+    up_sums, squares = sums, (tl.zeros([DEPTH // 8], tl.float32),) * ROWS
     for begin in range(0, size, DEPTH):
         column = begin + tl.arange(0, DEPTH)
         inside = column < size
@@ -232,25 +249,80 @@ def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out
         factor = tl.zeros([DEPTH], tl.float32)
         if NORM:
             factor = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            first_squares += values * values
-            values *= factor
-        first += w * values[None, :]
-        if GATED:
-            first_up += up * values[None, :]
-        if ROWS == 2:
-            values = tl.load(x + size + column, mask=inside, other=0.0).to(tl.float32)
+        for row in tl.static_range(ROWS):  # sums are taken from the front and put behind (Triton unpacks no tuples)
+            values = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
             if NORM:
-                second_squares += values * values
+                squares = squares[1:] + (squares[0] + tl.sum(tl.reshape(values * values, [DEPTH // 8, 8]), 1),)  # noqa: RUF005
                 values *= factor
-            second += w * values[None, :]
+            sums = sums[1:] + (sums[0] + _add_eights(w * values[None, :], FEATURES, DEPTH),)  # noqa: RUF005
             if GATED:
-                second_up += up * values[None, :]
-    _finish(first, first_up, first_squares, residual, out, feature, in_features, size, eps, NORM, GATED, ADD)
-    if ROWS == 2:
-        _finish(second, second_up, second_squares, residual + features, out + features, feature, in_features, size, eps,
-                NORM, GATED, ADD)  # fmt: skip
+                up_sums = up_sums[1:] + (up_sums[0] + _add_eights(up * values[None, :], FEATURES, DEPTH),)  # noqa: RUF005
+    for row in tl.static_range(ROWS):
+        scale = 1.0
+        if NORM:
+            scale = 1 / tl.sqrt(tl.sum(squares[row], 0) / size + eps)
+        total = tl.sum(sums[row], 1) * scale
+        if GATED:
+            total = _swiglu(total, tl.sum(up_sums[row], 1) * scale)
+        at = row * features + feature
+        if ADD:
+            total += tl.load(residual + at, mask=in_features, other=0.0).to(tl.float32)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=in_features)
+
+
+@triton.jit
+def _add_eights(x, FEATURES: tl.constexpr, DEPTH: tl.constexpr):
+    """[FEATURES, DEPTH] -> [FEATURES, DEPTH / 8]: what one thread loads at once stays with it, in an eighth of the
+    registers."""
+    return tl.sum(tl.reshape(x, [FEATURES, DEPTH // 8, 8]), 2)
+
+
+@triton.jit
+def _swiglu(gate, up):
+    return gate / (1 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _some_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1, features_2,
+               rows, size, eps, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
+               FEATURES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+               STAGES: tl.constexpr):  # fmt: skip
+    """As `_few_rows`, for up to ROWS rows on the matrix units: weights come through shared memory, several tiles on
+    their way at once. The gain multiplies the rows, which are rounded once behind it."""
+    weight, out, feature, features = _features_of(weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0,
+                                                  features_1, features_2, FEATURES, GATED)  # fmt: skip
+    row = tl.arange(0, ROWS)
+    in_features, real = feature < features, row < rows
+    line = feature.to(tl.int64)[:, None] * size
+    sums = tl.zeros([FEATURES, ROWS], tl.float32)
+    up_sums, squares = sums, tl.zeros([ROWS], tl.float32)
+    for begin in tl.range(0, size, DEPTH, num_stages=STAGES):
+        column = begin + tl.arange(0, DEPTH)
+        inside = column < size
+        held = in_features[:, None] & inside[None, :]
+        values = tl.load(x + row[:, None] * size + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+        if NORM:
+            wide = values.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            factor = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
+            values = (wide * factor[None, :]).to(values.dtype)
+        w = tl.load(weight + line + column[None, :], mask=held, other=0.0)
+        sums = tl.dot(w, values.T, sums, input_precision=PRECISION)
+        if GATED:
+            up = tl.load(weight_1 + line + column[None, :], mask=held, other=0.0)
+            up_sums = tl.dot(up, values.T, up_sums, input_precision=PRECISION)
+    total = sums
+    scale = tl.full([ROWS], 1.0, tl.float32)
+    if NORM:
+        scale = 1 / tl.sqrt(squares / size + eps)
+        total *= scale[None, :]
+    if GATED:
+        total = _swiglu(total, up_sums * scale[None, :])
+    at = row[None, :] * features + feature[:, None]
+    kept = in_features[:, None] & real[None, :]
+    if ADD:
+        total += tl.load(residual + at, mask=kept, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -282,21 +354,6 @@ def _norm_rotate_heads(q, k, cos, sin, q_out, k_out, own_q, own_k, own_cos, own_
     s = tl.load(sin + row * HALF + column, mask=inside, other=0.0)
     tl.store(out + at, (left * c - right * s).to(out.dtype.element_ty), mask=inside)
     tl.store(out + at + HALF, (right * c + left * s).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _finish(products, up_products, squares, residual, out, feature, in_features, size, eps, NORM: tl.constexpr,
-            GATED: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
-    """One row of `_few_rows`."""
-    scale = 1.0
-    if NORM:
-        scale = 1 / tl.sqrt(tl.sum(squares, 0) / size + eps)
-    total = tl.sum(products, 1) * scale
-    if GATED:
-        total = total / (1 + tl.exp(-total)) * (tl.sum(up_products, 1) * scale)
-    if ADD:
-        total += tl.load(residual + feature, mask=in_features, other=0.0).to(tl.float32)
-    tl.store(out + feature, total.to(out.dtype.element_ty), mask=in_features)
 
 
 class Rule(NamedTuple):
@@ -381,7 +438,7 @@ def _tile_of_summaries(rule: Rule, group: int, m: int) -> dict[str, int]:
 
 
 def project(x: torch.Tensor, gain: torch.Tensor, eps: float, targets: Sequence[Target]) -> list[torch.Tensor]:
-    """`linear.project` behind a norm, for one or two rows."""
+    """`linear.project` behind a norm, for up to `linear.FEW_ROWS` rows."""
     found: list[torch.Tensor] = []
     for (start, stop), alike in groupby(targets, key=lambda target: (target.start, target.stop)):
         weights = [target.weight for target in alike]
@@ -423,33 +480,39 @@ def norm_rotate_heads(
     return outs
 
 
-def _tile(rows: int, is_normed: bool, is_gated: bool) -> tuple[int, int, int]:
-    """Of a product: output features of a program, features of the input that it takes at a time, warps.
-
-    All of a tile is under way at once, which hides the memory's latency; a second row leaves fewer registers for that.
-    The fastest on an H100: docs/log.md.
-    """
-    if rows == 1:
-        return (4 if is_gated else 8), 512, 4
+def _tile(rows: int, is_normed: bool, is_gated: bool) -> dict[str, int]:
+    """Of a product: output features of a program, features of the input that it takes at a time, warps, and on the
+    matrix units pipeline stages. The fastest on an H100: docs/log.md."""
+    if rows > SINGLE_ROWS:
+        if is_gated:
+            return dict(FEATURES=16, DEPTH=128, num_warps=1, STAGES=4)
+        if is_normed:
+            return dict(FEATURES=16, DEPTH=256, num_warps=1 if rows <= 8 else 2, STAGES=3)
+        return dict(FEATURES=16, DEPTH=512, num_warps=2, STAGES=3)
     if is_gated:
-        return 2, 256, 2
-    return (8, 256, 4) if is_normed else (2, 512, 2)
+        return dict(FEATURES=8 if rows == 1 else 2, DEPTH=512, num_warps=1)
+    if is_normed:
+        return dict(FEATURES=2 * rows, DEPTH=512, num_warps=1)
+    return dict(FEATURES=2, DEPTH=1024, num_warps=4)
 
 
 def _launch(x, weights, gain=None, eps=0.0, residual=None, is_gated=False) -> list[torch.Tensor]:
-    """x [1 or 2, h] times up to three weights."""
+    """x [1 to `linear.FEW_ROWS`, h] times up to three weights."""
     x, (rows, size) = x.contiguous(), x.shape
     outs = [x.new_empty(rows, len(weight)) for weight in weights[: 1 if is_gated else 3]]
-    block, depth, warps = _tile(rows, gain is not None, is_gated)
-    programs = sum(triton.cdiv(out.shape[1], block) for out in outs)
+    tile = _tile(rows, gain is not None, is_gated)
+    programs = sum(triton.cdiv(out.shape[1], tile["FEATURES"]) for out in outs)
     weights, outs_3 = weights + weights[:1] * (3 - len(weights)), outs + outs[:1] * (3 - len(outs))
     features = [out.shape[1] for out in outs] + [0] * (3 - len(outs))
-    if rows:
-        _few_rows[(programs,)](
-            x, x if gain is None else gain, x if residual is None else residual.contiguous(), *weights, *outs_3,
-            *features, size, eps, NORM=gain is not None, GATED=is_gated, ADD=residual is not None, ROWS=rows,
-            FEATURES=block, DEPTH=depth, num_warps=warps,
-        )  # fmt: skip
+    operands = (x, x if gain is None else gain, x if residual is None else residual.contiguous(), *weights, *outs_3)
+    kind = dict(NORM=gain is not None, GATED=is_gated, ADD=residual is not None)
+    if rows > SINGLE_ROWS:
+        padded = max(8, triton.next_power_of_2(rows))
+        _some_rows[(programs,)](
+            *operands, *features, rows, size, eps, **kind, ROWS=padded, PRECISION=_precision(x), **tile
+        )
+    elif rows:
+        _few_rows[(programs,)](*operands, *features, size, eps, **kind, ROWS=rows, **tile)
     return outs
 
 
@@ -477,7 +540,8 @@ def attend(
     batch, heads, d = q.shape
     kv_heads, group = buffer.shape[2], heads // buffer.shape[2]
     pairs = batch * kv_heads
-    shares = triton.next_power_of_2(max(1, min(MOST_SPLITS, PROGRAMS // pairs)))
+    programs = PROGRAMS if 4 * pairs <= PROGRAMS else 2 * PROGRAMS
+    shares = triton.next_power_of_2(max(1, min(MOST_SHARES, programs // pairs)))
     parts = torch.empty(pairs, shares, group, d, dtype=torch.float32, device=q.device)
     weights = torch.empty(pairs, shares, group, dtype=torch.float32, device=q.device)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -488,7 +552,7 @@ def attend(
         q, k, v, buffer[0], buffer[1], positions, parts, weights, arrivals, out, *own, buffer.shape[3], kv_heads,
         d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group,
         ROWS_Q=max(16, triton.next_power_of_2(group)), D=d, BLOCK_D=max(16, triton.next_power_of_2(d)),
-        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=_precision(q), SUMMARIES=m, num_stages=2,
-        **_tile_of_summaries(rule, group, m),
+        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=_precision(q), SUMMARIES=m, num_stages=3,
+        GROUP_2=triton.next_power_of_2(group), **_tile_of_summaries(rule, group, m),
     )  # fmt: skip
     return out

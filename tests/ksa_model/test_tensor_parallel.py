@@ -1,5 +1,6 @@
 """Tensor and sequence parallelism against one rank: losses and every gradient, replicated weights included."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,3 +58,18 @@ def test_matches_one_rank(tensor, sequence, changes):
             torch.testing.assert_close(
                 torch.cat(shares, dim), gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+@torch.no_grad()
+def test_streams_side_by_side_are_joined_without_a_copy(world):
+    from ksa_model.tensor_parallel import TensorParallel
+
+    join = TensorParallel(world.tensor_group).join_streams
+    text, summary = torch.arange(10.0).view(5, 2).tensor_split([3])
+    joined = join(text, summary)
+    assert torch.equal(joined, torch.cat([text, summary])) and joined.data_ptr() == text.data_ptr()
+    # Addresses that meet by chance, as an allocator gives them: two storages, which no view can cross.
+    memory = np.arange(10, dtype=np.float32).reshape(5, 2)
+    text, summary = torch.from_numpy(memory[:3]), torch.from_numpy(memory[3:])
+    assert text.data_ptr() + text.nbytes == summary.data_ptr()
+    assert join(text, summary).tolist() == memory.tolist()

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[test]'")
 
-from ksa_model import triton_decode, triton_rows
+from ksa_model import linear, triton_decode, triton_rows
 from ksa_model.cache import DecodingCache, Sampling, _summarise, generate
 from ksa_model.linear import Target
 from ksa_model.model import Decoder
@@ -141,7 +141,7 @@ def test_norm_rotate_heads(normed, summary):
             torch.testing.assert_close(turned, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows, size", [(1, 1100), (2, 40), (2, 2048)])
+@pytest.mark.parametrize("rows, size", [(1, 1100), (2, 40), (2, 2048), (3, 1100), (8, 44), (13, 600)])
 def test_products_of_few_rows(rows, size):
     x, gain = draw(rows, size) / 4, draw(size, seed=1)
     weights = [draw(features, size, seed=2 + i) / size**0.5 for i, features in enumerate((40, 16, 7, 33, 20))]
@@ -168,8 +168,8 @@ def test_a_whole_model_with_these_kernels(world, monkeypatch, changes, several):
     monkeypatch.setattr(triton_decode, "PROGRAMS", 12)  # the interpreter takes milliseconds for each
     monkeypatch.setattr("ksa_model.rows._kernels", lambda x: triton_rows)
     monkeypatch.setattr("ksa_model.cache._kernels", lambda x: None if x.requires_grad else triton_decode)
-    few = lambda x, most=2: triton_decode if len(x) <= most else None
-    monkeypatch.setattr("ksa_model.linear.decoding", few)
+    few = lambda x, most=linear.FEW_ROWS: triton_decode if len(x) <= most else None
+    monkeypatch.setattr(linear, "decoding", few)
     forward = DecodingCache._forward
     monkeypatch.setattr(
         DecodingCache, "_forward", lambda self, tokens, closing, _: forward(self, tokens, closing, None)
@@ -180,7 +180,7 @@ def test_a_whole_model_with_these_kernels(world, monkeypatch, changes, several):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 16])
 def test_products_in_bf16(rows):
     x, gain = draw(rows, 2560, dtype=torch.bfloat16), draw(2560, seed=1, dtype=torch.bfloat16)
     weights = [(draw(n, 2560, seed=n) / 50).bfloat16() for n in (4096, 1024, 1000)]
