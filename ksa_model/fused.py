@@ -108,9 +108,13 @@ class Gradient:
         rests = [(k, v, rest) for (k, v, _), (_, rest) in zip(parts, split)]
         grads = [_KeySums(k, v) for k, v, _ in parts]
         runs_of_all = [run for runs, _ in split for run in runs]
-        # Runs first: their calls write what the Triton kernels, which read a sum anyway, then add to.
+        # Runs first: what their calls write the Triton kernels then add to in passing. But where a part has both, its
+        # keys' gradients would stand twice in memory.
+        rests_first = not runs_of_all or any(runs and rest.visible_keys for runs, rest in split)
+        if rests_first:
+            self._add_rests(rests, grads)
         adding = self.grad_q is not None
-        if self.grad_q is None and runs_of_all:
+        if self.grad_q is None:
             self.grad_q = torch.empty_like(q)
             zero_outside(self.grad_q, [run.rows for run in runs_of_all])
         for (k, v, _), (runs, _), sums in zip(parts, split, grads):
@@ -118,22 +122,24 @@ class Gradient:
                 sums.begin(run.keys)
                 for call in _calls(run, q, k):
                     self._add_call(call, k, v, sums, adding or not call.is_first)
-        seen = [i for i, (_, _, rest) in enumerate(rests) if rest.visible_keys]
-        if not seen and self.grad_q is None:
-            seen = list(range(len(rests)))  # nobody sees anything: zeros
-        if seen:
-            for i, found in zip(seen, self._add_rests([rests[i] for i in seen])):
-                grads[i].add(*found)
+        if not rests_first:
+            self._add_rests(rests, grads)
         return [sums.finish() for sums in grads]
 
-    def _add_rests(self, rests: list[Part]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _add_rests(self, rests: list[Part], grads: list[_KeySums]) -> None:
+        seen = [i for i, (_, _, ranges) in enumerate(rests) if ranges.visible_keys]
+        if not seen:
+            return
+        rests = [rests[i] for i in seen]
         q, grad_out, softmax = self._q, self._grad_out, self._softmax
         has_state, has_delta = self.grad_q is not None, self._delta is not None
         self.grad_q = self.grad_q if self.grad_q is not None else torch.empty_like(q)
         self._delta = self._delta if self._delta is not None else triton_attention.row_values(q)
         joint = softmax.out, softmax.lse, self._delta, self.grad_q
         triton_attention.backward_queries(grad_out, q, rests, *joint, has_state=has_state, has_delta=has_delta)
-        return triton_attention.backward_keys(grad_out, q, rests, softmax.lse, self._delta)
+        found = triton_attention.backward_keys(grad_out, q, rests, softmax.lse, self._delta)
+        for i, (of_keys, of_values) in zip(seen, found):
+            grads[i].take(of_keys, of_values)
 
     def _add_call(self, call: _Call, k, v, sums: _KeySums, adding: bool) -> None:
         assert self.grad_q is not None
@@ -176,11 +182,9 @@ class _KeySums:
             self.v[some.start : some.stop].zero_()
         self._written += fresh
 
-    def add(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Gradients of all keys and values, which may be kept."""
-        if self._written:
-            had = self.finish()
-            k, v = had[0].add_(k), had[1].add_(v)
+    def take(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Gradients of all keys and values, before any run's."""
+        assert not self._written
         self.k, self.v, self._written = k, v, [range(len(k))]
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,9 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,17 +43,21 @@ def main(arguments: dict[str, str]) -> None:
     matmul = matmul_rate()
     add({"what": "matrix product 8192^3, bf16", "tflops": round(matmul, 1)})
     for n in sizes:
-        add(ksa_row("KSA", n, matmul))
-        if n <= 131_072:
-            add(full_row(n))
-            add(flex_row(n))
+        for row in same_length(n, matmul):
+            add(row)
     if 131_072 in sizes:
-        add(ksa_row("KSA, 32 query / 8 key heads", 131_072, matmul, heads=32, kv_heads=8))
-        add(ksa_row("KSA, head dimension 64, 32 heads", 131_072, matmul, heads=32, kv_heads=32, head_dim=64))
-        for k in (4, 16, 32):
-            add(ksa_row(f"KSA, k={k}", 131_072, matmul, k=k))
-        add(ksa_row("KSA, documents of 2k to 16k", 131_072, matmul, lengths=random_documents(131_072)))
-        add(ksa_row("KSA, documents of 10 tokens", 131_072, matmul, lengths=[10] * (131_072 // 16)))
+        base = ksa_step(131_072)
+        for what, changes in {
+            "KSA, 32 query / 8 key heads": dict(heads=32, kv_heads=8),
+            "KSA, head dimension 64, 32 heads": dict(heads=32, kv_heads=32, head_dim=64),
+            "KSA, k=4": dict(k=4),
+            "KSA, k=16": dict(k=16),
+            "KSA, k=32": dict(k=32),
+            "KSA, documents of 2k to 16k": dict(lengths=random_documents(131_072)),
+            "KSA, documents of 10 tokens": dict(lengths=[10] * (131_072 // 16)),
+        }.items():
+            add(beside(base, what, ksa_step(131_072, **changes), matmul))
+        del base
         add(text_row("full attention, documents of 2k to 16k", "F", random_documents(131_072), matmul))
         add(text_row("full attention, one document", "F", [131_072], matmul))
         add(text_row("sliding window of 1,024", "S", [131_072], matmul))
@@ -72,35 +78,41 @@ def main(arguments: dict[str, str]) -> None:
 
 
 def measure(step, passes: int) -> dict[str, float]:
-    """Median milliseconds of `step()`, and bytes at its peak above those before."""
-    for _ in range(2):
+    return in_turn([step], passes)[0]
+
+
+def in_turn(steps: list, passes: int) -> list[dict[str, float]]:
+    """Of each step the median milliseconds and the bytes at its peak above those before. What is compared runs in turn,
+    a pass of each after the other: under load a card's clock falls by a tenth within seconds."""
+    measured = []
+    for step in steps:
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(passes + 1)]
-    torch.cuda._sleep(60_000_000)  # some 30 ms for the host to get ahead
+        torch.cuda.synchronize()
+        measured.append({"peak_bytes": torch.cuda.max_memory_allocated() - before})
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(passes * len(steps) + 1)]
+    torch.cuda._sleep(60_000_000 * len(steps))  # some 30 ms each for the host to get ahead
     events[0].record()
-    for event in events[1:]:
+    for event, step in zip(events[1:], itertools.cycle(steps)):
         step()
         event.record()
     torch.cuda.synchronize()
-    gpu = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-    walls = []
-    for _ in range(3):
-        began = time.perf_counter()
-        for _ in range(passes):
-            step()
-        torch.cuda.synchronize()
-        walls.append((time.perf_counter() - began) / passes * 1e3)
-    return {"gpu_ms": round(gpu, 3), "wall_ms": round(statistics.median(walls), 3), "peak_bytes": peak}
-
-
-def passes_for(n: int) -> int:
-    return 20 if n <= 32_768 else 5 if n <= 131_072 else 2
+    gpu = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    for i, (step, found) in enumerate(zip(steps, measured)):
+        walls = []
+        for _ in range(3):
+            began = time.perf_counter()
+            for _ in range(passes):
+                step()
+            torch.cuda.synchronize()
+            walls.append((time.perf_counter() - began) / passes * 1e3)
+        found["gpu_ms"] = round(statistics.median(gpu[i :: len(steps)]), 3)
+        found["wall_ms"] = round(statistics.median(walls), 3)
+    return measured
 
 
 def matmul_rate() -> float:
@@ -140,14 +152,47 @@ def forward_backward(attention, inputs):
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def ksa_row(what, n, matmul, *, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, k=CHUNK, lengths=None) -> dict:
+class Case(NamedTuple):
+    n: int
+    step: Callable[[], None]
+    inputs: list[torch.Tensor]
+    visible: int
+
+
+def ksa_step(n: int, *, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, k=CHUNK, lengths=None) -> Case:
     """W is chosen so that the text window has the same length for every k."""
     window = WINDOW * CHUNK // k
     pack = make_pack(lengths or [n], n, k)
     inputs = draw_inputs(n, heads, kv_heads, head_dim, k)
     step = forward_backward(lambda *x: kernels.ksa_attention(*x, pack, window, "fused"), inputs)
-    visible = pack.visible_keys("K", window, 0)
-    return finish(what, n, measure(step, passes_for(n)), visible, inputs, matmul)
+    return Case(n, step, inputs, pack.visible_keys("K", window, 0))
+
+
+def same_length(n: int, matmul: float) -> list[dict]:
+    """KSA over one document, and full causal attention and FlexAttention in turn with it where they end in time."""
+    ksa = ksa_step(n)
+    if n > 131_072:
+        return [finish("KSA", n, measure(ksa.step, 2), ksa.visible, ksa.inputs, matmul)]
+    full, flex = full_step(n), flex_step(n)
+    of_ksa, of_full, of_flex = in_turn([ksa.step, full.step, flex.step], 5 if n > 32_768 else 20)
+    torch._dynamo.reset()
+    ratio = {"ksa_is_faster": round(of_full["gpu_ms"] / of_ksa["gpu_ms"], 2)}
+    return [
+        finish("KSA", n, of_ksa, ksa.visible, ksa.inputs, matmul),
+        finish("cuDNN full causal", n, of_full, full.visible, full.inputs, matmul) | ratio,
+        finish("one FlexAttention call", n, of_flex, flex.visible, flex.inputs, matmul),
+    ]
+
+
+def beside(base: Case, what: str, case: Case, matmul: float) -> dict:
+    """A case in turn with the one document of 16 heads: its time over that one's, and the same for a visible key."""
+    of_base, found = in_turn([base.step, case.step], 5)
+    ratio = found["gpu_ms"] / of_base["gpu_ms"]
+    return finish(what, case.n, found, case.visible, case.inputs, matmul) | {
+        "one_document_ms": of_base["gpu_ms"],
+        "times_one_document": round(ratio, 3),
+        "for_a_visible_key": round(ratio * base.visible / case.visible, 3),
+    }
 
 
 def text_row(what, mixer, lengths, matmul) -> dict:
@@ -167,11 +212,11 @@ def finish(what, n, measured, visible, inputs, matmul) -> dict:
         "what": what, "n": n, "gpu_ms": measured["gpu_ms"], "wall_ms": measured["wall_ms"],
         "visible_keys": visible, "useful_tflops": round(tflops, 1), "of_matmul": round(tflops / matmul, 3),
         "workspace_of_operands": round(max(0, measured["peak_bytes"] - operands) / (2 * operands), 3),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "peak_gb": round((measured["peak_bytes"] + operands) / 1e9, 2),
     }  # fmt: skip
 
 
-def full_row(n: int) -> dict:
+def full_step(n: int) -> Case:
     """cuDNN's causal attention over all text."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -181,13 +226,16 @@ def full_row(n: int) -> dict:
         heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)[0].transpose(0, 1)
 
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        measured = measure(forward_backward(attention, inputs), 3 if n > 32_768 else 10)
-    tflops = 3.5 * 4 * (n * (n + 1) // 2) * HEADS * HEAD_DIM / measured["gpu_ms"] / 1e9
-    return {"what": "cuDNN full causal", "n": n, **measured, "useful_tflops": round(tflops, 1)}
+    plain = forward_backward(attention, inputs)
+
+    def step():
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            plain()
+
+    return Case(n, step, inputs, n * (n + 1) // 2)
 
 
-def flex_row(n: int) -> dict:
+def flex_step(n: int) -> Case:
     """One FlexAttention call over [summaries | text], its block mask made from the layout's tiles."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -226,21 +274,15 @@ def flex_row(n: int) -> dict:
         keys, values = (torch.cat(x).transpose(0, 1)[None] for x in ((k_summary, k_text), (v_summary, v_text)))
         return compiled(q.transpose(0, 1)[None], keys, values, block_mask=blocks)[0].transpose(0, 1)
 
-    measured = measure(forward_backward(attention, inputs), 3 if n > 32_768 else 10)
     with torch.no_grad():
         got, want = attention(*inputs).float(), kernels.ksa_attention(*inputs, pack, WINDOW, "fused").float()
     assert (got - want).norm() / want.norm() < 1e-2, "FlexAttention and the fused kernels disagree"
-    torch._dynamo.reset()
-    tflops = 3.5 * 4 * pack.visible_keys("K", WINDOW, 0) * HEADS * HEAD_DIM / measured["gpu_ms"] / 1e9
-    return {"what": "one FlexAttention call", "n": n, **measured, "useful_tflops": round(tflops, 1)}
+    return Case(n, forward_backward(attention, inputs), inputs, pack.visible_keys("K", WINDOW, 0))
 
 
 def parts_of(n: int) -> list[dict]:
     """Where a pass spends its time, by kernel."""
-    pack = make_pack([n], n, CHUNK)
-    step = forward_backward(
-        lambda *x: kernels.ksa_attention(*x, pack, WINDOW, "fused"), draw_inputs(n, HEADS, HEADS, HEAD_DIM, CHUNK)
-    )
+    step = ksa_step(n).step
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
