@@ -24,8 +24,9 @@ from ksa_model.triton_attention import Part
 # Steps (chunks of a far part, rows of a full layer) from which cuDNN is faster than the Triton kernels: docs/log.md.
 MIN_RUN_STEPS = 2048
 # Share of the query heads in a cuDNN call, whose workspace and passing gradients are some five times its queries, for
-# as many query as key/value heads; with fewer of these the operands shrink, and the share with them. Calls of up to
-# SMALL_CALL bytes of queries are not cut further: at 32,768 tokens smaller ones cost 8 % of the time.
+# as many query as key/value heads; with fewer of these the operands shrink, and the share with them. Twice as many
+# heads where gradients yet to come leave room. Calls of up to SMALL_CALL bytes of queries are not cut further: at
+# 32,768 tokens smaller ones cost 8 % of the time.
 CALL_SHARE = 0.16
 SMALL_CALL = 2**26
 
@@ -73,7 +74,7 @@ def attend(q: torch.Tensor, parts: list[Part], before: Softmax | None = None) ->
         state.lse.fill_(float("inf"))
     for (k, v, _), (runs, _) in zip(parts, split):
         for run in runs:
-            for call in _calls(run, q, k):
+            for call in _calls(run, q, k, 2 * CALL_SHARE):
                 out, lse = _cudnn_forward(*call.views(q, k, v), call.causal)
                 if call.is_first and before is None:
                     _put(call.rows_of(state.out), call.flat(out), adding=False)
@@ -120,7 +121,7 @@ class Gradient:
         for (k, v, _), (runs, _), sums in zip(parts, split, grads):
             for run in sorted(runs, key=lambda run: run.keys.start - run.keys.stop):  # the widest first
                 sums.begin(run.keys)
-                for call in _calls(run, q, k):
+                for call in _calls(run, q, k, CALL_SHARE if rests_first or not _visible(rests) else 2 * CALL_SHARE):
                     self._add_call(call, k, v, sums, adding or not call.is_first)
         if not rests_first:
             self._add_rests(rests, grads)
@@ -245,14 +246,14 @@ class _Call:
         return x.permute(2, 0, 1, 3).flatten(0, 1)
 
 
-def _calls(run: CausalRun, q: torch.Tensor, k: torch.Tensor) -> Iterator[_Call]:
+def _calls(run: CausalRun, q: torch.Tensor, k: torch.Tensor, share: float) -> Iterator[_Call]:
     """The run in problems small enough, some heads at a time: the triangle once for every key of a step, whose queries
     see all of them at once, then the rectangle. Without keys of a step there is no triangle."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     least = SMALL_CALL // (run.num_rows * q.shape[-1] * q.element_size())
-    at_once = min(heads, max(1, least, int(heads * CALL_SHARE * (1 + 1 / group) / 2)))
-    # Heads of a call either fill their key/value heads or share one.
-    at_once = at_once // group * group if at_once >= group else max(n for n in range(1, at_once + 1) if group % n == 0)
+    most = min(heads, max(1, least, int(heads * share * (1 + 1 / group) / 2)))
+    # Calls are alike, and their heads fill their key/value heads or share one.
+    at_once = max(n for n in range(1, most + 1) if heads % n == 0 and (n % group == 0 or group % n == 0))
     end = run.triangle_key + run.num_steps * run.step_keys
     for first in range(0, heads, at_once):
         some = slice(first, min(first + at_once, heads))

@@ -203,20 +203,9 @@ def _backward_keys(queries, grads, lse, delta, scale,
                    keys_1, values_1, row_start_1, row_end_1, tiles_1, grad_k_1, grad_v_1, num_keys_1,
                    PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Gradients of one tile of keys and values over all query heads that share them.
-
-    Tiles of part 0, which more rows may see, begin one head ahead of part 1's, so that none of them ends alone.
-    """
-    place, tiles_of_0, heads = tl.program_id(0), tl.cdiv(num_keys_0, BLOCK_N), HEADS // GROUP
-    kv_head, index = place // tiles_of_0, place % tiles_of_0
-    if PARTS == 2:
-        if place >= tiles_of_0:
-            tiles_of_both = tiles_of_0 + tl.cdiv(num_keys_1, BLOCK_N)
-            kv_head, index = (place - tiles_of_0) // tiles_of_both, (place - tiles_of_0) % tiles_of_both
-            if kv_head == heads - 1:
-                index += tiles_of_0
-            elif index < tiles_of_0:
-                kv_head += 1
+    """Gradients of one tile of keys and values over all query heads that share them; the parts' tiles queue up."""
+    index, kv_head = tl.program_id(0), tl.program_id(1)
+    tiles_of_0 = tl.cdiv(num_keys_0, BLOCK_N)
     if index < tiles_of_0:
         _key_gradient(index, kv_head, queries, grads, lse, delta, keys_0, values_0, row_start_0, row_end_0, tiles_0,
                       grad_k_0, grad_v_0, num_keys_0, scale, HEADS, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
@@ -329,7 +318,7 @@ def backward_keys(grad_out, q, parts: list[Part], lse, delta) -> list[tuple[torc
 
     arguments = _arguments([key_part(part, grad) for part, grad in zip(parts, grads)])
     tiles = sum(triton.cdiv(len(k), tiling.keys) for k, _, _ in parts)
-    _backward_keys[(tiles * parts[0][0].shape[1],)](
+    _backward_keys[(tiles, parts[0][0].shape[1])](
         _tiles_of(q, tiling.rows), _tiles_of(grad_out, tiling.rows), *values_of_rows, _scale(q), *arguments,
         PARTS=len(parts), **_shape(q, parts), **tiling.options,
     )  # fmt: skip

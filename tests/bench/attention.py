@@ -82,8 +82,11 @@ def measure(step, passes: int) -> dict[str, float]:
 
 
 def in_turn(steps: list, passes: int) -> list[dict[str, float]]:
-    """Of each step the median milliseconds and the bytes at its peak above those before. What is compared runs in turn,
-    a pass of each after the other: under load a card's clock falls by a tenth within seconds."""
+    """Of each step the median milliseconds and the bytes at its peak above those before.
+
+    What is compared takes turns, `passes` at a time and each time after a rest: under load a card's clock falls by a
+    tenth within seconds.
+    """
     measured = []
     for step in steps:
         for _ in range(2):
@@ -93,26 +96,28 @@ def in_turn(steps: list, passes: int) -> list[dict[str, float]]:
         before = torch.cuda.memory_allocated()
         step()
         torch.cuda.synchronize()
-        measured.append({"peak_bytes": torch.cuda.max_memory_allocated() - before})
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(passes * len(steps) + 1)]
-    torch.cuda._sleep(60_000_000 * len(steps))  # some 30 ms each for the host to get ahead
-    events[0].record()
-    for event, step in zip(events[1:], itertools.cycle(steps)):
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    gpu = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-    for i, (step, found) in enumerate(zip(steps, measured)):
-        walls = []
+        measured.append({"peak_bytes": torch.cuda.max_memory_allocated() - before, "gpu_ms": [], "wall_ms": []})
+    for _ in range(3):
+        for step, found in zip(steps, measured):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(passes + 1)]
+            torch.cuda._sleep(60_000_000)  # some 30 ms, in which the host gets ahead
+            events[0].record()
+            for event in events[1:]:
+                step()
+                event.record()
+            torch.cuda.synchronize()
+            found["gpu_ms"] += [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    for step, found in zip(steps, measured):
         for _ in range(3):
             began = time.perf_counter()
             for _ in range(passes):
                 step()
             torch.cuda.synchronize()
-            walls.append((time.perf_counter() - began) / passes * 1e3)
-        found["gpu_ms"] = round(statistics.median(gpu[i :: len(steps)]), 3)
-        found["wall_ms"] = round(statistics.median(walls), 3)
-    return measured
+            found["wall_ms"].append((time.perf_counter() - began) / passes * 1e3)
+    return [
+        {name: value if name == "peak_bytes" else round(statistics.median(value), 3) for name, value in found.items()}
+        for found in measured
+    ]
 
 
 def matmul_rate() -> float:
@@ -172,9 +177,9 @@ def same_length(n: int, matmul: float) -> list[dict]:
     """KSA over one document, and full causal attention and FlexAttention in turn with it where they end in time."""
     ksa = ksa_step(n)
     if n > 131_072:
-        return [finish("KSA", n, measure(ksa.step, 2), ksa.visible, ksa.inputs, matmul)]
+        return [finish("KSA", n, measure(ksa.step, 1), ksa.visible, ksa.inputs, matmul)]
     full, flex = full_step(n), flex_step(n)
-    of_ksa, of_full, of_flex = in_turn([ksa.step, full.step, flex.step], 5 if n > 32_768 else 20)
+    of_ksa, of_full, of_flex = in_turn([ksa.step, full.step, flex.step], 3 if n > 32_768 else 10)
     torch._dynamo.reset()
     ratio = {"ksa_is_faster": round(of_full["gpu_ms"] / of_ksa["gpu_ms"], 2)}
     return [
@@ -186,7 +191,7 @@ def same_length(n: int, matmul: float) -> list[dict]:
 
 def beside(base: Case, what: str, case: Case, matmul: float) -> dict:
     """A case in turn with the one document of 16 heads: its time over that one's, and the same for a visible key."""
-    of_base, found = in_turn([base.step, case.step], 5)
+    of_base, found = in_turn([base.step, case.step], 3)
     ratio = found["gpu_ms"] / of_base["gpu_ms"]
     return finish(what, case.n, found, case.visible, case.inputs, matmul) | {
         "one_document_ms": of_base["gpu_ms"],
