@@ -56,8 +56,8 @@ def _attend(acc, top, total, q, keys, values, row_start, row_end, tile, rows, in
 def _forward(queries, out, lse, num_rows, lse_stride, scale,
              keys_0, values_0, row_start_0, row_end_0, tiles_0, keys_1, values_1, row_start_1, row_end_1, tiles_1,
              PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HELD: tl.constexpr, HAS_STATE: tl.constexpr,
-             EMPTY_IS_PADDING: tl.constexpr):  # fmt: skip
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_STATE: tl.constexpr, EMPTY_IS_PADDING: tl.constexpr,
+             ):  # fmt: skip
     """One tile of rows of one head. HAS_STATE: `out` and `lse` hold the softmax over other keys, which goes on.
     EMPTY_IS_PADDING: a row that sees nothing in the last part is padding, whatever the others gave it."""
     index, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # causal rows: the longest first
@@ -72,7 +72,7 @@ def _forward(queries, out, lse, num_rows, lse_stride, scale,
     inside = rows < num_rows
     kept = inside[:, None] & (columns < D)[None, :]
     cells = rows.to(tl.int64)[:, None] * (HEADS * D) + head * D + columns[None, :]
-    query = queries.load([head, first, 0]).reshape(BLOCK_M, BLOCK_D) * HELD
+    query = queries.load([head, first, 0]).reshape(BLOCK_M, BLOCK_D)
     if HAS_STATE:
         before = tl.load(lse + head * lse_stride + rows, mask=inside, other=float("inf"))
         empty = before == float("inf")
@@ -84,11 +84,10 @@ def _forward(queries, out, lse, num_rows, lse_stride, scale,
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc, top, total = _attend(acc, top, total, query, keys_0, values_0, row_start_0, row_end_0, tiles_0 + 4 * index,
-                              rows, inside, head // GROUP, scale * LOG2_E / HELD, BLOCK_D, BLOCK_N)  # fmt: skip
+                              rows, inside, head // GROUP, scale * LOG2_E, BLOCK_D, BLOCK_N)  # fmt: skip
     if PARTS == 2:
         acc, top, total = _attend(acc, top, total, query, keys_1, values_1, row_start_1, row_end_1, tiles_1 + 4 * index,
-                                  rows, inside, head // GROUP, scale * LOG2_E / HELD, BLOCK_D,
-                                  BLOCK_N)  # fmt: skip
+                                  rows, inside, head // GROUP, scale * LOG2_E, BLOCK_D, BLOCK_N)  # fmt: skip
     saw_nothing = total == 0.0
     if EMPTY_IS_PADDING:
         start, end = row_start_0, row_end_0
@@ -124,8 +123,8 @@ def _backward_queries(queries, grads, out, lse, delta, grad_q, num_rows, lse_str
                       keys_0, values_0, row_start_0, row_end_0, tiles_0,
                       keys_1, values_1, row_start_1, row_end_1, tiles_1,
                       PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                      BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HELD: tl.constexpr,
-                      HAS_STATE: tl.constexpr, HAS_DELTA: tl.constexpr):  # fmt: skip
+                      BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_STATE: tl.constexpr,
+                      HAS_DELTA: tl.constexpr):  # fmt: skip
     """Gradient of one tile of query rows; with HAS_STATE it is added to what `grad_q` holds. Unless HAS_DELTA, `delta`,
     the sum of grad_out * out over a row, is computed here and left for the gradients of the keys."""
     index, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -148,16 +147,15 @@ def _backward_queries(queries, grads, out, lse, delta, grad_q, num_rows, lse_str
     else:
         row_delta = tl.sum(grad_rows.to(tl.float32) * tl.load(out + cells, mask=kept, other=0.0), 1)
         tl.store(delta + head * lse_stride + rows, row_delta, mask=inside)
-    query, grad_rows, row_delta = query * HELD, grad_rows * HELD, row_delta * HELD
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     grad = _query_gradient(grad, query, grad_rows, row_lse, row_delta, keys_0, values_0, row_start_0, row_end_0,
-                           tiles_0 + 4 * index, rows, inside, head // GROUP, scale * LOG2_E / HELD, BLOCK_D,
+                           tiles_0 + 4 * index, rows, inside, head // GROUP, scale * LOG2_E, BLOCK_D,
                            BLOCK_N)  # fmt: skip
     if PARTS == 2:
         grad = _query_gradient(grad, query, grad_rows, row_lse, row_delta, keys_1, values_1, row_start_1, row_end_1,
-                               tiles_1 + 4 * index, rows, inside, head // GROUP, scale * LOG2_E / HELD, BLOCK_D,
+                               tiles_1 + 4 * index, rows, inside, head // GROUP, scale * LOG2_E, BLOCK_D,
                                BLOCK_N)  # fmt: skip
-    grad *= scale / HELD
+    grad *= scale
     if HAS_STATE:
         grad += tl.load(grad_q + cells, mask=kept, other=0.0).to(tl.float32)
     tl.store(grad_q + cells, grad.to(grad_q.dtype.element_ty), mask=kept)
@@ -265,7 +263,7 @@ def tilings(head_dim: int, capability: tuple[int, int]) -> tuple[Tiling, Tiling,
         return Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 1)
     if capability != (8, 0) and capability[0] not in (9, 10):  # consumer cards: under 100 KiB of shared memory
         return Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2)
-    return Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2)  # two programs share a multiprocessor
+    return Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)  # two programs share a multiprocessor
 
 
 # keys and values [N, G, d] and the rows' ranges over them
@@ -285,8 +283,7 @@ def forward(q, parts: list[Part], out, lse, *, has_state: bool, empty_is_padding
     _forward[(triton.cdiv(len(q), tiling.rows), q.shape[1])](
         _tiles_of(q, tiling.rows), out, lse, len(q), lse.stride(0), _scale(q),
         *_arguments([_row_part(part, tiling) for part in parts]),
-        PARTS=len(parts), HELD=_held(q), HAS_STATE=has_state, EMPTY_IS_PADDING=empty_is_padding, **_shape(q, parts),
-        **tiling.options,
+        PARTS=len(parts), HAS_STATE=has_state, EMPTY_IS_PADDING=empty_is_padding, **_shape(q, parts), **tiling.options,
     )  # fmt: skip
 
 
@@ -299,7 +296,7 @@ def backward_queries(grad_out, q, parts: list[Part], out, lse, delta, grad_q, *,
     _backward_queries[(triton.cdiv(len(q), tiling.rows), q.shape[1])](
         _tiles_of(q, tiling.rows), _tiles_of(grad_out, tiling.rows), out, lse, delta, grad_q, len(q), lse.stride(0),
         _scale(q), *_arguments([_row_part(part, tiling) for part in parts]),
-        PARTS=len(parts), HELD=_held(q), HAS_STATE=has_state, HAS_DELTA=has_delta, **_shape(q, parts), **tiling.options,
+        PARTS=len(parts), HAS_STATE=has_state, HAS_DELTA=has_delta, **_shape(q, parts), **tiling.options,
     )  # fmt: skip
 
 
@@ -366,12 +363,6 @@ def _tilings(q: torch.Tensor) -> tuple[Tiling, Tiling, Tiling]:
 
 def _block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))  # a matrix instruction takes 16 features at least
-
-
-def _held(q: torch.Tensor) -> float:
-    """What the tiles of rows are multiplied by, exactly, so that products take them from registers: the compiler keeps
-    there what it has computed, and in shared memory what it has loaded. Larger heads leave no registers for that."""
-    return 0.5 if q.shape[-1] <= 128 else 1.0
 
 
 def _scale(q: torch.Tensor) -> float:

@@ -180,6 +180,17 @@ def test_thousands_of_rows(dtype, k, window, heads, kv_heads):
 
 
 @gpu
+@pytest.mark.parametrize("mixer", ["F", "S", "C"])
+@pytest.mark.parametrize("heads,kv_heads,head_dim", [(8, 2, 64), (4, 4, 64), (4, 4, 128), (4, 1, 96)])
+def test_text_mixers_at_real_sizes(mixer, heads, kv_heads, head_dim):
+    """Many tiles a document, as small ones of a few heads never have: compilers have got those right and these wrong."""
+    pack = make_layout([2900, 64, 1537, 200, 1, 1021, 4500], 8, 1, 3)
+    size = {"F": 0, "S": 136, "C": 16}[mixer]
+    inputs = draw(pack, heads, kv_heads, head_dim)[:3]
+    compare(text(pack, mixer, size), text(pack, mixer, size, "blocked"), inputs, pack)
+
+
+@gpu
 def test_library_runs_at_real_sizes():
     """A document long enough for cuDNN by the real threshold, against the blocked path in fp32."""
     pack = make_layout([24_001, 5], 8, 1, 0)
