@@ -106,41 +106,41 @@ class Gradient:
         q = self._q
         parts = [(_rows_apart(k), _rows_apart(v), ranges) for k, v, ranges in parts]
         split = [ranges.causal_split(_min_run_steps(q)) for _, _, ranges in parts]
-        rests = [(k, v, rest) for (k, v, _), (_, rest) in zip(parts, split)]
         grads = [_KeySums(k, v) for k, v, _ in parts]
         runs_of_all = [run for runs, _ in split for run in runs]
+        # Parts that runs take whole are done with them. Those that nobody sees are not left out: a kernel for every mix
+        # of documents would be compiled in the middle of training.
+        rests = [((k, v, rest), sums) for (k, v, _), (runs, rest), sums in zip(parts, split, grads)
+                 if rest.visible_keys or not runs]  # fmt: skip
         # Runs first: what their calls write the Triton kernels then add to in passing. But where a part has both, its
         # keys' gradients would stand twice in memory.
         rests_first = not runs_of_all or any(runs and rest.visible_keys for runs, rest in split)
         if rests_first:
-            self._add_rests(rests, grads)
+            self._add_rests(rests)
         adding = self.grad_q is not None
         if self.grad_q is None:
             self.grad_q = torch.empty_like(q)
             zero_outside(self.grad_q, [run.rows for run in runs_of_all])
+        share = CALL_SHARE if rests_first or not rests else 2 * CALL_SHARE
         for (k, v, _), (runs, _), sums in zip(parts, split, grads):
             for run in sorted(runs, key=lambda run: run.keys.start - run.keys.stop):  # the widest first
                 sums.begin(run.keys)
-                for call in _calls(run, q, k, CALL_SHARE if rests_first or not _visible(rests) else 2 * CALL_SHARE):
+                for call in _calls(run, q, k, share):
                     self._add_call(call, k, v, sums, adding or not call.is_first)
-        if not rests_first:
-            self._add_rests(rests, grads)
+        if rests and not rests_first:
+            self._add_rests(rests)
         return [sums.finish() for sums in grads]
 
-    def _add_rests(self, rests: list[Part], grads: list[_KeySums]) -> None:
-        seen = [i for i, (_, _, ranges) in enumerate(rests) if ranges.visible_keys]
-        if not seen:
-            return
-        rests = [rests[i] for i in seen]
-        q, grad_out, softmax = self._q, self._grad_out, self._softmax
+    def _add_rests(self, rests: list[tuple[Part, _KeySums]]) -> None:
+        q, grad_out, softmax, parts = self._q, self._grad_out, self._softmax, [part for part, _ in rests]
         has_state, has_delta = self.grad_q is not None, self._delta is not None
         self.grad_q = self.grad_q if self.grad_q is not None else torch.empty_like(q)
         self._delta = self._delta if self._delta is not None else triton_attention.row_values(q)
         joint = softmax.out, softmax.lse, self._delta, self.grad_q
-        triton_attention.backward_queries(grad_out, q, rests, *joint, has_state=has_state, has_delta=has_delta)
-        found = triton_attention.backward_keys(grad_out, q, rests, softmax.lse, self._delta)
-        for i, (of_keys, of_values) in zip(seen, found):
-            grads[i].take(of_keys, of_values)
+        triton_attention.backward_queries(grad_out, q, parts, *joint, has_state=has_state, has_delta=has_delta)
+        found = triton_attention.backward_keys(grad_out, q, parts, softmax.lse, self._delta)
+        for (_, sums), of_part in zip(rests, found):
+            sums.take(*of_part)
 
     def _add_call(self, call: _Call, k, v, sums: _KeySums, adding: bool) -> None:
         assert self.grad_q is not None
@@ -189,8 +189,6 @@ class _KeySums:
         self.k, self.v, self._written = k, v, [range(len(k))]
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._written:
-            self.begin(range(0))
         for total in (self.k, self.v):
             zero_outside(total, self._written)
         return self.k, self.v
@@ -252,8 +250,9 @@ def _calls(run: CausalRun, q: torch.Tensor, k: torch.Tensor, share: float) -> It
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     least = SMALL_CALL // (run.num_rows * q.shape[-1] * q.element_size())
     most = min(heads, max(1, least, int(heads * share * (1 + 1 / group) / 2)))
-    # Calls are alike, and their heads fill their key/value heads or share one.
-    at_once = max(n for n in range(1, most + 1) if heads % n == 0 and (n % group == 0 or group % n == 0))
+    # Heads of a call fill their key/value heads or share one; calls are alike, unless that would double their number.
+    fit = [n for n in range(1, most + 1) if n % group == 0 or group % n == 0]
+    at_once = max([n for n in fit if heads % n == 0 and 2 * n > fit[-1]] or fit)
     end = run.triangle_key + run.num_steps * run.step_keys
     for first in range(0, heads, at_once):
         some = slice(first, min(first + at_once, heads))

@@ -25,7 +25,9 @@ from ksa_model.fp8 import product, quantize_rows
 from ksa_model.ranges import zero_outside
 from ksa_model.rows import triton_module
 
-FEW_ROWS = 16  # up to which products without gradients go to the kernels of decoding; cuBLAS is as good beyond
+# Up to so many rows products without gradients go to the kernels of decoding. cuBLAS is as good beyond, and for fp32,
+# which the matrix units do not multiply exactly, from three rows on.
+FEW_ROWS, FEW_ROWS_FP32 = 16, 2
 
 
 class Norm(NamedTuple):
@@ -208,8 +210,11 @@ def _remakes(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def decoding(x: torch.Tensor, most: int = FEW_ROWS) -> ModuleType | None:
-    """The kernels for few rows x, `most` of them, where no gradients are asked for."""
+def decoding(x: torch.Tensor, most: int | None = None) -> ModuleType | None:
+    """The kernels for few rows x, where no gradients are asked for: up to `most` rows, or as many as their products are
+    the fastest for."""
+    if most is None:
+        most = FEW_ROWS if x.element_size() == 2 else FEW_ROWS_FP32
     if x.is_cuda and len(x) <= most and not torch.is_grad_enabled():
         return triton_module("triton_decode")
     return None

@@ -205,10 +205,11 @@ class TensorParallel:
 
 
 def _is_followed_by(x: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether rows of one tensor stand behind each other. Adjacent addresses alone are no sign: allocators give them to
-    tensors that have nothing to do with each other."""
+    """Whether they are rows of one tensor, one behind the other. Adjacent addresses alone are no sign: allocators give
+    them to tensors that have nothing to do with each other."""
     same = x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-    return same and x.storage_offset() + x.numel() == other.storage_offset()
+    behind = same and x.storage_offset() + x.numel() == other.storage_offset()
+    return behind and x.is_contiguous() and other.is_contiguous()
 
 
 def _normal(std: float):

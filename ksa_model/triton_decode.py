@@ -1,6 +1,6 @@
 """Kernels of decoding: attention of one row a request over its cache, which takes the row's own key and value in,
-summarising a chunk that stands there, and products of one or two rows with weights, the norm before and what follows in
-the same launch.
+summarising a chunk that stands there, and products of a few rows with weights, the norm before and what follows in the
+same launch.
 
 Decoding reads every weight and every cached key once a token; what else it does must be few launches. All kernels have
 fixed shapes and read lengths from the device, so that a CUDA graph can hold them.
@@ -492,7 +492,7 @@ def _tile(rows: int, is_normed: bool, is_gated: bool) -> dict[str, int]:
     if is_gated:
         return dict(FEATURES=8 if rows == 1 else 2, DEPTH=512, num_warps=1)
     if is_normed:
-        return dict(FEATURES=2 * rows, DEPTH=512, num_warps=1)
+        return dict(FEATURES=4 if rows == 2 else 2, DEPTH=512, num_warps=1)
     return dict(FEATURES=2, DEPTH=1024, num_warps=4)
 
 
@@ -514,6 +514,11 @@ def _launch(x, weights, gain=None, eps=0.0, residual=None, is_gated=False) -> li
     elif rows:
         _few_rows[(programs,)](*operands, *features, size, eps, **kind, ROWS=rows, **tile)
     return outs
+
+
+def _stages(d: int, dtype: torch.dtype) -> int:
+    """Of the pipeline over a cache: the third tile of longer rows would not fit into shared memory."""
+    return 3 if d * dtype.itemsize <= 256 else 2
 
 
 def _precision(x: torch.Tensor) -> str:
@@ -552,7 +557,7 @@ def attend(
         q, k, v, buffer[0], buffer[1], positions, parts, weights, arrivals, out, *own, buffer.shape[3], kv_heads,
         d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group,
         ROWS_Q=max(16, triton.next_power_of_2(group)), D=d, BLOCK_D=max(16, triton.next_power_of_2(d)),
-        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=_precision(q), SUMMARIES=m, num_stages=3,
+        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=_precision(q), SUMMARIES=m, num_stages=_stages(d, q.dtype),
         GROUP_2=triton.next_power_of_2(group), **_tile_of_summaries(rule, group, m),
     )  # fmt: skip
     return out

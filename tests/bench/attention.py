@@ -84,8 +84,8 @@ def measure(step, passes: int) -> dict[str, float]:
 def in_turn(steps: list, passes: int) -> list[dict[str, float]]:
     """Of each step the median milliseconds and the bytes at its peak above those before.
 
-    What is compared takes turns, `passes` at a time and each time after a rest: under load a card's clock falls by a
-    tenth within seconds.
+    For `gpu_ms`, which is what rows compare, the steps take turns, `passes` at a time, each time after some 30 ms in
+    which the card waits and the host gets ahead: under load a card's clock falls by a tenth within seconds.
     """
     measured = []
     for step in steps:
@@ -100,7 +100,7 @@ def in_turn(steps: list, passes: int) -> list[dict[str, float]]:
     for _ in range(3):
         for step, found in zip(steps, measured):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(passes + 1)]
-            torch.cuda._sleep(60_000_000)  # some 30 ms, in which the host gets ahead
+            torch.cuda._sleep(60_000_000)
             events[0].record()
             for event in events[1:]:
                 step()
@@ -190,13 +190,15 @@ def same_length(n: int, matmul: float) -> list[dict]:
 
 
 def beside(base: Case, what: str, case: Case, matmul: float) -> dict:
-    """A case in turn with the one document of 16 heads: its time over that one's, and the same for a visible key."""
+    """A case in turn with the one document of 16 heads: its time over that one's, and the same for equal work: query-key
+    pairs times heads times features."""
     of_base, found = in_turn([base.step, case.step], 3)
     ratio = found["gpu_ms"] / of_base["gpu_ms"]
+    work, base_work = (x.visible * x.inputs[0].shape[1:].numel() for x in (case, base))
     return finish(what, case.n, found, case.visible, case.inputs, matmul) | {
         "one_document_ms": of_base["gpu_ms"],
         "times_one_document": round(ratio, 3),
-        "for_a_visible_key": round(ratio * base.visible / case.visible, 3),
+        "for_equal_work": round(ratio * base_work / work, 3),
     }
 
 

@@ -162,6 +162,31 @@ def test_long_stretches_go_to_the_library(monkeypatch, lengths, m):
     compare(text(pack, "F", 0), text(pack, "F", 0, "reference"), draw(pack, 4, 2, 16)[:3], pack)
 
 
+@pytest.mark.parametrize(
+    "heads,kv_heads,share,number",
+    [
+        (16, 16, 0.16, 8),
+        (16, 16, 0.32, 4),
+        (32, 8, 0.32, 8),
+        (14, 2, 0.16, 14),
+        (22, 22, 0.16, 11),
+        (22, 22, 0.32, 4),
+        (17, 17, 0.16, 9),
+        (40, 8, 0.32, 8),
+    ],
+)
+def test_calls_have_every_head_once(heads, kv_heads, share, number):
+    pack = make_layout([131_072], 8, 1, 0)
+    (run,), _ = pack.far_ranges(128).causal_split(fused.MIN_RUN_STEPS)
+    q, k = (torch.empty(pack.num_text, n, 128, dtype=torch.bfloat16, device="meta") for n in (heads, kv_heads))
+    calls = list(fused._calls(run, q, k, share))
+    assert len(calls) == number
+    assert [head for call in calls for head in range(heads)[call.heads]] == list(range(heads))
+    for call in calls:
+        group = heads // kv_heads
+        assert {head // group for head in range(heads)[call.heads]} == set(range(kv_heads)[call.kv_heads])
+
+
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256] if ON_GPU else [24])
 def test_head_dimensions(head_dim):
     pack = make_layout([75, 120, 9] if ON_GPU else [43, 9], 8, 1, 2)
@@ -183,7 +208,7 @@ def test_thousands_of_rows(dtype, k, window, heads, kv_heads):
 @pytest.mark.parametrize("mixer", ["F", "S", "C"])
 @pytest.mark.parametrize("heads,kv_heads,head_dim", [(8, 2, 64), (4, 4, 64), (4, 4, 128), (4, 1, 96)])
 def test_text_mixers_at_real_sizes(mixer, heads, kv_heads, head_dim):
-    """Many tiles a document, as small ones of a few heads never have: compilers have got those right and these wrong."""
+    """Many tiles a document, as small ones of a few heads never have: a compiler has got those right, these wrong."""
     pack = make_layout([2900, 64, 1537, 200, 1, 1021, 4500], 8, 1, 3)
     size = {"F": 0, "S": 136, "C": 16}[mixer]
     inputs = draw(pack, heads, kv_heads, head_dim)[:3]

@@ -73,3 +73,5 @@ def test_streams_side_by_side_are_joined_without_a_copy(world):
     text, summary = torch.from_numpy(memory[:3]), torch.from_numpy(memory[3:])
     assert text.data_ptr() + text.nbytes == summary.data_ptr()
     assert join(text, summary).tolist() == memory.tolist()
+    rows = torch.arange(24.0).view(6, 4)  # halves of rows, which lie between each other
+    assert join(rows[:2, :2], rows[1:3, :2])[:, 0].tolist() == [0, 4, 4, 8]

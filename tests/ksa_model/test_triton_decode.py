@@ -45,7 +45,8 @@ def seen_rows(position, rule, rows):
     return near + [rule.ring + i for i in range(max(oldest, 0) * rule.own) if rule.window >= 0]
 
 
-@pytest.mark.parametrize("heads, kv_heads, d", [(4, 2, 16), (8, 1, 24), (2, 2, 64)])
+@pytest.mark.parametrize("heads, kv_heads, d", [(4, 2, 16), (8, 1, 24), (2, 2, 64), (6, 2, 24)])
+@pytest.mark.parametrize("programs", [24, 3], ids=["several shares", "one share"])  # some of several are empty
 @pytest.mark.parametrize(
     "rule, positions",
     [
@@ -58,8 +59,8 @@ def seen_rows(position, rule, rows):
     ],
     ids=str,
 )
-def test_attend(monkeypatch, heads, kv_heads, d, rule, positions):
-    monkeypatch.setattr(triton_decode, "PROGRAMS", 24)  # several shares each, some of them empty
+def test_attend(monkeypatch, heads, kv_heads, d, rule, positions, programs):
+    monkeypatch.setattr(triton_decode, "PROGRAMS", programs)
     rows = max(max(seen_rows(position, rule, 0)) for position in positions) + 3
     q, k, v = draw(3, heads, d), draw(3, kv_heads, d, seed=2), draw(3, kv_heads, d, seed=3)
     buffer = draw(2, 3, kv_heads, rows, d, seed=1)
@@ -150,11 +151,12 @@ def test_products_of_few_rows(rows, size):
     got = triton_decode.project(x, gain, 1e-6, [Target(*span, w) for span, w in zip(spans, weights)])
     for out, (start, stop), weight in zip(got, spans, weights, strict=True):
         torch.testing.assert_close(out, normed[start:stop] @ weight.t(), rtol=1e-4, atol=1e-4)
-    gate, up, down = draw(40, size, seed=8), draw(40, size, seed=9), draw(size, 40, seed=10)
+    gate, up = draw(40, size, seed=8), draw(40, size, seed=9)
     product = plain_swiglu(normed @ gate.t(), normed @ up.t())
     torch.testing.assert_close(triton_decode.gated(x, gain, 1e-6, gate, up), product, rtol=1e-3, atol=1e-3)
-    want = x + product @ down.t()
-    torch.testing.assert_close(triton_decode.add_product(x, product, down), want, rtol=1e-4, atol=1e-3)
+    down = draw(40, size, seed=10)
+    want = product + x @ down.t()
+    torch.testing.assert_close(triton_decode.add_product(product, x, down), want, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(layer_pattern="KSCF", window_chunks=0, summary_tokens=2)], ids=str)
@@ -182,12 +184,50 @@ def test_a_whole_model_with_these_kernels(world, monkeypatch, changes, several):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 16])
 def test_products_in_bf16(rows):
+    """At the sizes of a real model, where every tile is walked over many times."""
+
+    def drawn(*shape, seed=0):
+        return (draw(*shape, seed=seed) / shape[-1] ** 0.5).bfloat16()
+
+    def check(found, want):
+        assert (found.double() - want).norm() / want.norm() < 6e-3
+
     x, gain = draw(rows, 2560, dtype=torch.bfloat16), draw(2560, seed=1, dtype=torch.bfloat16)
-    weights = [(draw(n, 2560, seed=n) / 50).bfloat16() for n in (4096, 1024, 1000)]
+    weights = [drawn(n, 2560, seed=n) for n in (4096, 1024, 1000)]
     normed = plain_rms_norm(x.double(), gain.double(), 1e-6)
     for out, weight in zip(triton_decode.project(x, gain, 1e-6, [Target(0, rows, w) for w in weights]), weights):
-        want = normed @ weight.double().t()
-        assert (out.double() - want).norm() / want.norm() < 6e-3
+        check(out, normed @ weight.double().t())
+    gate, up, down = drawn(9728, 2560, seed=2), drawn(9728, 2560, seed=3), drawn(2560, 9728, seed=4)
+    product = plain_swiglu(normed @ gate.double().t(), normed @ up.double().t())
+    check(triton_decode.gated(x, gain, 1e-6, gate, up), product)
+    check(triton_decode.add_product(x, product.bfloat16(), down), x + product.bfloat16().double() @ down.double().t())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("rule", [Rule(0, 8, 0, 0), Rule(1032, 8, 128, 1)], ids=str)
+def test_attend_in_bf16(batch, rule):
+    """A long cache in all its shares, against a softmax over what is seen."""
+    positions = torch.tensor([16_000 - 997 * i for i in range(batch)], device=DEVICE)
+    seen = [seen_rows(int(position), rule, 0) for position in positions]
+    rows = 1 + max(max(slots) for slots in seen)
+    q, k, v = (draw(batch, heads, 128, seed=heads, dtype=torch.bfloat16) for heads in (32, 8, 8))
+    buffer = draw(2, batch, 8, rows, 128, seed=1, dtype=torch.bfloat16)
+    arrivals = torch.zeros(8 * batch, dtype=torch.int32, device=DEVICE)
+    out = triton_decode.attend(q, k, v, buffer, positions, arrivals, rule, torch.empty_like(q))
+    for i, slots in enumerate(seen):  # the buffer holds k and v by now
+        keys, values = buffer[:, i, :, slots].double()
+        scores = torch.einsum("gqd,gnd->gqn", q[i].double().unflatten(0, (8, 4)), keys) * 128**-0.5
+        want = (scores.softmax(-1) @ values).flatten(0, 1)
+        assert (out[i].double() - want).norm() / want.norm() < 6e-3
+    assert not arrivals.any()
+
+
+def test_cache_tiles_fit_into_shared_memory():
+    """Of every pipeline stage a tile of keys and one of values, beside the queries: 99 KiB on consumer cards."""
+    for d, dtype in ((64, torch.float32), (128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)):
+        tile = triton_decode.BLOCK_ROWS * d * dtype.itemsize
+        assert 2 * triton_decode._stages(d, dtype) * tile <= 2**17, "more than two stages of the longest rows had"
 
 
 @pytest.mark.gpu
