@@ -132,7 +132,7 @@ def _save(figure: Any, axes: Any, path: Path, legend: bool) -> Path:
     from matplotlib import pyplot
 
     if legend:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # lines go anywhere inside
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

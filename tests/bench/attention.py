@@ -190,8 +190,8 @@ def same_length(n: int, matmul: float) -> list[dict]:
 
 
 def beside(base: Case, what: str, case: Case, matmul: float) -> dict:
-    """A case in turn with the one document of 16 heads: its time over that one's, and the same for equal work: query-key
-    pairs times heads times features."""
+    """A case in turn with the one document of 16 heads: its time over that one's, and the same for equal work, which is
+    visible query-key pairs times heads times features."""
     of_base, found = in_turn([base.step, case.step], 3)
     ratio = found["gpu_ms"] / of_base["gpu_ms"]
     work, base_work = (x.visible * x.inputs[0].shape[1:].numel() for x in (case, base))
