@@ -11,7 +11,6 @@ probes of `data_pipeline.probe_tasks`. Everything runs through the training forw
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import yaml
 
 from data_pipeline import DataConfig, Loader, Samples, Tokenizer, open_data
 from data_pipeline.config import TASKS
+from data_pipeline.storage import write_json
 from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
@@ -224,7 +224,7 @@ def main() -> int:
 
     out = Path(config.out or directory)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.json").write_text(json.dumps({"run": str(directory), **result}, indent=1) + "\n")
+    write_json(out / "evaluation.json", {"run": str(directory), **result})
     print(plots.table(result))
     for path in [out / "evaluation.json", *plots.draw(result, out)]:
         print(path)

@@ -1,8 +1,9 @@
 """Does KSA remember at 1/k of the cache? `python -m tests.bench.evidence [key=value ...]`
 
 Trains the small models of `configs/evidence/`, several at a time on each device, evaluates each when it is done, writes
-docs/results/ksa_vs_full.json with pictures, and prints a table. Started again, it goes on where it stopped; the report
-takes what is there, and keeps what the file already holds of other runs and seeds.
+docs/results/ksa_vs_full.json with pictures, and prints a table. The file is written anew after every evaluation, so
+that whatever ends the driver takes nothing evaluated with it, and keeps what it already holds of other runs and seeds.
+Started again, the driver goes on where it stopped.
 
     only=NAME,...      some of the runs              seeds=0,1,2       of the weights
     phases=train,path,evaluate,report                steps=N           of each run but `path` and `scratch_extra`
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ def main() -> None:
     seeds, phases = _list(options["seeds"]), _list(options["phases"])
     if "train" in phases:
         prepare(options)
-    run_all(list(jobs(names, seeds, phases, options)), options)
-    if "report" in phases:
+    reports = "report" in phases
+    run_all(list(jobs(names, seeds, phases, options)), options, lambda: collect(options) if reports else None)
+    if reports:
         report(options)
 
 
@@ -132,9 +134,9 @@ def evaluate_command(directory: Path, options: dict[str, Any]) -> list[str]:
     ]
 
 
-def run_all(waiting: list[Job], options: dict[str, Any]) -> None:
+def run_all(waiting: list[Job], options: dict[str, Any], evaluated: Callable[[], object]) -> None:
     """Run the jobs, on each device as many at a time as `parallel` says; one that fails is told of and what does not
-    need it goes on."""
+    need it goes on. `evaluated` is called after each evaluation."""
     logs = ROOT / options["root"] / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     devices = workload.visible_gpus() or [""]  # of a CPU alone: one, without a name
@@ -159,6 +161,8 @@ def run_all(waiting: list[Job], options: dict[str, Any]) -> None:
                 continue
             del running[name]
             print(f"{name}: exit code {process.returncode} after {time.monotonic() - began:.0f} s", flush=True)
+            if process.returncode == 0 and name.startswith("evaluate-"):
+                evaluated()
             if process.returncode not in (0, REQUEUE):
                 lost = [job for job in waiting if job.after == name]
                 waiting = [job for job in waiting if job.after != name]
@@ -172,7 +176,20 @@ def places(name: str, seed: str, options: dict[str, Any]) -> list[Path]:
 
 
 def report(options: dict[str, Any]) -> None:
-    """Numbers of every evaluated run, their mean and spread over seeds, pictures, and a table in Markdown."""
+    """Pictures of every evaluated run and a table in Markdown: mean and spread over seeds."""
+    runs, out = collect(options), ROOT / options["out"]
+    if not runs:
+        raise SystemExit(f"error: {options['root']} holds no evaluation.json: run phases=train,evaluate first")
+    for figure, members in FIGURES.items():
+        chosen = {name: runs[name] for name in members if name in runs}
+        if chosen:
+            evaluation_plots.recall_by_distance(chosen, out / f"ksa_vs_full_{figure}_distance.png")
+            evaluation_plots.recall_by_cache(chosen, out / f"ksa_vs_full_{figure}_cache.png")
+    print(markdown(runs))
+
+
+def collect(options: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Numbers of every evaluated run by name, written to a file beside what it held of others."""
     root, out = ROOT / options["root"], ROOT / options["out"]
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(root.rglob("evaluation.json")):
@@ -192,7 +209,7 @@ def report(options: dict[str, Any]) -> None:
         }
         runs.setdefault(name, []).append(facts | json.loads(path.read_text()))
     if not runs:
-        raise SystemExit(f"error: {root} holds no evaluation.json: run phases=train,evaluate first")
+        return runs
     out.mkdir(parents=True, exist_ok=True)
     path, lengths = out / "ksa_vs_full.json", next(iter(runs.values()))[0]["lengths"]
     for name, earlier in (json.loads(path.read_text())["runs"] if path.exists() else {}).items():
@@ -204,14 +221,10 @@ def report(options: dict[str, Any]) -> None:
         fresh = {run["seed"] for run in runs.get(name, [])}
         found = [run for run in earlier if run["seed"] not in fresh] + runs.get(name, [])
         runs[name] = sorted(found, key=lambda run: run["seed"])
-    result = {"command": "python -m tests.bench.evidence " + " ".join(sys.argv[1:]), "runs": dict(sorted(runs.items()))}
+    runs = dict(sorted(runs.items()))
+    result = {"command": "python -m tests.bench.evidence " + " ".join(sys.argv[1:]), "runs": runs}
     path.write_text(json.dumps(result, indent=1) + "\n")
-    for figure, members in FIGURES.items():
-        chosen = {name: runs[name] for name in members if name in runs}
-        if chosen:
-            evaluation_plots.recall_by_distance(chosen, out / f"ksa_vs_full_{figure}_distance.png")
-            evaluation_plots.recall_by_cache(chosen, out / f"ksa_vs_full_{figure}_cache.png")
-    print(markdown(runs))
+    return runs
 
 
 def markdown(runs: dict[str, list[dict[str, Any]]]) -> str:
