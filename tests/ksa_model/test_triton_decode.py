@@ -216,7 +216,7 @@ def test_attend_in_bf16(batch, rule):
     arrivals = torch.zeros(8 * batch, dtype=torch.int32, device=DEVICE)
     out = triton_decode.attend(q, k, v, buffer, positions, arrivals, rule, torch.empty_like(q))
     for i, slots in enumerate(seen):  # the buffer holds k and v by now
-        keys, values = buffer[:, i, :, slots].double()
+        keys, values = buffer[:, i][:, :, slots].double()
         scores = torch.einsum("gqd,gnd->gqn", q[i].double().unflatten(0, (8, 4)), keys) * 128**-0.5
         want = (scores.softmax(-1) @ values).flatten(0, 1)
         assert (out[i].double() - want).norm() / want.norm() < 6e-3
