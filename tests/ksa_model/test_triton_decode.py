@@ -189,8 +189,8 @@ def test_products_in_bf16(rows):
     def drawn(*shape, seed=0):
         return (draw(*shape, seed=seed) / shape[-1] ** 0.5).bfloat16()
 
-    def check(found, want):
-        assert (found.double() - want).norm() / want.norm() < 6e-3
+    def check(found, want, tolerance=6e-3):
+        assert (found.double() - want).norm() / want.norm() < tolerance
 
     x, gain = draw(rows, 2560, dtype=torch.bfloat16), draw(2560, seed=1, dtype=torch.bfloat16)
     weights = [drawn(n, 2560, seed=n) for n in (4096, 1024, 1000)]
@@ -199,7 +199,7 @@ def test_products_in_bf16(rows):
         check(out, normed @ weight.double().t())
     gate, up, down = drawn(9728, 2560, seed=2), drawn(9728, 2560, seed=3), drawn(2560, 9728, seed=4)
     product = plain_swiglu(normed @ gate.double().t(), normed @ up.double().t())
-    check(triton_decode.gated(x, gain, 1e-6, gate, up), product)
+    check(triton_decode.gated(x, gain, 1e-6, gate, up), product, 1e-2)  # both factors are rounded
     check(triton_decode.add_product(x, product.bfloat16(), down), x + product.bfloat16().double() @ down.double().t())
 
 
