@@ -150,11 +150,11 @@ class Gradient:
         _put(call.rows_of(self.grad_q), call.flat(call_q), adding)
         shares_keys = call.heads.start % (self._q.shape[1] // k.shape[1]) > 0  # with heads of a call before
         for total, found in ((sums.k, call_k), (sums.v, call_v)):
-            target = call.keys_of(total).transpose(0, 1)
-            if sums.adding or shares_keys or len(found) == 1:
-                _put(target, found[0] if len(found) == 1 else found.sum(0), sums.adding or shares_keys)
-            else:
+            target, is_first = call.keys_of(total).transpose(0, 1), not (sums.adding or shares_keys)
+            if is_first and len(found) > 1:
                 torch.sum(found, 0, out=target)
+            else:
+                _put(target, found[0] if len(found) == 1 else found.sum(0), adding=not is_first)
 
 
 def _put(target: torch.Tensor, found: torch.Tensor, adding: bool) -> None:

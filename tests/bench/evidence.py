@@ -33,6 +33,7 @@ import torch
 import yaml
 
 import data_pipeline
+from data_pipeline.storage import write_json
 from tests.bench import workload
 from train import checkpoint, evaluation_plots
 from train.metrics import read_records
@@ -223,7 +224,7 @@ def collect(options: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         runs[name] = sorted(found, key=lambda run: run["seed"])
     runs = dict(sorted(runs.items()))
     result = {"command": "python -m tests.bench.evidence " + " ".join(sys.argv[1:]), "runs": runs}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)  # whole or not at all, whenever the driver is ended
     return runs
 
 

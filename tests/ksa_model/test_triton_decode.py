@@ -224,10 +224,11 @@ def test_attend_in_bf16(batch, rule):
 
 
 def test_cache_tiles_fit_into_shared_memory():
-    """Of every pipeline stage a tile of keys and one of values, beside the queries: 99 KiB on consumer cards."""
+    """A tile of keys and one of values for every pipeline stage but the one in use take no more than two thirds of the
+    99 KiB that consumer cards have: queries and what is merged want some too."""
     for d, dtype in ((64, torch.float32), (128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)):
         tile = triton_decode.BLOCK_ROWS * d * dtype.itemsize
-        assert 2 * triton_decode._stages(d, dtype) * tile <= 2**17, "more than two stages of the longest rows had"
+        assert 2 * (triton_decode._stages(d, dtype) - 1) * tile <= 2**16
 
 
 @pytest.mark.gpu
