@@ -172,8 +172,13 @@ def _key_gradient(index, kv_head, queries, grads, lse, delta, keys, values, row_
     key = keys.load([kv_head, first, 0]).reshape(BLOCK_N, BLOCK_D)
     value = values.load([kv_head, first, 0]).reshape(BLOCK_N, BLOCK_D)
     sum_k, sum_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    # From the last row back: the far keys of a document are seen from different rows on, but all of them to its end, so
+    # programs that start there together find each other's rows in the cache.
+    lowest = lo // BLOCK_M * BLOCK_M
+    steps = tl.cdiv(hi - lowest, BLOCK_M)
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        for m in tl.range(lo // BLOCK_M * BLOCK_M, hi, BLOCK_M):
+        for step in tl.range(0, steps):
+            m = lowest + (steps - 1 - step) * BLOCK_M
             # Rows beyond the last are all zero, log-sum-exp and gradient too, and add nothing.
             query = queries.load([head, m, 0]).reshape(BLOCK_M, BLOCK_D)
             row_lse = lse.load([head, m]).reshape(BLOCK_M) * LOG2_E
@@ -201,16 +206,19 @@ def _backward_keys(queries, grads, lse, delta, scale,
                    keys_1, values_1, row_start_1, row_end_1, tiles_1, grad_k_1, grad_v_1, num_keys_1,
                    PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Gradients of one tile of keys and values over all query heads that share them; the parts' tiles queue up."""
-    index, kv_head = tl.program_id(0), tl.program_id(1)
-    tiles_of_0 = tl.cdiv(num_keys_0, BLOCK_N)
-    if index < tiles_of_0:
-        _key_gradient(index, kv_head, queries, grads, lse, delta, keys_0, values_0, row_start_0, row_end_0, tiles_0,
-                      grad_k_0, grad_v_0, num_keys_0, scale, HEADS, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
+    """Gradients of one tile of keys and values over all query heads that share them. The parts' tiles queue up: of all
+    heads those of the first, whose keys many rows see, so that short work is left for the end."""
+    index = tl.program_id(0)
+    tiles_of_0, tiles_of_1 = tl.cdiv(num_keys_0, BLOCK_N), tl.cdiv(num_keys_1, BLOCK_N)
+    if index < tiles_of_0 * (HEADS // GROUP):
+        _key_gradient(index % tiles_of_0, index // tiles_of_0, queries, grads, lse, delta, keys_0, values_0,
+                      row_start_0, row_end_0, tiles_0, grad_k_0, grad_v_0, num_keys_0, scale,
+                      HEADS, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
     elif PARTS == 2:
-        _key_gradient(index - tiles_of_0, kv_head, queries, grads, lse, delta, keys_1, values_1, row_start_1, row_end_1,
-                      tiles_1, grad_k_1, grad_v_1, num_keys_1, scale, HEADS, GROUP, D, BLOCK_D, BLOCK_M,
-                      BLOCK_N)  # fmt: skip
+        index -= tiles_of_0 * (HEADS // GROUP)
+        _key_gradient(index % tiles_of_1, index // tiles_of_1, queries, grads, lse, delta, keys_1, values_1,
+                      row_start_1, row_end_1, tiles_1, grad_k_1, grad_v_1, num_keys_1, scale,
+                      HEADS, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_row", "lse_stride", "num_steps"])
@@ -315,7 +323,7 @@ def backward_keys(grad_out, q, parts: list[Part], lse, delta) -> list[tuple[torc
 
     arguments = _arguments([key_part(part, grad) for part, grad in zip(parts, grads)])
     tiles = sum(triton.cdiv(len(k), tiling.keys) for k, _, _ in parts)
-    _backward_keys[(tiles, parts[0][0].shape[1])](
+    _backward_keys[(tiles * parts[0][0].shape[1],)](
         _tiles_of(q, tiling.rows), _tiles_of(grad_out, tiling.rows), *values_of_rows, _scale(q), *arguments,
         PARTS=len(parts), **_shape(q, parts), **tiling.options,
     )  # fmt: skip

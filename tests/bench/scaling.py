@@ -145,6 +145,7 @@ def main(size: str, layers: int, wanted: list[str], out: Path) -> None:
     most = 4 if size == "toy" else torch.cuda.device_count()
     numbers = [n for n in (1, 2, 4, 8) if n <= most]
     rows: list[dict] = []
+    out.mkdir(parents=True, exist_ok=True)
     path = out / "scaling.json"
     earlier = json.loads(path.read_text())["rows"] if size == "full" and path.exists() else []
     earlier = [row for row in earlier if row["kind"] not in wanted]  # another measurement's stays

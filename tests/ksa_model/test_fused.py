@@ -149,17 +149,18 @@ def test_summaries_match_reference(name):
         assert error(got, want, floor=1e-6 + 0.02 * float(weights.norm())) <= (GRAD_ERROR if i else OUT_ERROR)
 
 
+@pytest.mark.parametrize("small_call,kv_heads", [(1, 2), (2**26, 2), (2**26, 1)])  # one head a call, or all of them
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("lengths", [[120], [73, 7, 60], [30, 91]] if ON_GPU else [[70], [41, 7, 30]])
-def test_long_stretches_go_to_the_library(monkeypatch, lengths, m):
+def test_long_stretches_go_to_the_library(monkeypatch, lengths, m, small_call, kv_heads):
     """With a low threshold every document is a run: whole ones, rounded ones, and what rounding leaves over."""
     monkeypatch.setattr(fused, "MIN_RUN_STEPS", 5)
-    monkeypatch.setattr(fused, "SMALL_CALL", 1)  # one head at a time, of two that share their keys
+    monkeypatch.setattr(fused, "SMALL_CALL", small_call)
     pack = make_layout(lengths, 4, m, 0)
     runs, _ = pack.far_ranges(2).causal_split(5)
     assert runs and sum(run.num_rows for run in runs) > pack.num_text // 4
-    compare(ksa(pack, 2), ksa(pack, 2, "reference"), draw(pack, 4, 2, 16), pack)
-    compare(text(pack, "F", 0), text(pack, "F", 0, "reference"), draw(pack, 4, 2, 16)[:3], pack)
+    compare(ksa(pack, 2), ksa(pack, 2, "reference"), draw(pack, 4, kv_heads, 16), pack)
+    compare(text(pack, "F", 0), text(pack, "F", 0, "reference"), draw(pack, 4, kv_heads, 16)[:3], pack)
 
 
 @pytest.mark.parametrize(
