@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def recall_by_cache(results: dict[str, list[dict[str, Any]]], path: Path) -> Pat
     """Mean token accuracy over tasks against cache bytes; lines as above, a point per length."""
     figure, axes = _axes("bytes of the decoding cache", "share of answer tokens right, mean of tasks")
     for number, (name, runs) in enumerate(results.items()):
-        _line(axes, number, name, [_points_by_cache(run) for run in runs])
+        _line(axes, number, name, [_points_by_length(run) for run in runs], place=runs[0]["cache_bytes"].__getitem__)
     axes.set_xscale("log", base=2)
     axes.set_ylim(-0.02, 1.02)
     return _save(figure, axes, path, legend=len(results) > 1)
@@ -70,21 +71,25 @@ def _points_by_distance(result: dict[str, Any]) -> dict[int, float]:
     return {distance: total[0] / total[1] for distance, total in sorted(sums.items())}
 
 
-def _points_by_cache(result: dict[str, Any]) -> dict[int, float]:
-    points = {}
-    for length in map(str, result["lengths"]):
-        accuracies = [scores[length]["token_accuracy"] for scores in result["tasks"].values()]
-        points[result["cache_bytes"][length]] = sum(accuracies) / len(accuracies)
-    return points
+def _points_by_length(result: dict[str, Any]) -> dict[str, float]:
+    """By length and not by bytes: the cache of a window is the same at every length."""
+    accuracies = {
+        length: [scores[length]["token_accuracy"] for scores in result["tasks"].values()]
+        for length in map(str, result["lengths"])
+    }
+    return {length: sum(found) / len(found) for length, found in accuracies.items()}
 
 
-def _line(axes: Any, number: int, name: str, runs: list[dict[int, float]], **style: Any) -> None:
-    shared = [x for x in runs[0] if all(x in run for run in runs)]
-    values = [[run[x] for run in runs] for x in shared]
+def _line(
+    axes: Any, number: int, name: str, runs: list[dict[Any, float]], place: Callable = lambda key: key, **style: Any
+) -> None:
+    """The mean of what all runs have, each key at its `place`."""
+    shared = [key for key in runs[0] if all(key in run for run in runs)]
+    places, values = [place(key) for key in shared], [[run[key] for run in runs] for key in shared]
     colour, dashes = _COLOURS[number % len(_COLOURS)], "--" if number >= len(_COLOURS) else "-"
-    axes.plot(shared, [sum(v) / len(v) for v in values], dashes, marker="o", color=colour, label=name, **style)
+    axes.plot(places, [sum(v) / len(v) for v in values], dashes, marker="o", color=colour, label=name, **style)
     if len(runs) > 1:
-        axes.fill_between(shared, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
+        axes.fill_between(places, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
 
 
 def _needle_map(scores: dict[str, Any], lengths: list[int], path: Path) -> Path:

@@ -33,7 +33,7 @@ import torch
 import yaml
 
 import data_pipeline
-from data_pipeline.storage import write_json
+from data_pipeline.storage import aside
 from tests.bench import workload
 from train import checkpoint, evaluation_plots
 from train.metrics import read_records
@@ -223,9 +223,18 @@ def collect(options: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         found = [run for run in earlier if run["seed"] not in fresh] + runs.get(name, [])
         runs[name] = sorted(found, key=lambda run: run["seed"])
     runs = dict(sorted(runs.items()))
-    result = {"command": "python -m tests.bench.evidence " + " ".join(sys.argv[1:]), "runs": runs}
-    write_json(path, result)  # whole or not at all, whenever the driver is ended
+    write(path, "python -m tests.bench.evidence " + " ".join(sys.argv[1:]), runs)
     return runs
+
+
+def write(path: Path, command: str, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """JSON with a run a line, whole or not at all, whenever the driver is ended."""
+    found = ",\n".join(
+        f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(run) for run in several) + "\n]"
+        for name, several in runs.items()
+    )
+    with aside(path) as file:
+        file.write(f'{{"command": {json.dumps(command)},\n"runs": {{\n{found}\n}}}}\n'.encode())
 
 
 def markdown(runs: dict[str, list[dict[str, Any]]]) -> str:
