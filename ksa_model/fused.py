@@ -151,13 +151,10 @@ class Gradient:
         shares_keys = call.heads.start % (self._q.shape[1] // k.shape[1]) > 0  # with heads of a call before
         for total, found in ((sums.k, call_k), (sums.v, call_v)):
             target, is_first = call.keys_of(total).transpose(0, 1), not (sums.adding or shares_keys)
-            found = found.unflatten(1, (len(target), -1))  # [step rows, key/value heads, heads of each, keys, d]
-            if found.shape[0] * found.shape[2] == 1:
-                _put(target, found[0, :, 0], adding=not is_first)
-            elif is_first:
-                torch.sum(found, (0, 2), out=target)
+            if is_first and len(found) > 1:
+                torch.sum(found, 0, out=target)
             else:
-                target.add_(found.sum((0, 2)))
+                _put(target, found[0] if len(found) == 1 else found.sum(0), adding=not is_first)
 
 
 def _put(target: torch.Tensor, found: torch.Tensor, adding: bool) -> None:
@@ -226,11 +223,8 @@ class _Call:
         return self.rows_of(x).unflatten(0, (self.run.num_steps, self.run.step_rows)).permute(1, 2, 0, 3)
 
     def views(self, q, k, v) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # One key/value head stands for each query head (a stride of 0): cuDNN would add its gradients up over the query
-        # heads in a pass of its own, here the sum over step rows takes them in.
-        shared = self.kv_heads.stop - self.kv_heads.start == 1
-        size = self.run.step_rows, self.heads.stop - self.heads.start if shared else -1, -1, -1
-        keys = (self.keys_of(x).transpose(0, 1)[None].expand(size) for x in (k, v))
+        batch = self.run.step_rows
+        keys = (self.keys_of(x).transpose(0, 1)[None].expand(batch, -1, -1, -1) for x in (k, v))
         return self.query_view(q), *keys  # type: ignore[return-value]
 
     def rows_of(self, x: torch.Tensor) -> torch.Tensor:
