@@ -216,5 +216,5 @@ def decoding(x: torch.Tensor, most: int | None = None) -> ModuleType | None:
     if most is None:
         most = FEW_ROWS if x.element_size() == 2 else FEW_ROWS_FP32
     if x.is_cuda and len(x) <= most and not torch.is_grad_enabled():
-        return triton_module("triton_decode")
+        return triton_module("triton_few_rows")
     return None

@@ -1,25 +1,21 @@
-"""Kernels of decoding: attention of one row a request over its cache, which takes the row's own key and value in,
-summarising a chunk that stands there, and products of a few rows with weights, the norm before and what follows in the
-same launch.
+"""Kernels of decoding: attention of one row a request over its cache, which takes the row's own key and value in, and
+summarising a chunk that stands there. `triton_few_rows` has what else a step does.
 
 Decoding reads every weight and every cached key once a token; what else it does must be few launches. All kernels have
 fixed shapes and read lengths from the device, so that a CUDA graph can hold them.
 
-Legend: B requests, H query heads, G key/value heads, d head dimension, N rows of a cache, h features of a row.
+Legend: B requests, H query heads, G key/value heads, d head dimension, N rows of a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from ksa_model.linear import Target
+from ksa_model.triton_few_rows import precision
 
 # Programs of the attention over a cache, each of which walks over its share of the rows: one for each multiprocessor,
 # because merging shares takes its time; twice as many where there are heads enough.
@@ -27,7 +23,6 @@ PROGRAMS = 128
 MOST_SHARES = 64
 BLOCK_ROWS = 64
 MOST_KEYS = 256  # of a chunk and its summaries, in one tile
-SINGLE_ROWS = 2  # up to which products are taken element by element, and on the matrix units beyond
 
 
 @triton.jit
@@ -208,154 +203,6 @@ def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, R
                      KEEP)  # fmt: skip
 
 
-@triton.jit
-def _features_of(weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1, features_2,
-                 FEATURES: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    """Which weight, output and output features this program is for: those of the weights queue up."""
-    block, weight, out, features = tl.program_id(0), weight_0, out_0, features_0
-    if not GATED:
-        before = tl.cdiv(features_0, FEATURES)
-        if block >= before:
-            block, weight, out, features = block - before, weight_1, out_1, features_1
-            before = tl.cdiv(features_1, FEATURES)
-            if block >= before:
-                block, weight, out, features = block - before, weight_2, out_2, features_2
-    return weight, out, block * FEATURES + tl.arange(0, FEATURES), features
-
-
-@triton.jit
-def _few_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1, features_2,
-              size, eps, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
-              FEATURES: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
-    """Some output features of one of three weights (or of two together, GATED) for one or two rows.
-
-    Reading weights is all there is to do, so products are taken element by element, without the matrix units and the
-    ways to them, and added up once at the end. A norm's scale is one number a row, so it multiplies the result.
-    """
-    weight, out, feature, features = _features_of(weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0,
-                                                  features_1, features_2, FEATURES, GATED)  # fmt: skip
-    in_features = feature < features
-    line = feature.to(tl.int64)[:, None] * size
-    sums = (tl.zeros([FEATURES, DEPTH // 8], tl.float32),) * ROWS
-    up_sums, squares = sums, (tl.zeros([DEPTH // 8], tl.float32),) * ROWS
-    for begin in range(0, size, DEPTH):
-        column = begin + tl.arange(0, DEPTH)
-        inside = column < size
-        held = in_features[:, None] & inside[None, :]
-        w = tl.load(weight + line + column[None, :], mask=held, other=0.0).to(tl.float32)
-        up = w
-        if GATED:
-            up = tl.load(weight_1 + line + column[None, :], mask=held, other=0.0).to(tl.float32)
-        factor = tl.zeros([DEPTH], tl.float32)
-        if NORM:
-            factor = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
-        for row in tl.static_range(ROWS):  # sums are taken from the front and put behind (Triton unpacks no tuples)
-            values = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
-            if NORM:
-                squares = squares[1:] + (squares[0] + tl.sum(tl.reshape(values * values, [DEPTH // 8, 8]), 1),)  # noqa: RUF005
-                values *= factor
-            sums = sums[1:] + (sums[0] + _add_eights(w * values[None, :], FEATURES, DEPTH),)  # noqa: RUF005
-            if GATED:
-                up_sums = up_sums[1:] + (up_sums[0] + _add_eights(up * values[None, :], FEATURES, DEPTH),)  # noqa: RUF005
-    for row in tl.static_range(ROWS):
-        scale = 1.0
-        if NORM:
-            scale = 1 / tl.sqrt(tl.sum(squares[row], 0) / size + eps)
-        total = tl.sum(sums[row], 1) * scale
-        if GATED:
-            total = _swiglu(total, tl.sum(up_sums[row], 1) * scale)
-        at = row * features + feature
-        if ADD:
-            total += tl.load(residual + at, mask=in_features, other=0.0).to(tl.float32)
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=in_features)
-
-
-@triton.jit
-def _add_eights(x, FEATURES: tl.constexpr, DEPTH: tl.constexpr):
-    """[FEATURES, DEPTH] -> [FEATURES, DEPTH / 8]: what one thread loads at once stays with it, in an eighth of the
-    registers."""
-    return tl.sum(tl.reshape(x, [FEATURES, DEPTH // 8, 8]), 2)
-
-
-@triton.jit
-def _swiglu(gate, up):
-    return gate / (1 + tl.exp(-gate)) * up
-
-
-@triton.jit
-def _some_rows(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1, features_2,
-               rows, size, eps, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
-               FEATURES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-               STAGES: tl.constexpr):  # fmt: skip
-    """As `_few_rows`, for up to ROWS rows on the matrix units: weights come through shared memory, several tiles on
-    their way at once. The gain multiplies the rows, which are rounded once behind it."""
-    weight, out, feature, features = _features_of(weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0,
-                                                  features_1, features_2, FEATURES, GATED)  # fmt: skip
-    row = tl.arange(0, ROWS)
-    in_features, real = feature < features, row < rows
-    line = feature.to(tl.int64)[:, None] * size
-    sums = tl.zeros([FEATURES, ROWS], tl.float32)
-    up_sums, squares = sums, tl.zeros([ROWS], tl.float32)
-    for begin in tl.range(0, size, DEPTH, num_stages=STAGES):
-        column = begin + tl.arange(0, DEPTH)
-        inside = column < size
-        held = in_features[:, None] & inside[None, :]
-        values = tl.load(x + row[:, None] * size + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        if NORM:
-            wide = values.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            factor = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
-            values = (wide * factor[None, :]).to(values.dtype)
-        w = tl.load(weight + line + column[None, :], mask=held, other=0.0)
-        sums = tl.dot(w, values.T, sums, input_precision=PRECISION)
-        if GATED:
-            up = tl.load(weight_1 + line + column[None, :], mask=held, other=0.0)
-            up_sums = tl.dot(up, values.T, up_sums, input_precision=PRECISION)
-    total = sums
-    scale = tl.full([ROWS], 1.0, tl.float32)
-    if NORM:
-        scale = 1 / tl.sqrt(squares / size + eps)
-        total *= scale[None, :]
-    if GATED:
-        total = _swiglu(total, up_sums * scale[None, :])
-    at = row[None, :] * features + feature[:, None]
-    kept = in_features[:, None] & real[None, :]
-    if ADD:
-        total += tl.load(residual + at, mask=kept, other=0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _norm_rotate_heads(q, k, cos, sin, q_out, k_out, own_q, own_k, own_cos, own_sin, own_q_out, own_k_out, q_gain,
-                       k_gain, rows, q_heads, own_q_heads, k_heads, eps, HALF: tl.constexpr, BLOCK: tl.constexpr,
-                       NORM: tl.constexpr):  # fmt: skip
-    """One head of one row: all heads of text rows, queries before keys, then those of summary rows."""
-    place, heads = tl.program_id(0), q_heads + k_heads
-    if place >= rows * heads:
-        place -= rows * heads
-        q, k, cos, sin, q_out, k_out, q_heads = own_q, own_k, own_cos, own_sin, own_q_out, own_k_out, own_q_heads
-        heads = q_heads + k_heads
-    row, head = place // heads, place % heads
-    x, gain, out, heads = q, q_gain, q_out, q_heads
-    if head >= q_heads:
-        x, gain, out, heads, head = k, k_gain, k_out, k_heads, head - q_heads
-    column = tl.arange(0, BLOCK)
-    inside = column < HALF
-    at = (row * heads + head) * (2 * HALF) + column
-    left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        scale = 1 / tl.sqrt((tl.sum(left * left, 0) + tl.sum(right * right, 0)) / (2 * HALF) + eps)
-        left *= scale * tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
-        right *= scale * tl.load(gain + HALF + column, mask=inside, other=0.0).to(tl.float32)
-        left = left.to(x.dtype.element_ty).to(tl.float32)  # as the norm by itself hands it on
-        right = right.to(x.dtype.element_ty).to(tl.float32)
-    c = tl.load(cos + row * HALF + column, mask=inside, other=0.0)
-    s = tl.load(sin + row * HALF + column, mask=inside, other=0.0)
-    tl.store(out + at, (left * c - right * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + at + HALF, (right * c + left * s).to(out.dtype.element_ty), mask=inside)
-
-
 class Rule(NamedTuple):
     """Where a layer's rows stand in its cache, and which of them a token sees.
 
@@ -369,15 +216,6 @@ class Rule(NamedTuple):
     chunk_size: int
     window: int
     own: int
-
-
-class Stream(NamedTuple):
-    """Queries [n, H, d], or none, and keys [n, G, d] of rows whose angles have these cos and sin [n, 1, d/2] fp32."""
-
-    q: torch.Tensor | None
-    k: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 class Summaries(NamedTuple):
@@ -417,7 +255,7 @@ def summarise(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
     _summarise[(batch, kv_heads)](
         q, buffer[0], buffer[1], k, v, chunk, out, buffer.shape[3], kv_heads, d**-0.5, RING=rule.ring, GROUP=group,
         CHUNK=rule.chunk_size, OWN=m, D=d,
-        BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=_precision(q), KEEP=rule.own > 0,
+        BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=precision(q), KEEP=rule.own > 0,
         **_tile_of_summaries(rule, group, m),
     )  # fmt: skip
     return True
@@ -437,92 +275,9 @@ def _tile_of_summaries(rule: Rule, group: int, m: int) -> dict[str, int]:
     return dict(QUERIES=max(16, triton.next_power_of_2(group * m)), KEYS=keys)
 
 
-def project(x: torch.Tensor, gain: torch.Tensor, eps: float, targets: Sequence[Target]) -> list[torch.Tensor]:
-    """`linear.project` behind a norm, for up to `linear.FEW_ROWS` rows."""
-    found: list[torch.Tensor] = []
-    for (start, stop), alike in groupby(targets, key=lambda target: (target.start, target.stop)):
-        weights = [target.weight for target in alike]
-        for first in range(0, len(weights), 3):
-            found += _launch(x[start:stop], weights[first : first + 3], gain=gain, eps=eps)
-    return found
-
-
-def gated(x: torch.Tensor, gain: torch.Tensor, eps: float, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """swiglu of both products of the normed rows: [rows, f]."""
-    return _launch(x, [gate, up], gain=gain, eps=eps, is_gated=True)[0]
-
-
-def add_product(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x + y @ weight.T"""
-    return _launch(y, [weight], residual=x)[0]
-
-
-def norm_rotate_heads(
-    streams: Sequence[Stream], gains: tuple[torch.Tensor, torch.Tensor] | None, eps: float
-) -> list[tuple[torch.Tensor | None, torch.Tensor]]:
-    """`rows.norm_rotate` of the queries and keys of one or two streams, with a gain [d] each or without a norm."""
-    streams = [stream._replace(q=None if stream.q is None else stream.q.contiguous(), k=stream.k.contiguous())
-               for stream in streams]  # fmt: skip
-    outs = [
-        (None if stream.q is None else torch.empty_like(stream.q), torch.empty_like(stream.k)) for stream in streams
-    ]
-    q_heads = [0 if stream.q is None else stream.q.shape[1] for stream in streams]
-    rows, (_, k_heads, d) = [len(stream.k) for stream in streams], streams[0].k.shape
-    operands = []  # where there are no queries, the keys' address stands for theirs
-    for stream, (q_out, k_out) in zip(streams, outs):
-        q, q_out = (stream.k, k_out) if stream.q is None or q_out is None else (stream.q, q_out)
-        operands.append([q, stream.k, stream.cos, stream.sin, q_out, k_out])
-    q_gain, k_gain = gains or (streams[0].k, streams[0].k)
-    _norm_rotate_heads[(sum(n * (q + k_heads) for n, q in zip(rows, q_heads)),)](
-        *operands[0], *operands[-1], q_gain, k_gain, rows[0], q_heads[0], q_heads[-1], k_heads, eps, HALF=d // 2,
-        BLOCK=triton.next_power_of_2(d // 2), NORM=gains is not None, num_warps=1,
-    )  # fmt: skip
-    return outs
-
-
-def _tile(rows: int, is_normed: bool, is_gated: bool) -> dict[str, int]:
-    """Of a product: output features of a program, features of the input that it takes at a time, warps, and on the
-    matrix units pipeline stages. The fastest on an H100: docs/log.md."""
-    if rows > SINGLE_ROWS:
-        if is_gated:
-            return dict(FEATURES=16, DEPTH=128, num_warps=1, STAGES=4)
-        if is_normed:
-            return dict(FEATURES=16, DEPTH=256, num_warps=1 if rows <= 8 else 2, STAGES=3)
-        return dict(FEATURES=16, DEPTH=512, num_warps=2, STAGES=3)
-    if is_gated:
-        return dict(FEATURES=8 if rows == 1 else 2, DEPTH=512, num_warps=1)
-    if is_normed:
-        return dict(FEATURES=4 if rows == 2 else 2, DEPTH=512, num_warps=1)
-    return dict(FEATURES=2, DEPTH=1024, num_warps=4)
-
-
-def _launch(x, weights, gain=None, eps=0.0, residual=None, is_gated=False) -> list[torch.Tensor]:
-    """x [1 to `linear.FEW_ROWS`, h] times up to three weights."""
-    x, (rows, size) = x.contiguous(), x.shape
-    outs = [x.new_empty(rows, len(weight)) for weight in weights[: 1 if is_gated else 3]]
-    tile = _tile(rows, gain is not None, is_gated)
-    programs = sum(triton.cdiv(out.shape[1], tile["FEATURES"]) for out in outs)
-    weights, outs_3 = weights + weights[:1] * (3 - len(weights)), outs + outs[:1] * (3 - len(outs))
-    features = [out.shape[1] for out in outs] + [0] * (3 - len(outs))
-    operands = (x, x if gain is None else gain, x if residual is None else residual.contiguous(), *weights, *outs_3)
-    kind = dict(NORM=gain is not None, GATED=is_gated, ADD=residual is not None)
-    if rows > SINGLE_ROWS:
-        padded = max(8, triton.next_power_of_2(rows))
-        _some_rows[(programs,)](
-            *operands, *features, rows, size, eps, **kind, ROWS=padded, PRECISION=_precision(x), **tile
-        )
-    elif rows:
-        _few_rows[(programs,)](*operands, *features, size, eps, **kind, ROWS=rows, **tile)
-    return outs
-
-
 def _stages(d: int, dtype: torch.dtype) -> int:
     """Of the pipeline over a cache: the third tile of longer rows would not fit into shared memory."""
     return 3 if d * dtype.itemsize <= 256 else 2
-
-
-def _precision(x: torch.Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def attend(
@@ -557,7 +312,7 @@ def attend(
         q, k, v, buffer[0], buffer[1], positions, parts, weights, arrivals, out, *own, buffer.shape[3], kv_heads,
         d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group,
         ROWS_Q=max(16, triton.next_power_of_2(group)), D=d, BLOCK_D=max(16, triton.next_power_of_2(d)),
-        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=_precision(q), SUMMARIES=m, num_stages=_stages(d, q.dtype),
+        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=precision(q), SUMMARIES=m, num_stages=_stages(d, q.dtype),
         GROUP_2=triton.next_power_of_2(group), **_tile_of_summaries(rule, group, m),
     )  # fmt: skip
     return out

@@ -5,13 +5,14 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[test]'")
 
-from ksa_model import linear, triton_decode, triton_rows
+from ksa_model import linear, triton_decode, triton_few_rows, triton_rows
 from ksa_model.cache import DecodingCache, Sampling, _summarise, generate
 from ksa_model.linear import Target
 from ksa_model.model import Decoder
 from ksa_model.rows import plain_norm_rotate, plain_rms_norm, plain_swiglu
 from ksa_model.tensor_parallel import TensorParallel
-from ksa_model.triton_decode import Rule, Stream, Summaries
+from ksa_model.triton_decode import Rule, Summaries
+from ksa_model.triton_few_rows import Stream
 from tests.ksa_model.test_cache import model_for
 from tests.ksa_model.test_model import small_config
 
@@ -132,7 +133,7 @@ def test_norm_rotate_heads(normed, summary):
         angles = draw(count, 1, 12, seed=2) * 9
         q = None if count == 6 and summary == "keys" else draw(count, 4, 24, seed=5 + count)
         streams.append(Stream(q, draw(count, 2, 24, seed=6 + count), angles.cos(), angles.sin()))
-    found = triton_decode.norm_rotate_heads(streams, gains, 1e-6)
+    found = triton_few_rows.norm_rotate_heads(streams, gains, 1e-6)
     for stream, got in zip(streams, found, strict=True):
         for x, gain, turned in zip((stream.q, stream.k), gains or (None, None), got):
             if x is None:
@@ -148,15 +149,15 @@ def test_products_of_few_rows(rows, size):
     weights = [draw(features, size, seed=2 + i) / size**0.5 for i, features in enumerate((40, 16, 7, 33, 20))]
     normed = plain_rms_norm(x, gain, 1e-6)
     spans = [(0, rows)] * 4 + [(rows - 1, rows)]
-    got = triton_decode.project(x, gain, 1e-6, [Target(*span, w) for span, w in zip(spans, weights)])
+    got = triton_few_rows.project(x, gain, 1e-6, [Target(*span, w) for span, w in zip(spans, weights)])
     for out, (start, stop), weight in zip(got, spans, weights, strict=True):
         torch.testing.assert_close(out, normed[start:stop] @ weight.t(), rtol=1e-4, atol=1e-4)
     gate, up = draw(40, size, seed=8), draw(40, size, seed=9)
     product = plain_swiglu(normed @ gate.t(), normed @ up.t())
-    torch.testing.assert_close(triton_decode.gated(x, gain, 1e-6, gate, up), product, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(triton_few_rows.gated(x, gain, 1e-6, gate, up), product, rtol=1e-3, atol=1e-3)
     down = draw(40, size, seed=10)
     want = product + x @ down.t()
-    torch.testing.assert_close(triton_decode.add_product(product, x, down), want, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(triton_few_rows.add_product(product, x, down), want, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(layer_pattern="KSCF", window_chunks=0, summary_tokens=2)], ids=str)
@@ -170,7 +171,7 @@ def test_a_whole_model_with_these_kernels(world, monkeypatch, changes, several):
     monkeypatch.setattr(triton_decode, "PROGRAMS", 12)  # the interpreter takes milliseconds for each
     monkeypatch.setattr("ksa_model.rows._kernels", lambda x: triton_rows)
     monkeypatch.setattr("ksa_model.cache._kernels", lambda x: None if x.requires_grad else triton_decode)
-    few = lambda x, most=linear.FEW_ROWS: triton_decode if len(x) <= most else None
+    few = lambda x, most=linear.FEW_ROWS: triton_few_rows if len(x) <= most else None
     monkeypatch.setattr(linear, "decoding", few)
     forward = DecodingCache._forward
     monkeypatch.setattr(
@@ -195,12 +196,12 @@ def test_products_in_bf16(rows):
     x, gain = draw(rows, 2560, dtype=torch.bfloat16), draw(2560, seed=1, dtype=torch.bfloat16)
     weights = [drawn(n, 2560, seed=n) for n in (4096, 1024, 1000)]
     normed = plain_rms_norm(x.double(), gain.double(), 1e-6)
-    for out, weight in zip(triton_decode.project(x, gain, 1e-6, [Target(0, rows, w) for w in weights]), weights):
+    for out, weight in zip(triton_few_rows.project(x, gain, 1e-6, [Target(0, rows, w) for w in weights]), weights):
         check(out, normed @ weight.double().t())
     gate, up, down = drawn(9728, 2560, seed=2), drawn(9728, 2560, seed=3), drawn(2560, 9728, seed=4)
     product = plain_swiglu(normed @ gate.double().t(), normed @ up.double().t())
-    check(triton_decode.gated(x, gain, 1e-6, gate, up), product, 1e-2)  # both factors are rounded
-    check(triton_decode.add_product(x, product.bfloat16(), down), x + product.bfloat16().double() @ down.double().t())
+    check(triton_few_rows.gated(x, gain, 1e-6, gate, up), product, 1e-2)  # both factors are rounded
+    check(triton_few_rows.add_product(x, product.bfloat16(), down), x + product.bfloat16().double() @ down.double().t())
 
 
 @pytest.mark.gpu
