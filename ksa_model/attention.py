@@ -112,6 +112,7 @@ class Attention(nn.Module):
             # Every rank norms its own heads only.
             self.query_norm = RMSNorm(config.head_dim, config.norm_eps, tp, meets_all=tp.size == 1)
             self.key_norm = RMSNorm(config.head_dim, config.norm_eps, tp, meets_all=tp.size == 1)
+        self.gains_are_uneven = False  # see `Decoder.look_at_gains`
 
     def forward(
         self,
@@ -210,7 +211,7 @@ class Attention(nn.Module):
             ("k_summary", k_gain, rotary.summary),
         ):
             if (x := getattr(heads, name)) is not None:
-                setattr(heads, name, rows.norm_rotate(x, gain, eps, *table))
+                setattr(heads, name, rows.norm_rotate(x, gain, eps, *table, keep_input=self.gains_are_uneven))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, heads*d] -> [rows, heads, d]."""

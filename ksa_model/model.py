@@ -25,6 +25,7 @@ from ksa_model.layout import SequenceLayout
 from ksa_model.linear import Norm
 from ksa_model.megatron import gather_from_tensor_model_parallel_region
 from ksa_model.memory import GIB, HostPool, Kept, MemoryConfig, Pass, in_slices
+from ksa_model.rows import is_uneven
 from ksa_model.tensor_parallel import TensorParallel
 
 # (model, tokens, labels, layout) -> loss, summed over the rows that carry one
@@ -110,6 +111,14 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = running.run(partial(_run_block, block, layout=layout, rotary=rotary, mix=mix, fp8=self.fp8), x)
         return x
+
+    def look_at_gains(self) -> None:
+        """Let layers whose query or key gains are uneven keep what backward needs then (`rows.norm_rotate`). Waits for
+        the device; to be called when weights were loaded, and now and then while they change."""
+        for module in self.modules():
+            if isinstance(module, Attention) and self.config.qk_norm:
+                gains = module.query_norm.weight, module.key_norm.weight
+                module.gains_are_uneven = any(map(is_uneven, gains))
 
     def anneal(self, own_share: float) -> None:
         """Summary queries, keys and values become `own_share` of their own projection and the rest of text's.

@@ -14,6 +14,9 @@ from torch import nn
 
 from ksa_model.rows_cpu import RMSNormCPU, RotateCPU
 
+# Ratio of two gains from which the smaller's gradient, found from the output, has three times the rounding of bf16.
+UNEVEN = 8.0
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm (arXiv 1910.07467) of x [..., h] over its last dimension, with a gain [h]."""
@@ -24,14 +27,25 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return plain_rms_norm(x, weight, eps)
 
 
-def norm_rotate(x, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [rows, H, d], normed over d where there is a gain [d], then turned by RoPE; cos, sin [rows, 1, d/2] fp32."""
+def norm_rotate(
+    x, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor, keep_input: bool = False
+) -> torch.Tensor:
+    """x [rows, H, d], normed over d where there is a gain [d], then turned by RoPE; cos, sin [rows, 1, d/2] fp32.
+
+    `keep_input`: for gains that are `is_uneven`, so that gradients on a GPU stay as good as 16 bits are.
+    """
     if (fast := _kernels(x)) is not None:
-        return fast.NormRotate.apply(x, weight, eps, cos, sin)
+        return fast.NormRotate.apply(x, weight, eps, cos, sin, keep_input)
     normed = x if weight is None else rms_norm(x, weight, eps)
     if x.device.type == "cpu":
         return RotateCPU.apply(normed.float(), cos, sin).to(x.dtype)
     return rotate(normed, (cos, sin))
+
+
+def is_uneven(gain: torch.Tensor) -> bool:
+    """Whether the gains [d] of two features that RoPE turns together are far apart, or zero. Waits for the device."""
+    sizes = gain.detach().float().abs().unflatten(0, (2, -1))
+    return bool((sizes.amax(0) >= UNEVEN * sizes.amin(0)).any())
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -70,8 +70,10 @@ def _norm_rotate(x, weight, cos, sin, out, scales, pairs, heads, eps, HALF: tl.c
 
 
 @triton.jit
-def _norm_rotate_backward(out, scales, weight, cos, sin, grad, grad_x, grad_weight, pairs, heads, HALF: tl.constexpr,
-                          BLOCK: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+def _norm_rotate_backward(kept, scales, weight, cos, sin, grad, grad_x, grad_weight, pairs, heads, HALF: tl.constexpr,
+                          BLOCK: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr,
+                          KEPT_INPUT: tl.constexpr):  # fmt: skip
+    """`kept` is the forward's output, or with KEPT_INPUT its x."""
     first, step, column = tl.program_id(0), tl.num_programs(0), tl.arange(0, BLOCK)
     in_half = column < HALF
     if NORM:
@@ -90,12 +92,15 @@ def _norm_rotate_backward(out, scales, weight, cos, sin, grad, grad_x, grad_weig
         given_right = tl.load(grad + at + HALF, mask=inside, other=0.0).to(tl.float32)
         left, right = given_left * c + given_right * s, given_right * c - given_left * s
         if NORM:
-            out_left = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
-            out_right = tl.load(out + at + HALF, mask=inside, other=0.0).to(tl.float32)
-            unturn = 1 / (c * c + s * s)  # 1, but for YaRN's factor
-            normed_left = (out_left * c + out_right * s) * unturn * ungain_left
-            normed_right = (out_right * c - out_left * s) * unturn * ungain_right
+            kept_left = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32)
+            kept_right = tl.load(kept + at + HALF, mask=inside, other=0.0).to(tl.float32)
             scale = tl.load(scales + pair, mask=pair < pairs, other=0.0)
+            if KEPT_INPUT:
+                normed_left, normed_right = kept_left * scale[:, None], kept_right * scale[:, None]
+            else:
+                unturn = 1 / (c * c + s * s)  # 1, but for YaRN's factor
+                normed_left = (kept_left * c + kept_right * s) * unturn * ungain_left
+                normed_right = (kept_right * c - kept_left * s) * unturn * ungain_right
             sum_left += tl.sum(left * normed_left, 0)
             sum_right += tl.sum(right * normed_right, 0)
             left *= gain_left
@@ -177,11 +182,13 @@ class NormRotate(torch.autograd.Function):
     """x [rows, heads, d] -> normed over d where there is a weight [d], then rotated; cos, sin [rows, 1, d/2] fp32.
 
     Attention keeps the result, so backward finds the normed row from it instead of keeping x as well: turned back, by
-    the gain, whose zeros take no part. Per row and head one fp32 value, the norm's scale, is kept besides.
+    the gain. Rotation mixes the rounding of two features, which dividing by a much smaller gain than its partner's
+    would enlarge: for such gains (`rows.is_uneven`) give `keep_input`, and x is kept. Per row and head one fp32 value,
+    the norm's scale, is kept besides.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, eps: float, cos, sin):
+    def forward(ctx, x, weight, eps: float, cos, sin, keep_input: bool = False):
         x = x.contiguous()
         rows, heads, d = x.shape
         out = torch.empty_like(x)
@@ -191,12 +198,13 @@ class NormRotate(torch.autograd.Function):
                 x, x if weight is None else weight, cos, sin, out, scales, rows * heads, heads, eps, HALF=d // 2,
                 BLOCK=triton.next_power_of_2(d // 2), PAIRS=PAIRS, NORM=weight is not None, num_warps=4,
             )  # fmt: skip
-        ctx.save_for_backward(out if weight is not None else out[:0], scales, weight, cos, sin)
+        ctx.save_for_backward(out[:0] if weight is None else x if keep_input else out, scales, weight, cos, sin)
+        ctx.kept_input = keep_input
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        out, scales, weight, cos, sin = ctx.saved_tensors
+        kept, scales, weight, cos, sin = ctx.saved_tensors
         grad = grad.contiguous()
         rows, heads, d = grad.shape
         programs = max(1, min(PROGRAMS, triton.cdiv(rows * heads, PAIRS)))
@@ -205,11 +213,12 @@ class NormRotate(torch.autograd.Function):
         if weight is not None:
             partial = torch.empty(programs, d, dtype=torch.float32, device=grad.device)
         _norm_rotate_backward[(programs,)](
-            out if weight is not None else grad, scales, weight if weight is not None else grad, cos, sin, grad, grad_x,
-            partial if partial is not None else grad, rows * heads, heads, HALF=d // 2,
-            BLOCK=triton.next_power_of_2(d // 2), PAIRS=PAIRS, NORM=weight is not None, num_warps=4,
+            kept if weight is not None else grad, scales, weight if weight is not None else grad, cos, sin, grad,
+            grad_x, partial if partial is not None else grad, rows * heads, heads, HALF=d // 2,
+            BLOCK=triton.next_power_of_2(d // 2), PAIRS=PAIRS, NORM=weight is not None, KEPT_INPUT=ctx.kept_input,
+            num_warps=4,
         )  # fmt: skip
-        return grad_x, None if partial is None else partial.sum(0).to(weight.dtype), None, None, None
+        return grad_x, None if partial is None else partial.sum(0).to(weight.dtype), None, None, None, None
 
 
 class SwiGLU(torch.autograd.Function):

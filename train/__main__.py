@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from train import chain
-from train.config import USER_ERRORS, TrainConfig, all_keys, from_mapping, unknown_key, validate
+from train.config import USER_ERRORS, RunConfig, TrainConfig, all_keys, from_mapping, unknown_key, validate
 from train.parallel import environment_world
 from train.signals import BAD_INPUT, REQUEUE
 
@@ -63,7 +63,14 @@ def _run(composed: DictConfig) -> None:
 def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) -> str:
     """What the run wrote, where, and what to try next."""
     if config.stages:
-        return f"\nAll {len(config.stages)} stages are done; the last is in {result.directory}.\n"
+        runs = chain.links(config)
+        place = next(i for i, run in enumerate(runs) if Path(run.run.root) / run.run.name == result.directory)
+        if result.step < runs[place].run.steps:
+            return (
+                f"\nStage {place + 1} of {len(runs)} is at step {result.step} of {runs[place].run.steps} in "
+                f"{result.directory}; start again to go on.\n"
+            )
+        return f"\nAll {len(runs)} stages are done; the last is in {result.directory}.\n"
     directory, k = result.directory, config.model.chunk_size
     remote = config.checkpoint.dir
     checkpoints = f"{directory}/checkpoints" if remote is None else f"{remote}/{config.run.name}"
@@ -77,9 +84,16 @@ def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) 
     }[config.logging.wandb]
 
     def command(**changes: object) -> str:
-        kept = [o for o in overrides if o.split("=")[0] not in changes]
-        return shlex.join(["python", "-m", "train", *kept, *(f"{key}={value}" for key, value in changes.items())])
+        kept = [o for o in overrides if o.split("=")[0].lstrip("+") not in {*changes, "run.name", "resume"}]
+        if changes.setdefault("run.name", config.run.name) == RunConfig.name:
+            del changes["run.name"]
+        words = (f"{key}='{value}'" if "=" in str(value) else f"{key}={value}" for key, value in changes.items())
+        return shlex.join(["python", "-m", "train", *kept, *words])
 
+    other = command(**{"run.name": f"{config.run.name}-k{other_k}", "model.chunk_size": other_k})
+    going_on = f"  go on from the checkpoint    {command(**{'run.steps': 2 * config.run.steps})}\n"
+    if config.stage.own_share(result.step, config.run.steps) == 0:  # annealed to the end
+        going_on = ""
     return f"""
 Step {result.step} of {config.run.steps}: {done}.
 
@@ -89,8 +103,7 @@ Step {result.step} of {config.run.steps}: {done}.
   {checkpoints}/    the newest {config.checkpoint.keep_last}{tracked}
 
 Next:
-  go on from the checkpoint    {command(**{"run.steps": 2 * config.run.steps})}
-  another compression ratio    {command(**{"run.name": f"{config.run.name}-k{other_k}", "model.chunk_size": other_k})}
+{going_on}  another compression ratio    {other}
   sample text                  python -m train.generate {shlex.quote(str(directory))} prompt='def main('
 """
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from train import stages
 from train.config import ConfigError, TrainConfig, from_mapping, to_mapping
 from train.parallel import environment_world
 
@@ -36,6 +37,7 @@ def links(config: TrainConfig) -> list[TrainConfig]:
     settings = to_mapping(config) | {"stages": []}
     fresh_stage = settings["stage"]
     found: list[TrainConfig] = []
+    before: dict[str, Any] = {}  # the model as the stage before leaves it
     for number, changes in enumerate(config.stages):
         place = f"stages[{number}]"
         changes = dict(changes)
@@ -54,10 +56,13 @@ def links(config: TrainConfig) -> list[TrainConfig]:
             settings["run"]["steps"] = _steps(tokens, settings, f"{place} ({name})")
         settings["run"]["name"] = f"{config.run.name}/{number}-{name}"
         link = from_mapping(TrainConfig, settings)
+        if found:  # now, and not when the stage before it has trained for days
+            stages.check_inherited(link.stage, link.model, f"the stage before {name}", before)
         found.append(link)
         # What is left of an annealed model has no projections of its own any more.
         if link.stage.own_share(link.run.steps, link.run.steps) == 0:
             settings["model"]["independent_qkv"] = False
+        before = {key: value for key, value in settings["model"].items() if key != "vocab_size" or value is not None}
     return found
 
 
@@ -90,7 +95,10 @@ def _set(settings: dict[str, Any], key: str, value: Any) -> None:
         settings = settings.setdefault(section, {})
         if not isinstance(settings, dict):
             raise ConfigError(f"stages: {key} is not a configuration key")
-    settings[last] = value
+    if not sections and isinstance(value, Mapping) and isinstance(settings.get(key), dict):
+        settings[key] = settings[key] | dict(value)  # some keys of a group; the others stay
+    else:
+        settings[last] = value
 
 
 def _steps(tokens: Any, settings: Mapping[str, Any], place: str) -> int:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from train import checkpoint_files as files
 from train import checkpoint_parameters as parameters
@@ -371,6 +372,17 @@ def own_directory(run_directory: Path, remote: str | None, run_name: str) -> Pla
     return Place(run_directory / "checkpoints") if remote is None else Place(remote) / run_name
 
 
+def directory_of(location: str) -> Place:
+    """Where the run in directory `location` keeps its checkpoints; a directory that is no run's is one of them."""
+    inner, settings = Place(location) / "checkpoints", Path(location) / "config.yaml"
+    if not inner.exists() and settings.is_file():
+        written = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        written = written if isinstance(written, dict) else {}
+        if (remote := (written.get("checkpoint") or {}).get("dir")) is not None:
+            return own_directory(Path(location), remote, written["run"]["name"])
+    return inner if inner.exists() else Place(location)
+
+
 def complete(directory: str | os.PathLike | Place) -> list[Place]:
     """Finished checkpoints below `directory`, oldest first; not verified."""
     place = directory if isinstance(directory, Place) else Place(directory)
@@ -388,7 +400,7 @@ def find(resume: str, own: str | os.PathLike | Place, key: str = "resume") -> Pl
         found = complete(own)
         return found[-1] if found else None
     path = Place(resume)
-    for directory in (path, path / "checkpoints"):
+    for directory in (path, directory_of(resume)):
         if MANIFEST in directory.entries():
             return directory
         if complete(directory):

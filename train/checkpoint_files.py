@@ -43,7 +43,10 @@ class Place:
     """A directory, local or remote, and the few things that are done with its files. They raise `OSError`."""
 
     def __init__(self, location: str | os.PathLike):
-        self._fs, path = fsspec.core.url_to_fs(os.fspath(location))
+        try:
+            self._fs, path = fsspec.core.url_to_fs(os.fspath(location))
+        except (ValueError, ImportError) as error:  # a protocol that nobody knows, or whose package is missing
+            raise CheckpointError(f"{os.fspath(location)} cannot be opened: {error}") from error
         self.path = path.rstrip("/")
 
     @property
@@ -73,8 +76,12 @@ class Place:
         self._fs.invalidate_cache(self.path)
         try:
             found = self._fs.ls(self.path, detail=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
+        except OSError:
+            raise
+        except Exception as error:  # a store's own kinds: credentials that are missing, and the like
+            raise CheckpointError(f"{self} cannot be listed: {type(error).__name__}: {error}") from error
         return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in found}
 
     def open(self) -> io.IOBase:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from train import checkpoint
 from train import checkpoint_files as files
 from train import checkpoint_tensors as tensors
 from train.checkpoint import FORMAT, read_state
@@ -134,7 +135,10 @@ def _of(source: Place, name: str) -> StoredTensor:
 
 
 def write(out: Place, state: dict[str, Any], stored: dict[str, StoredTensor], num_files: int) -> Place:
-    """Write a finished checkpoint below `out`, one tensor in memory at a time; its step is that of `state`."""
+    """Write a finished checkpoint below `out`, one tensor in memory at a time; its step is that of `state`. What is
+    there is not replaced: `ConfigError`."""
+    if any(saved.step == state["step"] for saved in files.finished(out)):
+        raise ConfigError(f"out={out} holds a checkpoint of step {state['step']} already: choose another directory")
     aside = files.begin(out, state["step"])
     size = sum(tensor.size().numel() for tensor in stored.values())
     with tqdm(total=size, unit=" elements", unit_scale=True, desc=aside.name, file=sys.stderr) as bar:
@@ -155,9 +159,7 @@ def checkpoints_of(location: str) -> list[Place]:
 
 
 def directory_of(location: str) -> Place:
-    place = Place(location)
-    inner = place / "checkpoints"
-    found = inner if inner.exists() else place
+    found = checkpoint.directory_of(location)
     if not found.exists():
         raise CheckpointError(f"{location} does not exist; give a run directory, or a directory of checkpoints")
     return found
@@ -198,7 +200,7 @@ def _run(command: str, location: str, rest: list[str]) -> int:
         if not options["out"]:
             raise ConfigError("reshape needs out=DIR, a directory for the new checkpoint")
         made = reshape(places[-1], Place(options["out"]), options["files"], options["moments"])
-        print(f"wrote {made}; use it with resume={made}")
+        print(f"wrote {made}; use it with {'resume' if options['moments'] else 'init_from'}={made}")
         return 0
     options = _options(rest, {"last": 5, "out": f"{location.rstrip('/')}-average"})
     chosen = places[-options["last"] :]
@@ -207,7 +209,8 @@ def _run(command: str, location: str, rest: list[str]) -> int:
         if (Path(location) / name).is_file():
             (Path(options["out"]) / name).write_bytes((Path(location) / name).read_bytes())
     print(f"wrote the mean of {', '.join(place.name for place in chosen)} to {made}")
-    print(f"sample text from it: python -m train.generate {options['out']}")
+    if (Path(options["out"]) / "config.yaml").is_file():
+        print(f"sample text from it: python -m train.generate {options['out']}")
     return 0
 
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
+import yaml
+
 from data_pipeline import DataConfig, DataError
 from ksa_model.config import ModelConfig, ModelConfigError, check_context_ranks, check_tensor_parallel
 from ksa_model.fp8 import check_features
@@ -77,6 +79,8 @@ class RunConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name}={getattr(self, name)} must be at least 1")
+        if self.stop_at_step is not None and self.stop_at_step < 1:
+            raise ConfigError(f"run.stop_at_step={self.stop_at_step} must be at least 1, or null to go to the end")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ConfigError(f"run.max_minutes={self.max_minutes} must be positive, or null for no limit")
         for first, last in self.skip_samples:
@@ -152,6 +156,10 @@ class TrainConfig:
     dry_run_ranks: int | None = None  # the world to plan for; null: this one
     dry_run_gpu: str = "h100-80gb"
     document_alignment: int | None = None  # documents start on multiples of this; None: model.chunk_size
+
+    def __post_init__(self) -> None:
+        if self.dry_run_ranks is not None and self.dry_run_ranks < 1:
+            raise ConfigError(f"dry_run_ranks={self.dry_run_ranks} must be at least 1, or null for this world")
 
     @property
     def alignment(self) -> int:
@@ -257,6 +265,14 @@ def from_saved(mapping: Mapping[str, Any]) -> TrainConfig:
     if run.pop("recompute", False):
         memory.setdefault("recompute", "full")
     return from_mapping(TrainConfig, {**mapping, "run": run, "memory": memory})
+
+
+def parsed(key: str, text: str) -> Any:
+    """The value of a command's `key=text`, as YAML reads it."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={text} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def unknown_key(key: str, known: list[str]) -> ConfigError:

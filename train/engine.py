@@ -60,6 +60,7 @@ class Engine:
         parallel = dataclasses.replace(parallel, zero=parallel.zero_in_use(precision, shards))
         self.module = model if parallel.zero == 3 else model.to(world.device)  # stage 3 moves one shard at a time
         self._mpu, self._device = world.mpu(), world.device
+        self._is_sharded = parallel.zero == 3
         self._own_clip = optim.grad_clip if parallel.zero == 0 and precision == "fp32" else None
         groups = parameter_groups(self.module, optim.weight_decay, trains)
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
@@ -88,6 +89,14 @@ class Engine:
     def anneal(self, own_share: float) -> None:
         """See `ksa_model.model.Decoder.anneal`."""
         self.module.anneal(own_share)  # type: ignore[operator]
+
+    def look_at_gains(self) -> None:
+        """See `ksa_model.model.Decoder.look_at_gains`. Collective."""
+        gains = [
+            p for name, p in self.module.named_parameters() if name.endswith(("query_norm.weight", "key_norm.weight"))
+        ]
+        with deepspeed.zero.GatheredParameters(gains, enabled=self._is_sharded):
+            self.module.look_at_gains()  # type: ignore[operator]
 
     def __call__(self, *arguments) -> torch.Tensor:
         """The model's forward. Stage 3 brings in weights only for calls that come through here."""
@@ -132,6 +141,7 @@ class Engine:
     def finish_loading(self, optimizer_steps: torch.Tensor) -> None:
         """After writing to the views of `owned_state`: let the weights that compute follow. Collective."""
         sharded_state.finish_loading(self._optimizer, optimizer_steps)
+        self.look_at_gains()
 
     def _veto(self, *_: object) -> None:
         """Before AdamW's own step: its fused kernel leaves everything as it is where `found_inf` is 1."""

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from data_pipeline import DataConfig, Loader, Samples, Tokenizer, open_data
 from data_pipeline.config import TASKS
@@ -29,7 +28,7 @@ from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
 from train import parallel
 from train.batches import Batch, batch_maker
-from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, unknown_key
+from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, parsed, unknown_key
 from train.parallel import World
 from train.signals import BAD_INPUT
 
@@ -202,15 +201,20 @@ def _parse(arguments: list[str]) -> tuple[Path, EvaluateConfig]:
         if key not in names:
             raise unknown_key(key, list(names))
         if key in ("tasks", "lengths"):
-            values[key] = [yaml.safe_load(item) for item in value.strip("[]").split(",") if item]
+            values[key] = [parsed(key, item) for item in value.strip("[]").split(",") if item]
         else:
-            values[key] = yaml.safe_load(value)
+            values[key] = parsed(key, value)
     return Path(arguments[0]), from_mapping(EvaluateConfig, values)
 
 
 def main() -> int:
     try:
         directory, config = _parse(sys.argv[1:])
+        out = Path(config.out or directory)
+        try:  # before the work, not behind it
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out={out} cannot be made a directory: {error.strerror}") from error
         world = parallel.initialize(parallel.ParallelConfig(), parallel.pick_device("auto"))
         try:
             model, tokenizer, run = load(directory, world)
@@ -222,8 +226,6 @@ def main() -> int:
         return BAD_INPUT
     from train import evaluation_plots as plots
 
-    out = Path(config.out or directory)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "evaluation.json", {"run": str(directory), **result})
     print(plots.table(result))
     for path in [out / "evaluation.json", *plots.draw(result, out)]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def recall_by_distance(results: dict[str, list[dict[str, Any]]], path: Path) -> 
     runs, in a band from the lowest to the highest."""
     figure, axes = _axes("tokens between a fact and the answer", "share of answer tokens right")
     for number, (name, runs) in enumerate(results.items()):
-        _line(axes, number, name, [_points_by_distance(run) for run in runs], markersize=3)
+        _line(axes, number, name, [points_by_distance(run["tasks"].values()) for run in runs], markersize=3)
     axes.set_xscale("log", base=2)
     axes.set_ylim(-0.02, 1.02)
     return _save(figure, axes, path, legend=len(results) > 1)
@@ -60,9 +60,10 @@ def recall_by_cache(results: dict[str, list[dict[str, Any]]], path: Path) -> Pat
     return _save(figure, axes, path, legend=len(results) > 1)
 
 
-def _points_by_distance(result: dict[str, Any]) -> dict[int, float]:
+def points_by_distance(tasks: Iterable[dict[str, Any]]) -> dict[int, float]:
+    """Share of answer tokens right by the distance of the furthest fact, over all lengths of these tasks' scores."""
     sums: dict[int, list[float]] = {}
-    for scores in result["tasks"].values():
+    for scores in tasks:
         for score in scores.values():
             for distance, accuracy, count in score["by_distance"]:
                 total = sums.setdefault(max(1, distance), [0.0, 0.0])

@@ -32,7 +32,16 @@ from ksa_model.hf.configs import MODELING_FILE, TOKENIZER_FILE, check_exportable
 from train import checkpoint, checkpoint_files
 from train.checkpoint import CheckpointError
 from train.checkpoint_files import Place
-from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, from_saved, unknown_key
+from train.config import (
+    USER_ERRORS,
+    ConfigError,
+    TrainConfig,
+    from_mapping,
+    from_saved,
+    parsed,
+    to_mapping,
+    unknown_key,
+)
 from train.hf_files import write_safetensors
 from train.import_hf import RunTensors
 from train.metrics import read_records
@@ -78,7 +87,8 @@ def open_run(directory: Path, step: int | None = None) -> Run:
     chosen = [s for s in saved if step is None or s.step == step]
     if not chosen:
         there = ", ".join(str(s.step) for s in saved) or "none"
-        raise CheckpointError(f"step={step} is not a checkpoint below {own}; there are: {there}")
+        what = "there is no finished checkpoint" if step is None else f"step={step} is not a checkpoint"
+        raise CheckpointError(f"{what} below {own}; there are: {there}")
     checkpoint_files.verify(chosen[-1].place)
     state = checkpoint.read_state(chosen[-1].place)
     # The vocabulary is filled in from the tokenizer, and config.yaml may be of a later visit.
@@ -102,7 +112,8 @@ def export(run: Run, config: ExportConfig) -> list[str]:
         if config.format == "hf":
             _write_hf_files(run, aside, config.dtype)
         else:
-            shutil.copyfile(run.directory / "config.yaml", aside / "config.yaml")
+            text = yaml.safe_dump(to_mapping(run.config), sort_keys=False)  # as saved, not as last asked for
+            (aside / "config.yaml").write_text(text, encoding="utf-8")
         if out.exists():
             out.rmdir()
         aside.rename(out)
@@ -234,7 +245,7 @@ def _parse(arguments: list[str]) -> tuple[Path, ExportConfig]:
         key, _, value = argument.partition("=")
         if key not in known:
             raise unknown_key(key, known)
-        values[key] = value if key == "out" else yaml.safe_load(value)
+        values[key] = value if key == "out" else parsed(key, value)
     return Path(arguments[0]), from_mapping(ExportConfig, values)
 
 

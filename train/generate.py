@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 
 from data_pipeline import Tokenizer
 from ksa_model import cache
@@ -22,7 +21,7 @@ from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
 from train import checkpoint, import_hf, parallel
-from train.config import USER_ERRORS, ConfigError, from_mapping, unknown_key
+from train.config import USER_ERRORS, ConfigError, from_mapping, parsed, unknown_key
 from train.run_directory import read_config
 from train.signals import BAD_INPUT
 
@@ -44,6 +43,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(_DTYPES)}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} must be at least 0 and below 2^63")
 
     def sampling(self, stop_tokens: tuple[int, ...]) -> Sampling:
         stop = (*stop_tokens, *self.stop_tokens)
@@ -74,8 +75,9 @@ def load_run(directory: Path, world: parallel.World, dtype: torch.dtype = torch.
     if not tokenizer_path.is_file():
         raise ConfigError(f"{tokenizer_path} is missing: {directory} is not the directory of a run")
     own = checkpoint.own_directory(directory, config.checkpoint.dir, config.run.name)
-    found = checkpoint.find(str(own), own)
-    assert found is not None
+    if not (saved := checkpoint.complete(own)):
+        raise ConfigError(f"{directory} has no finished checkpoint yet: there is none below {own}")
+    found = saved[-1]
     state = checkpoint.read_state(found)
     # The model as it was saved: annealing takes away some of what the run began with.
     settings = from_mapping(ModelConfig, state["config"]["model"], "model.")
@@ -124,6 +126,9 @@ class TextStream:
 def answer(speaker: Speaker, prompts: list[str], config: GenerateConfig) -> None:
     """Print the continuations (a single one as it comes), then speed and cache size on stderr."""
     model, tokenizer = speaker.model, speaker.tokenizer
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what the shell's bytes become that are none
+            raise ConfigError(f"prompt={prompt!r} holds bytes that are not UTF-8")
     encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     if not all(encoded):
         raise ConfigError("prompt is empty: give at least one character")
@@ -173,7 +178,7 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], GenerateConfig]:
         if key == "prompt":
             prompts.append(value)
         elif key in GenerateConfig.__dataclass_fields__:
-            values[key] = yaml.safe_load(value)
+            values[key] = parsed(key, value)
         else:
             raise unknown_key(key, ["prompt", *GenerateConfig.__dataclass_fields__])
     return Path(arguments[0]), prompts, from_mapping(GenerateConfig, values)

@@ -44,7 +44,7 @@ def bad_steps_message(first_step: int, last_step: int, first_sample: int, last_s
         f"loss or gradient was not finite in each of the steps {first_step} to {last_step}, which were skipped: "
         f"samples {first_sample} to {last_sample} of the global order. Checkpoints are below {checkpoint}. To go "
         f"on past these samples start again with run.skip_samples=[[{first_sample},{last_sample}]]; if it comes "
-        "back with other samples, lower optim.lr"
+        f"back with other samples, go on in another run: resume={checkpoint} run.name=NEW and a lower optim.lr"
     )
 
 

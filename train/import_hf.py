@@ -36,6 +36,7 @@ from train.config import (
     TrainConfig,
     from_mapping,
     from_saved,
+    parsed,
     to_mapping,
     unknown_key,
 )
@@ -304,7 +305,7 @@ def _run(arguments: list[str]) -> str:
         if key in options:
             options[key] = value == "true" if key == "allow_pickle" else value
         elif key in known:
-            changes[key] = yaml.safe_load(value)
+            changes[key] = parsed(key, value)
         else:
             raise unknown_key(key, sorted(known | options.keys()))
     source = read_config(HfDirectory(directory, options["allow_pickle"]).config)

@@ -41,6 +41,9 @@ class OptimConfig:
             if getattr(self, name) < 0:
                 raise OptimConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
 
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise OptimConfigError(f"optim.betas={list(self.betas)} must each be at least 0 and below 1")
+
     def lr_at(self, step: int, total_steps: int) -> float:
         """Learning rate of 0-based `step` of `total_steps`."""
         floor = self.lr * self.min_lr_ratio

@@ -49,7 +49,7 @@ class StepProfiler:
 
     def __init__(self, config: PerfConfig, model: torch.nn.Module, world: World, directory: Path):
         self._config, self._model, self._world, self._directory = config, model, world, directory / "profile"
-        self._steps = 0
+        self._steps, self._is_done = 0, False
         self._profile: Any = None
         self._began = 0.0
         self._ranges = contextlib.ExitStack()
@@ -68,6 +68,14 @@ class StepProfiler:
         """Counts what runs inside to `part`, as long as a profile is taken."""
         return contextlib.nullcontext() if self._profile is None else record_function(PREFIX + part)
 
+    def close(self) -> None:
+        """Say so where the run ended before the profile did."""
+        if self._config.profile and self._world.is_main and not self._is_done:
+            wanted = (
+                f"perf.profile_after={self._config.profile_after} + perf.profile_steps={self._config.profile_steps}"
+            )
+            print(f"perf.profile=true has left nothing: it needs {wanted} steps, and this call had {self._steps}")
+
     def _start(self) -> None:
         cuda = self._world.device.type == "cuda"
         if cuda:
@@ -83,7 +91,7 @@ class StepProfiler:
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._began
-        taken, self._profile = self._profile, None
+        taken, self._profile, self._is_done = self._profile, None, True
         self._ranges.close()
         self._directory.mkdir(parents=True, exist_ok=True)
         taken.export_chrome_trace(str(self._directory / f"trace-rank{rank}.json.gz"))

@@ -17,6 +17,7 @@ from ksa_model import layout
 from ksa_model.config import ModelConfig, ModelConfigError
 from train.batches import model_flops
 from train.config import ConfigError, flatten, from_mapping
+from train.evaluation_plots import points_by_distance
 
 CONTEXT = 131_072  # tokens: where cache sizes are compared
 # Keys that name a run or say where it wrote, not what it was.
@@ -37,6 +38,7 @@ class Run:
     model: ModelConfig
     records: list[dict[str, Any]]
     remarks: tuple[str, ...] = ()
+    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)  # what `python -m train.evaluate` left
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(tokens, values) of the records that hold `key`."""
@@ -65,8 +67,8 @@ class Run:
     @property
     def peak_memory(self) -> float | None:
         """Bytes of device memory at the most, where the run recorded it."""
-        seen = self.series("peak_memory_bytes")[1]
-        return max(seen) if seen else None
+        seen = self.series("peak_gib")[1]
+        return max(seen) * 2**30 if seen else None
 
     @property
     def cache_bytes(self) -> int:
@@ -86,9 +88,12 @@ class Run:
         return (max(self.model.window_per_letter) + 1) * self.model.chunk_size
 
     def probes(self) -> list[dict[str, Any]]:
-        """The last record with `probes`: a list of {"task", "distance", "accuracy"}."""
-        found = [r["probes"] for r in self.records if "probes" in r]
-        return found[-1] if found else []
+        """{"task", "distance", "accuracy"} of every task and distance that was evaluated."""
+        return [
+            {"task": task, "distance": distance, "accuracy": accuracy}
+            for task, scores in self.evaluation.get("tasks", {}).items()
+            for distance, accuracy in points_by_distance([scores]).items()
+        ]
 
 
 def one_document(model: ModelConfig, length: int) -> layout.SequenceLayout:
@@ -156,7 +161,15 @@ def read_run(directory: Path, name: str) -> Run:
     last = max(r["step"] for r in records)
     if last < steps:
         remarks.append(f"stands at step {last} of {steps}")
-    return Run(name, directory, config, model, records, tuple(remarks))
+    return Run(name, directory, config, model, records, tuple(remarks), _evaluation(directory))
+
+
+def _evaluation(directory: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((directory / "evaluation.json").read_bytes())
+    except (OSError, ValueError):  # not evaluated, or not to its end
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _records(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -421,7 +421,10 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
     """Write `report.html` and the PNGs; returns the page's path."""
     runs, left_out = find_runs(paths)
     output = output or (paths[0] if len(paths) == 1 else paths[0].parent) / "report"
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"output={output} cannot be made a directory: {error.strerror}") from error
     drawn = pictures(runs)
     draw(drawn, runs, output)
     title = paths[0].resolve().name if len(paths) == 1 else " and ".join(sorted({p.resolve().name for p in paths}))

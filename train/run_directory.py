@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from data_pipeline import TrainingData
+from data_pipeline.storage import aside
 from train.config import ConfigError, TrainConfig, flatten, from_saved, to_mapping
 
 # Sections and keys that may differ between two visits to one run directory: they do not change what is computed, or
@@ -42,6 +44,7 @@ CHANGEABLE = (
     "data.retries",
     "data.verify",
     "data.accept_changes",
+    "data.tokenizer",  # a checkpoint knows the tokenizer that it was trained with
     "model.attention_backend",
 )
 
@@ -51,15 +54,20 @@ def read_config(directory: Path) -> TrainConfig:
     path = directory / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{path} is missing: {directory} is not the directory of a run")
-    return from_saved(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return from_saved(_read(path))
 
 
 def check(directory: Path, config: TrainConfig) -> None:
-    """Refuse a run directory that was begun with another configuration."""
+    """Refuse a run directory that was begun with another configuration, or that nobody can write."""
+    there = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(
+            f"run.root={config.run.root} and run.name={config.run.name}: {there} is not a directory that can be written"
+        )
     path = directory / "config.yaml"
     if not path.exists():
         return
-    before = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    before = flatten(to_mapping(from_saved(_read(path))))  # keys that are newer than the run have their defaults
     now = flatten(to_mapping(config))
     before["model.vocab_size"] = now["model.vocab_size"]  # filled in from the tokenizer
     changed = [
@@ -76,9 +84,20 @@ def check(directory: Path, config: TrainConfig) -> None:
         )
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} does not hold the configuration of a run; remove it, and the next start writes it")
+    return found
+
+
 def write(directory: Path, config: TrainConfig, data: TrainingData) -> None:
-    """The tokenizer, and everything that the run was told."""
+    """The tokenizer, and everything that the run was told; each whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(data.tokenizer_path, directory / "tokenizer.model")
     text = yaml.safe_dump(to_mapping(config), sort_keys=False)
-    (directory / "config.yaml").write_text(text, encoding="utf-8")
+    for name, content in (("tokenizer.model", Path(data.tokenizer_path).read_bytes()), ("config.yaml", text.encode())):
+        with aside(directory / name) as file:
+            file.write(content)

@@ -87,9 +87,6 @@ def _train(
     began: float,
 ) -> RunResult:
     """`train` once the world stands."""
-    if world.is_main:
-        run_directory.write(directory, config, data)
-    dist.barrier()
     run = _Run(config, world, data, directory)
     step, last_step = run.resume(), min(config.run.steps, config.run.stop_at_step or config.run.steps)
     stopping = False
@@ -120,7 +117,7 @@ def _train(
                 run.log.advance()
                 if ending or step % config.run.log_every == 0:
                     back = run.report(step, grad_norm, lr)
-                    if back is not None and not stopping:
+                    if back is not None:  # its checkpoint is there, so that a stop needs no other
                         step = back
                         continue
                 evaluating = step == last_step or step % config.run.eval_every == 0
@@ -226,6 +223,10 @@ class _Run:
             progress = Progress(step=0, tokens=0, loader=self.loader.state())
         elif config.init_from is not None:
             self._say(import_hf.initialise(self.engine, self.world, config))
+        if self.world.is_main:  # what is refused above leaves the directory as it was
+            run_directory.write(self.directory, config, self.data)
+        dist.barrier()
+        self._healthy_step = progress.step
         self.checkpoints.abandon_after(progress.step)
         self.sums = StepSums(self.world, progress.tokens)
         self.log = _open_log(config, self.world, self.directory, progress.step)
@@ -235,8 +236,10 @@ class _Run:
         return progress.step
 
     def _load(self, found: Place) -> Progress:
-        progress, state = self.checkpoints.load(found, self.config.run.seed)
+        state = checkpoint.read_state(found)
         self._check_tokenizer(found, state)
+        self._check_share(found, state)
+        progress, _ = self.checkpoints.load(found, self.config.run.seed)
         self.loader.load_state(progress.loader)
         self.spikes = SpikeDetector(self.config.run.spike_factor, progress.health.get("recent_losses", ()))
         return progress
@@ -247,6 +250,17 @@ class _Run:
             raise CheckpointError(
                 f"{found} was trained with the tokenizer of sha256 {tokenizer[:12]}, this run has "
                 f"{self.tokenizer_sha256[:12]}: give the tokenizer.model of that run as data.tokenizer"
+            )
+
+    def _check_share(self, found: Place, state: dict[str, Any]) -> None:
+        """What is annealed away is in no checkpoint, and a longer run would bring it back with fresh weights."""
+        steps, model = self.config.run.steps, self.config.model
+        share = self.config.stage.own_share(state["step"], steps)
+        if model.independent_qkv and model.has_summaries and share > 0 and state.get("own_share", 1.0) == 0:
+            raise CheckpointError(
+                f"{found} has no summary projections any more, annealed away at step {state['step']}, and with "
+                f"run.steps={steps} they would have a share of {share:.2f} again: go on in another run with "
+                f"stage=extend model.independent_qkv=false init_from={self.directory}"
             )
 
     def _inherit(self, found: Place) -> None:
@@ -319,8 +333,9 @@ class _Run:
         if self._rollbacks > MAX_ROLLBACKS:
             raise BadSteps(
                 f"the loss jumped {self._rollbacks} times after step {progress.step}, each time with other samples, "
-                f"the last to {loss:.4g} at step {step}; lower optim.lr, or raise run.spike_factor="
-                f"{self.config.run.spike_factor}"
+                f"the last to {loss:.4g} at step {step}; raise run.spike_factor="
+                f"{self.config.run.spike_factor}, or lower optim.lr in another run: resume={self.directory} "
+                "run.name=NEW"
             )
         samples = f"{progress.loader['next_sample']} to {position['next_sample'] - 1}"
         self.loader.load_state(position)
@@ -334,6 +349,7 @@ class _Run:
     def evaluate(self, step: int) -> None:
         with self.sums.clock_stopped():
             self.engine.anneal(self.config.stage.own_share(step, self.config.run.steps))
+            self.engine.look_at_gains()  # they drift apart slowly
             self.validation_loss = self.held_out.loss(self.engine)
             if self.validation_loss is not None:
                 self.log.record({"step": step, "tokens": self.sums.tokens, "validation_loss": self.validation_loss})
@@ -380,6 +396,7 @@ class _Run:
         self._saved_at, self._saved_step = time.monotonic(), step
 
     def close(self) -> None:
+        self.profiler.close()
         self.loader.close()
         self.checkpoints.close()
         self.log.close()

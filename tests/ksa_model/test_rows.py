@@ -49,8 +49,7 @@ def test_norm_rotate(monkeypatch, count, heads, d, normed):
 
 
 def test_norm_rotate_in_bf16():
-    """Backward finds the normed rows from the rounded result: its gradients are as good as 16 bits are. Features whose
-    gain is zero are lost to it, and the others not."""
+    """Backward finds the normed rows from the rounded result: its gradients are as good as 16 bits are."""
     x, gain = draw(500, 4, 64, dtype=torch.bfloat16), draw(64, seed=1, dtype=torch.bfloat16)
     angles = draw(500, 1, 32, seed=2).detach() * 10
     table, weights = (angles.cos(), angles.sin()), draw(500, 4, 64, seed=3).detach().bfloat16()
@@ -58,13 +57,25 @@ def test_norm_rotate_in_bf16():
     want = torch.autograd.grad(rows.plain_norm_rotate(*exact, 1e-6, *table), exact, weights.float())
     for g, w in zip(torch.autograd.grad(triton_rows.NormRotate.apply(x, gain, 1e-6, *table), (x, gain), weights), want):
         assert (g.float() - w).norm() / w.norm() < 8e-3
-    with torch.no_grad():
-        gain[7] = exact[1][7] = 0
+
+
+@pytest.mark.parametrize("ratio", [1, 7, 100, None])
+def test_gradients_under_uneven_gains(ratio):
+    """Each half by itself, so that the large gains' gradients do not hide the small ones'. None: gains of zero."""
+    x = draw(300, 4, 64, dtype=torch.bfloat16)
+    gain = torch.ones(64, device=DEVICE, dtype=torch.bfloat16)
+    gain[32:] = 0 if ratio is None else 1 / ratio
+    gain.requires_grad_()
+    angles = draw(300, 1, 32, seed=2).detach() * 10
+    table, weights = (angles.cos(), angles.sin()), draw(300, 4, 64, seed=3).detach().bfloat16()
+    assert rows.is_uneven(gain) == (ratio in (100, None))
+    exact = [i.detach().float().requires_grad_() for i in (x, gain)]
     want = torch.autograd.grad(rows.plain_norm_rotate(*exact, 1e-6, *table), exact, weights.float())
-    got = torch.autograd.grad(triton_rows.NormRotate.apply(x, gain, 1e-6, *table), (x, gain), weights)
-    kept = torch.arange(64, device=DEVICE) != 7
-    for g, w in zip(got, want):
-        assert (g.float() - w)[..., kept].norm() / w.norm() < 8e-3
+    out = triton_rows.NormRotate.apply(x, gain, 1e-6, *table, rows.is_uneven(gain))
+    for g, w in zip(torch.autograd.grad(out, (x, gain), weights), want):
+        for half in (slice(0, 32), slice(32, 64)):
+            difference, size = (g.float() - w)[..., half].norm(), w[..., half].norm()
+            assert difference <= 1.5e-2 * size
 
 
 def test_swiglu():

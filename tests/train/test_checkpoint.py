@@ -378,6 +378,24 @@ class TestTools:
         run.load(run.choose(str(made)))
         assert same(run.engine.everything(), self.states[-1])
 
+    def test_what_is_there_is_not_replaced(self, run_directory, capsys):
+        own = run_directory / "checkpoints"
+        before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+        for command in (["average", f"out={run_directory}"], ["reshape", f"out={own}", "moments=false"]):
+            assert checkpoint_tools.main([command[0], str(run_directory), *command[1:]]) == 2
+            assert "holds a checkpoint of step 5 already" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
+
+    def test_a_run_whose_checkpoints_are_elsewhere(self, run_directory, tmp_path, capsys):
+        away = tmp_path / "away"
+        away.mkdir()
+        (run_directory / "checkpoints").rename(away / "name")
+        settings = f"run: {{name: name}}\ncheckpoint: {{dir: {away}}}\n"
+        (run_directory / "config.yaml").write_text(settings)
+        assert checkpoint_tools.main(["list", str(run_directory)]) == 0
+        assert "3 finished" in capsys.readouterr().out
+        assert checkpoint.find(str(run_directory), "").name == "step-00000005"
+
     def test_average(self, run_directory, open_run):
         (run_directory / "config.yaml").write_text("run: {}")
         out = run_directory / "mean"

@@ -92,6 +92,12 @@ def refused(monkeypatch, capsys, *arguments):
         (["run.samples_per_step=4", "run.samples_per_micro_batch=3"], "samples_per_micro_batch=3 does not divide"),
         (["run.name=../elsewhere"], "run.name='../elsewhere' must be a relative path"),
         (["resume=/no/such/run"], "resume=/no/such/run: neither a checkpoint"),
+        (["run.stop_at_step=0"], "run.stop_at_step=0 must be at least 1"),
+        (["dry_run=true", "dry_run_ranks=-2"], "dry_run_ranks=-2 must be at least 1"),
+        (["optim.betas=[0.9,1.0]"], "optim.betas=[0.9, 1.0] must each be at least 0 and below 1"),
+        (["checkpoint.dir=foo://bucket"], "foo://bucket cannot be opened"),
+        (["init_from=README.md"], "init_from=README.md: neither a checkpoint"),
+        (["run.root=README.md"], "README.md is not a directory that can be written"),
         (["logging.wandb=perhaps"], "logging.wandb='perhaps' is not one of online, offline, off"),
     ],
     ids=lambda x: x[-1] if isinstance(x, list) else "",
@@ -159,9 +165,56 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, corpus):
     before = to_mapping(config)
     del before["memory"]
     before["run"]["recompute"] = True
+    del before["init_summary_from"]  # a key that is newer than the run
     assert from_saved(before) == config
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
     run_directory.check(tmp_path, config)
+
+
+def test_a_start_that_is_refused_leaves_the_run_as_it_was(corpus, tmp_path):
+    """Its only copy of the tokenizer above all."""
+    own = tmp_path / "corpus.jsonl"
+    own.write_bytes(corpus.read_bytes())
+    arguments = small_overrides(own, tmp_path)
+    code, _, err = commands.run("train", *arguments)
+    assert code == 0, err
+    kept = [tmp_path / "default" / name for name in ("tokenizer.model", "config.yaml")]
+    before = [path.read_bytes() for path in kept]
+    with open(own, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "zebra quagga okapi " * 400}) + "\n")
+    code, _, err = commands.run("train", *arguments, "run.steps=9")
+    assert code == BAD_INPUT and "was trained with the tokenizer of sha256" in err
+    assert [path.read_bytes() for path in kept] == before
+    tokenizer = f"data.tokenizer={kept[0]}"  # as the message says, with the data of now
+    code, _, err = commands.run("train", *arguments, "run.steps=9", tokenizer, "data.accept_changes=true")
+    assert code == 0, err
+
+
+def test_a_config_that_was_torn_is_one_line(monkeypatch, capsys, tmp_path, corpus):
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default" / "config.yaml").write_text("")
+    said = refused(monkeypatch, capsys, *small_overrides(corpus, tmp_path))
+    assert "config.yaml does not hold the configuration of a run" in said
+
+
+def test_closing_words_are_commands_that_go_on(corpus, tmp_path):
+    from dataclasses import replace
+
+    from tests.train.runs import make_config
+    from train.__main__ import closing_words
+    from train.trainer import RunResult
+
+    config = make_config(corpus, tmp_path, run__name="mr/model.chunk_size=4")
+    result = RunResult(tmp_path / config.run.name, 5, 100, None, 1.0, False)
+    words = closing_words(config, result, ["+run.steps=5", "resume=never", "run.name=mr", "model.chunk_size=4"])
+    assert """python -m train model.chunk_size=4 run.steps=10 'run.name='"'"'mr/model.chunk_size=4'"'"''""" in words
+    stages = ({"name": "a", "run.steps": 6}, {"name": "b", "run.steps": 4})
+    chained, first = replace(config, stages=stages), tmp_path / config.run.name / "0-a"
+    assert "Stage 1 of 2 is at step 3 of 6" in closing_words(chained, replace(result, directory=first, step=3), [])
+    last = replace(result, directory=first.with_name("1-b"), step=4)
+    assert "All 2 stages are done" in closing_words(chained, last, [])
+    anneal = replace(config, stage=replace(config.stage, kind="anneal"))
+    assert "go on from" not in closing_words(anneal, result, [])
 
 
 def test_help_and_cfg_are_useful():
@@ -286,6 +339,9 @@ def test_generate_refuses_bad_input(undisturbed, tmp_path):
         ([undisturbed[1], "promt=x"], "promt is not a configuration key; did you mean prompt?"),
         ([tmp_path, "prompt=x"], "is not the directory of a run"),
         ([undisturbed[1], "prompt=x", "top_p=0"], "top_p=0.0 above 0"),
+        ([undisturbed[1], "prompt=x", "temperature=["], "temperature=[ cannot be read"),
+        ([undisturbed[1], "prompt=x", "seed=99999999999999999999"], "below 2^63"),
+        ([undisturbed[1], "prompt=\udcff"], "holds bytes that are not UTF-8"),
     ]:
         code, _, err = commands.run("train.generate", *arguments)
         assert code == BAD_INPUT and message in err

@@ -114,6 +114,31 @@ def test_a_jump_goes_back_past_its_samples(corpus, tmp_path):
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 17))
 
 
+def test_a_jump_right_after_a_start_goes_back_too(corpus, tmp_path):
+    changes = dict(run__spike_factor=2.5)
+    run(1, corpus, tmp_path, run__stop_at_step=10, **changes)
+    records, error = run(1, corpus, tmp_path, range(40, 48), "jump", **changes)
+    never_met, _ = run(1, corpus, tmp_path / "b", run__skip_samples=[[40, 47]])
+    assert error is None and losses(records) == losses(never_met)
+
+
+def stopped_in_step_11(corpus, root, *arguments):
+    from train.signals import StopRequest
+
+    asked = iter(range(1, 100))
+    StopRequest.is_due = property(lambda self: next(asked) >= 11)
+    return train_with_bad_samples(corpus, root, *arguments)
+
+
+def test_a_jump_in_the_step_of_a_stop_leaves_the_checkpoint_from_before(corpus, tmp_path):
+    arguments = RUN | dict(run__spike_factor=2.5), set(range(40, 48)), "jump"
+    ((records, error),) = run_on_ranks(1, stopped_in_step_11, str(corpus), str(tmp_path), *arguments)
+    assert error is None and losses(records)[-1] == losses(records)[9] and len(losses(records)) == 10
+    newest = checkpoint.complete(tmp_path / "default" / "checkpoints")[-1]
+    assert newest.name == "step-00000010" and checkpoint.read_state(newest)["step"] == 10
+    assert checkpoint_tensors.copy_of(newest, "optimizer/steps").item() == 10
+
+
 def test_a_jump_that_keeps_coming_back_stops_the_run(corpus, tmp_path):
     _, error = run(1, corpus, tmp_path, range(40, 400), "jump", run__spike_factor=2.5)
     assert "the loss jumped 4 times after step 10" in error and "lower optim.lr" in error

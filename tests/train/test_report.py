@@ -113,11 +113,16 @@ def test_blank_picture_would_be_seen(tmp_path):
 
 
 def test_probes_and_memory_are_shown_where_recorded(tmp_path):
-    probes = [{"task": "needle", "distance": d, "accuracy": 1 / (1 + d / 500)} for d in (64, 256, 1024)]
-    extra = json.dumps({"step": 40, "tokens": 20480, "probes": probes, "peak_memory_bytes": 3 * 2**30}) + "\n"
-    path = report.write_report([write_run(tmp_path / "a", extra=extra), write_run(tmp_path / "b", chunk_size=4)])
+    extra = json.dumps({"step": 40, "tokens": 20480, "peak_gib": 3.5}) + "\n"  # as train.metrics writes it
+    evaluated = write_run(tmp_path / "a", extra=extra)
+    scores = {"512": {"by_distance": [[64, 1.0, 8], [256, 0.5, 2]]}, "1024": {"by_distance": [[256, 0.0, 2]]}}
+    (evaluated / "evaluation.json").write_text(json.dumps({"tasks": {"needle": scores}}))
+    path = report.write_report([evaluated, write_run(tmp_path / "b", chunk_size=4)])
     assert (path.parent / "probes.png").is_file()
     assert "most device memory" in path.read_text()
+    run = records.read_run(evaluated, "a")
+    assert [(p["distance"], p["accuracy"]) for p in run.probes()] == [(64, 1.0), (256, 0.25)]
+    assert run.peak_memory == 3.5 * 2**30
 
 
 def test_torn_unfinished_and_unusable_runs_are_named(sweep):

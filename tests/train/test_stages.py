@@ -37,6 +37,16 @@ def run_chain(corpus: str, root: str, changes: dict) -> dict:
     return {"step": result.step, "records": {n: read_records(Path(root) / n / "metrics.jsonl") for n in names}}
 
 
+def train_it(config) -> int | str:
+    from train.config import ConfigError
+    from train.trainer import train
+
+    try:
+        return train(config).step
+    except ConfigError as error:
+        return str(error)
+
+
 def real_rows(name, tensor):
     """Without vocabulary padding, which means nothing and is not handed on."""
     return tensor[:400] if name in ("master/embedding.weight", "master/head.weight") else tensor
@@ -167,6 +177,31 @@ def test_an_annealed_model_is_loaded_as_it_was_saved(chain, world):
     assert not model.config.independent_qkv and model.blocks[0].attention.own_share is None
 
 
+def test_an_annealed_run_is_not_brought_back(chain, corpus, tmp_path):
+    """A longer run would give its projections, which no checkpoint has, a share again."""
+
+    def config(steps):
+        anneal = dict(stage__kind="anneal", init_from=str(chain[0] / "1-distill"), model__layer_pattern="KKKF")
+        return make_config(corpus, tmp_path, run__name="annealed", run__steps=steps, optim__decay_steps=0, **anneal)
+
+    (finished,) = run_on_ranks(1, train_it, config(5))
+    assert finished == 5
+    (refused,) = run_on_ranks(1, train_it, config(9))
+    assert "annealed away at step 5, and with run.steps=9 they would have a share of 0.44" in refused
+
+
+def test_some_keys_of_a_group_leave_the_others(corpus, tmp_path):
+    from train import chain as chains
+
+    scaling = {"kind": "linear", "factor": 2}
+    stages = [{"name": "a", "run.steps": 3, "optim": {"lr": 0.5}, "model.rope_scaling": SCALED},
+              {"name": "b", "run.steps": 3, "model": {"rope_scaling": scaling}}]  # fmt: skip
+    first, second = chains.links(make_config(corpus, tmp_path, stages=stages))
+    assert (first.optim.lr, first.optim.warmup_steps, first.optim.decay_steps) == (0.5, 2, 5)
+    assert second.model.rope_scaling.kind == "linear" and second.model.rope_scaling.original_max_positions is None
+    assert second.model.hidden_size == 32
+
+
 def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
     from train import chain as chains
     from train.config import ConfigError, validate
@@ -195,6 +230,9 @@ def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
     own = dict(init_from=str(root / "1-distill"), stage__kind="extend", model__layer_pattern="KKKF")
     with pytest.raises(StageError, match=r"has summary projections of its own .* anneal them first"):
         train(config(**own, model__independent_qkv=False))
+    with pytest.raises(StageError, match=r"model.window_chunks was 2 in the stage before b and is now 4"):
+        b = {"name": "b", "stage": "extend", "run.steps": 1, "model.window_chunks": 4}
+        chains.links(config(stages=[{"name": "a", "run.steps": 9}, b]))
     with pytest.raises(ConfigError, match=r"init_from=nowhere: neither a checkpoint"):
         train(config(init_from="nowhere"))
     for stages, message in (
