@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from data_pipeline.errors import DataError
@@ -18,6 +19,22 @@ STREAMABLE = ("text", "jsonl", "parquet")
 TOKENIZER_TYPES = ("bpe", "unigram")
 TASKS = ("needle", "multikey", "multiquery", "multivalue", "variables", "common", "frequent")
 DEFAULT_TASKS = ("needle", "multikey", "variables")
+_OF_TEXT = "remove it, or set data.source to text or jsonl"
+_UNUSED = {
+    "stdlib": (("path", "validation_path"), _OF_TEXT),
+    "synthetic": (("path", "validation_path"), _OF_TEXT),
+    "hf": (("validation_path",), "hold out documents with data.validation_fraction"),
+    "shards": (
+        ("validation_path", "validation_fraction", "max_document_tokens"),
+        "remove it, or prepare the shards again with it",
+    ),
+    "megatron": (("max_document_tokens",), "remove it; a mixture's data.stages choose documents by max_tokens"),
+    "mixture": (
+        ("path", "validation_path", "text_key", "subset", "split", "tasks", "probe_tokens"),
+        "remove it, or set it on the corpora of data.corpora",
+    ),
+}
+"""Settings that a source does not look at, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +55,21 @@ class CorpusConfig:
     probe_tokens: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", tuple(self.tasks))
+        if not (isinstance(self.name, str) and self.name):
+            raise DataError(f"data.corpora: name={self.name!r} must be a non-empty text")
+        if isinstance(self.tasks, list):
+            object.__setattr__(self, "tasks", tuple(self.tasks))
         place = f"data.corpora[{self.name}]"
         known = (*RAW, *TOKENIZED, "synthetic")
         if self.source not in known:
             raise DataError(f"{place}.source={self.source!r} must be one of {', '.join(known)}")
         if self.source == "synthetic" and self.weight is None:
             raise DataError(f"{place}: probes have no size: give a weight")
-        if self.weight is not None and not self.weight > 0:
+        if self.weight is not None and not _is_above_zero(self.weight):
             raise DataError(f"{place}.weight={self.weight!r} must be above 0; leave the corpus out instead")
+
+
+_CORPUS_FIELDS = tuple(field.name for field in fields(CorpusConfig) if field.name not in ("name", "weight"))
 
 
 @dataclass(frozen=True)
@@ -61,7 +84,9 @@ class DrawConfig:
 
     def __post_init__(self) -> None:
         _check_range(f"data.stages.draws[{self.corpus}]", self.min_tokens, self.max_tokens)
-        if self.weight is not None and not self.weight > 0:
+        if not isinstance(self.corpus, str):
+            raise DataError(f"data.stages.draws: corpus={self.corpus!r} must be the name of a corpus")
+        if self.weight is not None and not _is_above_zero(self.weight):
             raise DataError(f"data.stages.draws[{self.corpus}].weight={self.weight!r} must be above 0")
 
 
@@ -80,8 +105,10 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "draws", _items(DrawConfig, self.draws, "data.stages.draws"))
-        if self.samples < 1:
-            raise DataError(f"data.stages: samples={self.samples} must be at least 1")
+        for name in ("seq_len", "samples"):
+            value = getattr(self, name)
+            if not (_is_whole(value) and value >= 1):
+                raise DataError(f"data.stages: {name}={value!r} must be at least 1 and a whole number")
         _check_range(f"data.stages[seq_len={self.seq_len}]", self.min_tokens, self.max_tokens)
 
 
@@ -151,7 +178,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpora", _items(CorpusConfig, self.corpora, "data.corpora"))
         object.__setattr__(self, "stages", _items(StageConfig, self.stages, "data.stages"))
-        object.__setattr__(self, "tasks", tuple(self.tasks))
         for name in ("source", "text_key", "split", "tokenizer_type", "cache_dir"):
             _require(isinstance(getattr(self, name), str) and getattr(self, name) != "", name, self, "a non-empty text")
         for name in ("path", "subset", "validation_path", "tokenizer"):
@@ -163,8 +189,7 @@ class DataConfig:
             _require(isinstance(getattr(self, name), bool), name, self, "true or false")
         for name in ("shard_mb", "cache_gb", "slab_mb", "temperature"):
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _require(is_number and 0 < value < float("inf"), name, self, "a number above 0")
+            _require(_is_above_zero(value), name, self, "a number above 0")
         _require(self.source in SOURCES, "source", self, f"one of {', '.join(SOURCES)}")
         _require(self.tokenizer_type in TOKENIZER_TYPES, "tokenizer_type", self, f"one of {', '.join(TOKENIZER_TYPES)}")
         _require(self.vocab_size > 0, "vocab_size", self, "at least 1")
@@ -180,24 +205,29 @@ class DataConfig:
             self,
             "a number from 0 up to but not including 1",
         )
-        tasks_known = len(self.tasks) > 0 and set(self.tasks) <= set(TASKS)
-        _require(tasks_known, "tasks", self, f"a list of {', '.join(TASKS)}")
-        if self.probe_tokens is not None:
-            object.__setattr__(self, "probe_tokens", tuple(self.probe_tokens))
-            whole = len(self.probe_tokens) == 2 and all(map(_is_whole, self.probe_tokens))
-            ordered = whole and 0 < self.probe_tokens[0] <= self.probe_tokens[1]
-            _require(ordered, "probe_tokens", self, "two lengths, least and most, or null")
+        self._check_probes()
         self._check_source()
 
+    def _check_probes(self) -> None:
+        tasks, lengths = self.tasks, self.probe_tokens
+        known = isinstance(tasks, (list, tuple)) and len(tasks) > 0 and all(task in TASKS for task in tasks)
+        _require(known, "tasks", self, f"a list of {', '.join(TASKS)}")
+        object.__setattr__(self, "tasks", tuple(tasks))
+        if lengths is not None:
+            whole = isinstance(lengths, (list, tuple)) and len(lengths) == 2 and all(map(_is_whole, lengths))
+            _require(
+                whole and 0 < lengths[0] <= lengths[1], "probe_tokens", self, "two lengths, least and most, or null"
+            )
+            object.__setattr__(self, "probe_tokens", tuple(lengths))
+
     def _check_source(self) -> None:
-        if self.source in ("stdlib", "mixture", "synthetic"):
-            for name in ("path", "validation_path"):
-                if getattr(self, name) is not None:
-                    raise DataError(
-                        f"data.{name}={getattr(self, name)!r} has no meaning for data.source={self.source}: remove it, "
-                        f"or set data.source to text or jsonl"
-                    )
-        elif self.path is None:
+        names, way_out = _UNUSED.get(self.source, ((), ""))
+        for name in names:
+            if getattr(self, name) != _default_of(name):
+                raise DataError(
+                    f"data.{name}={getattr(self, name)!r} has no meaning for data.source={self.source}: {way_out}"
+                )
+        if "path" not in names and self.path is None:
             raise DataError(f"data.source={self.source} needs data.path: a file, a directory or a glob")
         if self.source != "mixture" and (self.corpora or self.stages):
             raise DataError(f"data.corpora and data.stages belong to data.source=mixture, not {self.source}")
@@ -212,6 +242,30 @@ class DataConfig:
                 "data.stream=true needs data.tokenizer: training one would read the corpus first; make one with "
                 "`python -m data_pipeline.tokenizer train ...`"
             )
+        for corpus in self.corpora:
+            corpus_config(self, corpus, self.tokenizer)
+
+
+def corpus_config(config: DataConfig, corpus: CorpusConfig, tokenizer: str | None) -> DataConfig:
+    """The configuration of one corpus of a mixture by itself; DataError naming the corpus when it is none."""
+    own = {name: getattr(corpus, name) for name in _CORPUS_FIELDS}
+    if corpus.source not in RAW:
+        own["max_document_tokens"] = None  # one value for all corpora of text; tokens are taken as they are
+    with named_corpus(corpus.name):
+        return replace(config, corpora=(), stages=(), tokenizer=tokenizer, **own)
+
+
+@contextmanager
+def named_corpus(name: str, place: str = "") -> Iterator[None]:
+    """Errors inside say which corpus of a mixture they are about, and in which `place`."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{place}data.corpora[{name}]: {error}") from error
+
+
+def _default_of(name: str) -> Any:
+    return next(field.default for field in fields(DataConfig) if field.name == name)
 
 
 def _check_mixture(corpora: tuple[CorpusConfig, ...], stages: tuple[StageConfig, ...]) -> None:
@@ -240,7 +294,14 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_above_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
 def _check_range(place: str, least: int, most: int | None) -> None:
+    for name, value in (("min_tokens", least), ("max_tokens", most)):
+        if not _is_whole(value) and (name, value) != ("max_tokens", None):
+            raise DataError(f"{place}: {name}={value!r} must be a whole number")
     if least < 0 or (most is not None and most < max(least, 1)):
         raise DataError(f"{place}: min_tokens={least} and max_tokens={most} leave no length; set min below max")
 

@@ -22,7 +22,7 @@ from data_pipeline.prepare import MANIFEST, TOKENIZER, PreparedData, check_forma
 from data_pipeline.remote import RemoteObject, find_remote, info_or_none, is_remote, with_retries
 from data_pipeline.samples import Samples
 from data_pipeline.shards import RemoteShardReader, ShardReader, ShardSet
-from data_pipeline.sources import SPLITS, TRAIN, VALIDATION
+from data_pipeline.sources import SPLITS, TRAIN, VALIDATION, find_local
 from data_pipeline.storage import fingerprint_of, read_json, sha256_of_file
 from data_pipeline.tokenizer import Tokenizer
 
@@ -316,7 +316,8 @@ def _megatron_prefixes(path: str, field: str, retries: int) -> list[str]:
         if info_or_none(system, root + ".idx") is not None:
             found = [root + ".idx"]
         elif (info := info_or_none(system, root)) is not None and info["type"] == "directory":
-            found = [item for item in system.find(root) if item.endswith(".idx")]
+            below = system.find(root) if is_remote(path) else find_local(root)
+            found = [item for item in below if item.endswith(".idx")]
         else:
             found = system.glob(root if root.endswith(".idx") else root + ".idx")
         return sorted((system.unstrip_protocol(item) if is_remote(path) else item)[:-4] for item in found)

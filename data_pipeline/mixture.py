@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import RAW, CorpusConfig, DataConfig, StageConfig
+from data_pipeline.config import RAW, DataConfig, StageConfig, corpus_config, named_corpus
 from data_pipeline.data import TokenCorpus, TrainingData, open_corpus
 from data_pipeline.errors import DataError
 from data_pipeline.order import derive_key, permute
 from data_pipeline.packing import Plan, Selection
+from data_pipeline.remote import is_remote
 from data_pipeline.samples import PackedSample, Samples
 from data_pipeline.sources import TRAIN, VALIDATION, Corpus
 from data_pipeline.storage import build_once, fingerprint_of, write_json
@@ -32,8 +33,6 @@ from data_pipeline.tokenizer import TRAINING_CHARACTERS, train_tokenizer
 BLOCK_SAMPLES = 1024
 _BLOCK_ORDER = 6
 _ALGORITHM = 1
-_FIELDS = ("source", "path", "text_key", "subset", "split", "validation_path", "validation_fraction")
-_PROBE_FIELDS = ("source", "tasks", "probe_tokens")
 
 
 @dataclass(frozen=True)
@@ -138,19 +137,16 @@ class Mixture(TrainingData):
 
     def __init__(self, config: DataConfig, *, progress: bool = False) -> None:
         self.config = config
+        for corpus in config.corpora:  # all of them, before the first is tokenized for hours
+            one = corpus_config(config, corpus, config.tokenizer)
+            with named_corpus(corpus.name):
+                _check_paths(one)
         tokenizer = config.tokenizer or _train_tokenizer(config)
         self.corpora: dict[str, TokenCorpus | Synthetic] = {}
         for corpus in config.corpora:
-            one = _config_of(config, corpus, tokenizer)
-            if corpus.source == "synthetic":
-                if tokenizer is None:
-                    raise DataError(
-                        f"data.corpora[{corpus.name}]: probes are written in the tokens of the other corpora: give "
-                        "data.tokenizer, or a corpus of text to train one on"
-                    )
-                self.corpora[corpus.name] = Synthetic(one)
-            else:
-                self.corpora[corpus.name] = open_corpus(one, progress=progress)
+            one = corpus_config(config, corpus, tokenizer)
+            with named_corpus(corpus.name):
+                self.corpora[corpus.name] = _open(one, progress)
         first = next(iter(self.corpora.values()))
         self.tokenizer_path, self.vocab_size = first.tokenizer_path, first.vocab_size
         for name, opened in self.corpora.items():
@@ -225,27 +221,29 @@ class Mixture(TrainingData):
         stages: list[Stage] = []
         first = 0
         for config in self.config.stages:
-            stages.append(self._stage(config, alignment, first))
+            stages.append(self._stage(config, alignment, first, f"data.stages[{len(stages)}], "))
             first += config.samples
         if not stages:
-            sources = [
-                Source(name, self.weights[name], Selection(), opened.plan(TRAIN, seq_len, alignment))
-                for name, opened in self.corpora.items()
-            ]
+            sources = []
+            for name, opened in self.corpora.items():
+                with named_corpus(name):
+                    plan = opened.plan(TRAIN, seq_len, alignment)
+                sources.append(Source(name, self.weights[name], Selection(), plan))
             stages = [Stage(sources, seq_len, 0, None, self.config.seed)]
         return stages
 
-    def _stage(self, config: StageConfig, alignment: int, first: int) -> Stage:
+    def _stage(self, config: StageConfig, alignment: int, first: int, place: str) -> Stage:
         sources = []
         draws = [(draw.corpus, draw.weight, draw.min_tokens, draw.max_tokens) for draw in config.draws]
         for name, weight, least, most in draws or [(name, None, 0, None) for name in self.corpora]:
             limits = [limit for limit in (most, config.max_tokens) if limit is not None]
             selection = Selection(max(least, config.min_tokens), min(limits, default=None))
             opened = self.corpora[name]
-            if isinstance(opened, Synthetic):  # as long as they are asked for
-                plan: Plan | SyntheticSamples = opened.plan(TRAIN, config.seq_len, alignment)
-            else:
-                plan = opened.plan(TRAIN, config.seq_len, alignment, selection)
+            with named_corpus(name, place):
+                if isinstance(opened, Synthetic):  # as long as they are asked for
+                    plan: Plan | SyntheticSamples = opened.plan(TRAIN, config.seq_len, alignment)
+                else:
+                    plan = opened.plan(TRAIN, config.seq_len, alignment, selection)
             sources.append(Source(name, self.weights[name] if weight is None else weight, selection, plan))
         return Stage(sources, config.seq_len, first, config.samples, self.config.seed)
 
@@ -272,18 +270,41 @@ def block_counts(weights: list[float]) -> np.ndarray:
     return counts
 
 
-def _config_of(config: DataConfig, corpus: CorpusConfig, tokenizer: str | None) -> DataConfig:
-    names = _PROBE_FIELDS if corpus.source == "synthetic" else _FIELDS
-    fields = {name: getattr(corpus, name) for name in names}
-    return replace(config, corpora=(), stages=(), tokenizer=tokenizer, **fields)
+def _check_paths(config: DataConfig) -> None:
+    """Refuse local paths of a corpus where there is nothing. Only a look: the files are listed when it is opened."""
+    import fsspec
+
+    for name in ("path", "validation_path"):
+        path = getattr(config, name)
+        if path is None or config.source == "hf" or is_remote(path):
+            continue
+        system, root = fsspec.core.url_to_fs(path)
+        # A prefix of shards (source=megatron) is no file by itself.
+        if not any(system.exists(root + ending) for ending in ("", ".idx")) and not system.glob(root):
+            raise DataError(f"data.{name}={path}: no such file or directory, and no file matches it as a glob")
+
+
+def _open(config: DataConfig, progress: bool) -> TokenCorpus | Synthetic:
+    if config.source != "synthetic":
+        return open_corpus(config, progress=progress)
+    if config.tokenizer is None:
+        raise DataError(
+            "probes are written in the tokens of the other corpora: give data.tokenizer, or a corpus of text to train "
+            "one on"
+        )
+    return Synthetic(config)
 
 
 def _train_tokenizer(config: DataConfig) -> str | None:
     """Train a tokenizer on the training splits of all corpora of text; None when there is no text."""
-    configs = [_config_of(config, corpus, None) for corpus in config.corpora if corpus.source in RAW]
-    if not configs:
+    corpora = []
+    for corpus in config.corpora:
+        if corpus.source in RAW:
+            one = corpus_config(config, corpus, None)
+            with named_corpus(corpus.name):
+                corpora.append(Corpus(one))
+    if not corpora:
         return None
-    corpora = [Corpus(one) for one in configs]
     request = [[corpus.identity() for corpus in corpora], config.tokenizer_type, config.vocab_size, TRAINING_CHARACTERS]
     directory = Path(config.cache_dir) / f"tokenizer-{fingerprint_of(request)[:16]}"
 

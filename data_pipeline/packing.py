@@ -301,9 +301,14 @@ def build_plan(
         packed = pack(lengths, seq_len, alignment, order)
         num_samples = packed.row_ptr.size - 1
         if not num_samples:
-            chosen = "" if selection == Selection() else f" of {selection.min_tokens} to {selection.max_tokens} tokens"
+            chosen = (
+                ""
+                if selection == Selection()
+                else f" of {selection.min_tokens} to {selection.max_tokens or 'any'} tokens"
+            )
             raise DataError(
-                f"no document of at least 2 tokens{chosen} in {len(prepared_shards)} shard(s): nothing to pack"
+                f"no document of at least 2 tokens{chosen} in {len(prepared_shards)} shard(s): nothing to pack; widen "
+                f"min_tokens and max_tokens, or add documents"
             )
         write_array(directory / "row_ptr.npy", packed.row_ptr)
         write_array(directory / "segments.npy", packed.segments)

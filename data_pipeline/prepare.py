@@ -7,8 +7,9 @@ What is built, below `cache_dir`:
                            progress.json          while it is built: what is finished, and where in the corpus to go on
                            manifest.json          written last: its presence means that all the rest is there
 
-The fingerprint is that of the request (files with size and time stamp, split, tokenizer); `PreparedData.fingerprint`
-is that of the result (tokenizer and tokens), so it stays the same when a corpus is copied to another machine.
+The fingerprint is that of the request (files with size, time stamp and probes of their content, split, tokenizer);
+`PreparedData.fingerprint` is that of the result (tokenizer and tokens), so it stays the same when a corpus is copied to
+another machine.
 
 Shards of both splits are closed together, at a document, and then progress.json is replaced. What was written after it
 when a process was killed is written again, so no document is lost or doubled.
@@ -20,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 _PROGRESS = "progress.json"
 _FORMAT = 2
+_SHARD_KEYS = ("name", "sha256_bin", "sha256_idx")
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,23 @@ def open_prepared(directory: str | Path, tokenizer_fingerprint: str | None = Non
 
 
 def check_format(manifest: dict[str, Any], place: str) -> None:
-    """Refuse a manifest of another version of this package."""
+    """Refuse a manifest of another version of this package, and one that lacks what is read from it."""
     if manifest.get("format") != _FORMAT:
         raise DataError(f"{place}: has format {manifest.get('format')!r}, expected {_FORMAT}; prepare it again")
+    with _whole(place, "prepare it again"):
+        _ = [manifest["tokenizer"][key] for key in ("fingerprint", "vocab_size")]
+        for split in (manifest["splits"][split] for split in SPLITS):
+            _ = split["text_bytes"], [shard[key] for shard in split["shards"] for key in _SHARD_KEYS]
+
+
+@contextmanager
+def _whole(place: str, way_out: str) -> Iterator[None]:
+    """A key that is missing inside, or of another type, is an error of the file at `place`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        detail = f"lacks {error}" if isinstance(error, KeyError) else f"holds a wrong value ({error})"
+        raise DataError(f"{place}: {detail}, so it is damaged; {way_out}") from error
 
 
 def shard_hashes(prefixes: Sequence[str | Path]) -> list[list[str]]:
@@ -152,6 +168,7 @@ def shard_hashes(prefixes: Sequence[str | Path]) -> list[list[str]]:
     paths = [Path(prefix) for prefix in prefixes]
     for directory in {path.parent for path in paths}:
         manifest = read_json(directory / MANIFEST)
+        check_format(manifest, str(directory / MANIFEST))
         for split in SPLITS:
             for shard in manifest["splits"][split]["shards"]:
                 hashes = [manifest["tokenizer"]["fingerprint"], shard["sha256_bin"], shard["sha256_idx"]]
@@ -273,9 +290,10 @@ class _Output:
         self.splits = {split: _SplitCounts() for split in SPLITS}
         if (directory / _PROGRESS).exists():
             done = read_json(directory / _PROGRESS)
-            self.position, self._group = Position(*done["position"]), done["group"]
-            self.skipped.update(done["skipped"])
-            self.splits = {split: _SplitCounts(done["splits"][split]) for split in SPLITS}
+            with _whole(str(directory / _PROGRESS), "delete its directory to build it again"):
+                self.position, self._group = Position(*done["position"]), done["group"]
+                self.skipped.update(done["skipped"])
+                self.splits = {split: _SplitCounts(done["splits"][split]) for split in SPLITS}
         listed = {shard["name"] for counts in self.splits.values() for shard in counts.shards}
         for path in [*directory.glob("*.bin"), *directory.glob("*.idx")]:
             if path.stem not in listed:

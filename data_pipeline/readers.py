@@ -25,6 +25,8 @@ from data_pipeline.remote import find_remote, is_remote, open_remote
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 LONG_LINE_BYTES = 16 << 20
 """Longer JSONL lines are parsed piece by piece."""
+_BYTE_ORDER_MARK = "\ufeff"
+"""Some editors begin a file with it; it is no part of the text."""
 _BLOCK_BYTES = 1 << 20
 _BATCH_BYTES = 8 << 20
 
@@ -85,7 +87,7 @@ def read_text(file: InputFile, start: Position, retries: int) -> Iterator[Record
 
         def parts() -> Iterator[str]:
             decoder: Any = codecs.getincrementaldecoder("utf-8")("strict")
-            lines = 1
+            lines, at_start = 1, True
             while True:
                 block = stream.read(_BLOCK_BYTES)
                 record.num_read = raw.tell()
@@ -98,6 +100,8 @@ def read_text(file: InputFile, start: Position, retries: int) -> Iterator[Record
                         f"or choose the text files with a glob in data.path"
                     ) from error
                 lines += text.count("\n")
+                if text and at_start:
+                    text, at_start = text.removeprefix(_BYTE_ORDER_MARK), False
                 if text:
                     yield text
                 if not block:
@@ -113,12 +117,15 @@ def read_text(file: InputFile, start: Position, retries: int) -> Iterator[Record
 def read_jsonl(file: InputFile, start: Position, text_key: str, retries: int) -> Iterator[Record]:
     """A record per line that is not blank; `start.record` counts all lines before it."""
     with _named_errors(file.path), open_input(file, retries) as (stream, raw):
-        _skip_to(stream, start.offset, compressed=file.path.endswith(COMPRESSED))
+        _skip_to(stream, start.offset, compressed=file.path.lower().endswith(COMPRESSED))
         number, offset = start.record, start.offset
         while line := stream.readline(LONG_LINE_BYTES):
             number += 1
             place, name = f"{file.path}:{number}", f"{file.name}:{number}"
-            if line.endswith(b"\n") or len(line) < LONG_LINE_BYTES:
+            is_whole = line.endswith(b"\n") or len(line) < LONG_LINE_BYTES
+            if not offset and line.startswith(mark := _BYTE_ORDER_MARK.encode()):
+                line, offset = line[len(mark) :], len(mark)
+            if is_whole:
                 offset += len(line)
                 if line.strip():
                     text = parse_line(line, text_key, place)
@@ -179,7 +186,7 @@ def _parquet_rows(file: InputFile, raw: BinaryIO, start: Position, text_key: str
     row = 0
     for group in range(table.num_row_groups):
         meta = table.metadata.row_group(group)
-        if row + meta.num_rows <= start.record:
+        if not meta.num_rows or row + meta.num_rows <= start.record:
             row += meta.num_rows
             continue
         mean_bytes = max(meta.column(column).total_uncompressed_size, 1) / meta.num_rows
@@ -220,14 +227,15 @@ def read_hf(rows: Any, start: Position, text_key: str, name: str) -> Iterator[Re
 @contextmanager
 def open_input(file: InputFile, retries: int) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The decompressed content of a file, and the file itself, whose position tells the progress."""
+    path = file.path.lower()
     with _open_raw(file, retries) as raw:
-        if file.path.endswith(".gz"):
+        if path.endswith(".gz"):
             yield cast(BinaryIO, gzip.open(raw, "rb")), raw
-        elif file.path.endswith(".bz2"):
+        elif path.endswith(".bz2"):
             yield cast(BinaryIO, bz2.open(raw, "rb")), raw
-        elif file.path.endswith(".xz"):
+        elif path.endswith(".xz"):
             yield cast(BinaryIO, lzma.open(raw, "rb")), raw
-        elif file.path.endswith(".zst"):
+        elif path.endswith(".zst"):
             # Arrow's stream reads all frames of a file and refuses a truncated one; the usual reader of the zstandard
             # package returns what it has, so that a cut-off download would lose documents without a word.
             import pyarrow

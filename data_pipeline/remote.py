@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, TypeVar
 from data_pipeline.errors import DataError
 
 T = TypeVar("T")
+# S3 and Google, then what fsspec keeps of an HTTP server's headers, by how much each tells of the content.
+_STAMPS = ("mtime", "ETag", "etag", "Content-MD5", "Digest", "LastModified", "Last-Modified", "blob_id")
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 8.0
 _BUFFER_BYTES = 4 << 20
 # What no repetition cures. Everything else may be a broken connection: each protocol's library has its own exceptions.
@@ -114,7 +116,8 @@ def info_or_none(system: Any, path: str) -> dict[str, Any] | None:
 
 def stamp_of(info: dict[str, Any]) -> str:
     """What a file system tells about the version of a file, empty when nothing."""
-    return next((str(info[key]) for key in ("mtime", "ETag", "etag", "LastModified", "blob_id") if info.get(key)), "")
+    # A time of 0.0 (1970, as reproducible archives have it) is a stamp like any other.
+    return next((str(info[key]) for key in _STAMPS if info.get(key) not in (None, "")), "")
 
 
 def open_remote(file: RemoteObject) -> BinaryIO:

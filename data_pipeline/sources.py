@@ -2,7 +2,8 @@
 Hugging Face datasets.
 
 A corpus is a list of input files, found up front, and one pass over them that yields every document, in pieces where it
-is long, with the split it belongs to. The list (names, sizes, time stamps) identifies the corpus without reading it.
+is long, with the split it belongs to. The list (names, sizes, time stamps) and stretches of the files' content identify
+the corpus without reading all of it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ _KINDS = {
 }
 _TEST_DIRECTORIES = {"test", "tests", "idle_test"}
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+_PROBED_FILES, _PROBES, _PROBE_BYTES = 1024, 2048, 4096
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,17 @@ class Corpus:
         self.num_bytes = None if config.source == "hf" else sum(file.num_bytes for file in self.files)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this corpus from another one: JSON-able, and cheap, for it does not read the files."""
+        """What tells this corpus from another one: JSON-able, and cheap, for it reads little of the files.
+
+        It holds no directory, so moving a corpus changes nothing.
+        """
         config = self._config
         return {
             "source": config.source,
             "text_key": config.text_key if config.source in ("jsonl", "parquet", "hf") else None,
             "split_rule": self.split_rule,
             "files": [[file.name, file.num_bytes, file.stamp, file.split] for file in self.files],
+            "content": None if config.source == "hf" else _probe(self.files),
         }
 
     def pieces(self, start: Position | None = None, order: Callable[[int], int] | None = None) -> Iterator[Piece]:
@@ -175,6 +181,29 @@ class Corpus:
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         held_out = int.from_bytes(digest, "little") < self._config.validation_fraction * 2**64
         return VALIDATION if held_out else TRAIN
+
+
+def _probe(files: Sequence[InputFile]) -> str:
+    """A hash of stretches of the local files' content, their ends among them.
+
+    Two corpora in different directories may agree in all names, sizes and times (a reproducible archive sets one time).
+    Remote files are left out: their stamps come from their content. At most 1024 files, evenly spread, are looked into,
+    with 2 to 32 stretches of 4 KiB each: a second or so of reading, however large the corpus is.
+    """
+    local = [file for file in files if not is_remote(file.path)]
+    chosen = local[:: -(-len(local) // _PROBED_FILES) or 1]
+    each = min(max(_PROBES // max(len(chosen), 1), 2), 32)
+    digest = hashlib.sha256()
+    for file in chosen:
+        last = max(file.num_bytes - _PROBE_BYTES, 0)
+        try:
+            with open(file.path, "rb", buffering=0) as stream:
+                for start in sorted({last * number // (each - 1) for number in range(each)}):
+                    stream.seek(start)
+                    digest.update(stream.read(_PROBE_BYTES))
+        except OSError as error:
+            raise DataError(f"{file.path}: cannot be read ({error}); leave it out, or allow reading it") from error
+    return digest.hexdigest()
 
 
 def _hash_rule(fraction: float) -> str:
@@ -252,7 +281,8 @@ def _find(path: str, field: str, config: DataConfig, split: str | None) -> list[
         kind = found["type"] if found else None
         if kind == "directory":
             base = root.rstrip("/")
-            paths = [item for item in system.find(root) if _is_wanted(item[len(base) + 1 :], _ENDINGS[config.source])]
+            below = system.find(root) if is_remote(path) else find_local(root)
+            paths = [item for item in below if _is_wanted(item[len(base) + 1 :], _ENDINGS[config.source])]
             nothing = _KINDS[config.source]
         elif kind is not None:
             base, paths, nothing = root.rpartition("/")[0], [root], ""
@@ -283,8 +313,25 @@ def _find(path: str, field: str, config: DataConfig, split: str | None) -> list[
     return files
 
 
+def find_local(root: str) -> list[str]:
+    """All files below a local directory but those in hidden ones. Links to directories are followed; a directory that
+    is met again is left out, so that a link to one above it ends."""
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for directory, names, files in os.walk(root, followlinks=True):
+        status = os.stat(directory)
+        if (status.st_dev, status.st_ino) in seen:
+            names.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        # Sorted, so that the disk has no say in which of two ways to a directory counts.
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        found += [os.path.join(directory, file) for file in files]
+    return sorted(found)
+
+
 def _is_wanted(name: str, endings: tuple[str, ...]) -> bool:
-    return name.endswith(endings) and not any(part.startswith(".") for part in name.split("/"))
+    return name.lower().endswith(endings) and not any(part.startswith(".") for part in name.split("/"))
 
 
 def _short_name(path: str) -> str:

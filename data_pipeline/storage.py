@@ -36,8 +36,10 @@ def aside(path: Path) -> Iterator[BinaryIO]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as readable JSON, atomically."""
+    # A path with a byte that is not UTF-8 holds half a surrogate pair; what replaces it is its escape in JSON, too.
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with aside(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -143,8 +145,8 @@ class Tokenizer:
         """Token ids of a text, int32 [num_tokens], without an end token.
 
         A long text is encoded in the pieces of `cut_text`. With a BPE model trained here the ids are bit for bit those
-        of the whole text, because no token reaches across a newline; another tokenizer may cut a tie differently where
-        two pieces meet, which changes ids there and not the text.
+        of the whole text where pieces end after a newline, because no token reaches across one; after a space, or with
+        another tokenizer, the ids where two pieces meet may differ, and not the text.
         """
         if len(text) <= PIECE_CHARACTERS:
             return self._model.encode(text)
@@ -305,8 +307,10 @@ def _command(arguments: Sequence[str]) -> None:
         config, extra = cli.parse(rest, {"out": ""})
         if not extra["out"] or config.source not in RAW:
             raise DataError(f"train needs out=FILE.model and a source of text ({', '.join(RAW)})")
-        texts = (piece.text for piece in Corpus(config).pieces() if piece.split == TRAIN)
-        train_tokenizer(texts, extra["out"], config.vocab_size, config.tokenizer_type)
+        corpus = Corpus(config)
+        texts = (piece.text for piece in corpus.pieces() if piece.split == TRAIN)
+        with _writable(extra["out"]):
+            train_tokenizer(texts, extra["out"], config.vocab_size, config.tokenizer_type)
         _print_info(extra["out"])
         return
     config, extra = cli.parse(rest, {"text": ""})
@@ -316,9 +320,35 @@ def _command(arguments: Sequence[str]) -> None:
         _print_info(config.tokenizer)
         return
     tokenizer = Tokenizer(config.tokenizer)
-    ids = tokenizer.encode(extra["text"] or sys.stdin.read())
+    ids = tokenizer.encode(_utf8(extra["text"]) or _utf8(sys.stdin.buffer.read()))
     for token_id in ids.tolist():
         print(f"{token_id}\t{tokenizer.token(token_id)!r}")
+
+
+@contextmanager
+def _writable(path: str) -> Iterator[None]:
+    """Make the directory of a file that is to be written, and refuse a place where that is not possible: training comes
+    first, and may take an hour."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():
+            raise IsADirectoryError("it is a directory")
+        if not os.access(Path(path).parent, os.W_OK):
+            raise PermissionError("its directory is read-only")
+        yield
+    except OSError as error:
+        raise DataError(f"out={path}: cannot be written ({error}); name a file in another directory") from error
+
+
+def _utf8(given: str | bytes) -> str:
+    """Text from the command line (where a byte that is not UTF-8 is half a surrogate pair) or standard input."""
+    data = given if isinstance(given, bytes) else given.encode(errors="surrogateescape")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        place = "standard input" if isinstance(given, bytes) else "text"
+        byte = f"byte {data[error.start]:#04x} at {error.start}"
+        raise DataError(f"{place}: is not UTF-8 ({byte}); convert it, for example with iconv") from error
 
 
 def _print_info(path: str) -> None:

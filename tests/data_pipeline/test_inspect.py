@@ -10,8 +10,9 @@ from .conftest import REPOSITORY, write_corpus
 
 def run(module, *arguments, stdin=""):
     command = [sys.executable, "-m", f"data_pipeline.{module}", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, input=stdin)
-    return done.returncode, done.stdout, done.stderr
+    stdin = stdin if isinstance(stdin, bytes) else stdin.encode()
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, input=stdin)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,11 @@ def test_mixtures_and_synthetic_data_are_shown_too(corpus, tmp_path, model_path)
         (["source=mixture", "corpora=[{]"], "corpora='[{]' must be a list in JSON"),
         (["part=test"], "part='test' must be one of train, validation"),
         (["verify=maybe"], "verify='maybe' must be true or false"),
+        (["source=synthetic", "tasks=5"], "data.tasks=5 must be a list of needle"),
+        (
+            ["source=mixture", 'corpora=[{"name":"a","source":"stdlib"}]', 'stages=[{"seq_len":"64","samples":1}]'],
+            "data.stages: seq_len='64' must be at least 1 and a whole number",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -76,3 +82,25 @@ def test_the_tokenizer_command(corpus, tmp_path):
     assert run("tokenizer", "encode", f"tokenizer={model}", f"text={text}")[1] == out
     assert "".join(eval(piece) for _, piece in pieces).replace("\u2581", " ") == text
     assert run("tokenizer", "show")[0] == 2 and run("tokenizer", "train", *corpus[:2])[0] == 2
+
+
+def test_text_for_the_tokenizer_that_is_not_utf8_is_one_line(model_path):
+    for given, place in (({"stdin": b"caf\xe9"}, "standard input"), ({"text": b"text=caf\xe9"}, "text")):
+        arguments = [given["text"]] if "text" in given else []
+        code, out, err = run(
+            "tokenizer", "encode", f"tokenizer={model_path}", *arguments, stdin=given.get("stdin", b"")
+        )
+        assert (code, out) == (2, "") and err.startswith(f"error: {place}: is not UTF-8 (byte 0xe9 at 3)"), err
+        assert err.count("\n") == 1
+
+
+def test_the_place_of_a_trained_tokenizer_is_made_or_refused_before_training(corpus, tmp_path):
+    new = tmp_path / "new" / "own.model"
+    code, _, err = run("tokenizer", "train", *corpus[:2], "vocab_size=350", f"out={new}")
+    assert code == 0 and new.is_file(), err
+    (tmp_path / "file").write_text("")
+    # A vocabulary that training refuses: the place is looked at before.
+    for out, reason in (("file/own.model", "File exists"), ("new", "it is a directory")):
+        code, _, err = run("tokenizer", "train", *corpus[:2], "vocab_size=90000", f"out={tmp_path / out}")
+        assert code == 2 and err.startswith(f"error: out={tmp_path / out}: cannot be written") and reason in err, err
+        assert err.count("\n") == 1

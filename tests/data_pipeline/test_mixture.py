@@ -168,6 +168,11 @@ def test_validation_comes_from_all_corpora_and_a_tokenizer_is_trained_on_all(roo
     assert data.samples("validation", 64, 8) is None or data.samples("validation", 64, 8).num_samples > 0
 
 
+def stage_of(**changes):
+    """A mixture of one corpus with one stage."""
+    return {"corpora": [{"name": "a", "source": "stdlib"}], "stages": [{"seq_len": 64, "samples": 1} | changes]}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -199,6 +204,30 @@ def test_validation_comes_from_all_corpora_and_a_tokenizer_is_trained_on_all(roo
             },
             "min_tokens=9 and max_tokens=8 leave no length",
         ),
+        ({"corpora": [{"name": 1, "source": "stdlib"}]}, "data.corpora: name=1 must be a non-empty text"),
+        ({"corpora": [{"name": "a", "source": "stdlib", "weight": "1"}]}, "data.corpora[a].weight='1' must be above 0"),
+        (
+            {"corpora": [{"name": "a", "source": "stdlib"}, {"name": "b", "source": "jsonl"}]},
+            "data.corpora[b]: data.source=jsonl needs data.path",
+        ),
+        (
+            {"corpora": [{"name": "b", "source": "synthetic", "weight": 1, "tasks": ["nedle"]}]},
+            "data.corpora[b]: data.tasks=('nedle',) must be a list of needle",
+        ),
+        (
+            {"corpora": [{"name": "b", "source": "synthetic", "weight": 1, "path": "x"}]},
+            "data.corpora[b]: data.path='x' has no meaning for data.source=synthetic",
+        ),
+        (
+            {"corpora": [{"name": "b", "source": "shards", "path": "x", "validation_path": "y"}]},
+            "data.corpora[b]: data.validation_path='y' has no meaning for data.source=shards",
+        ),
+        (stage_of(seq_len="64"), "data.stages: seq_len='64' must be at least 1 and a whole number"),
+        (stage_of(samples=10.5), "data.stages: samples=10.5 must be at least 1 and a whole number"),
+        (stage_of(min_tokens="9"), "min_tokens='9' must be a whole number"),
+        (stage_of(draws=[{"corpus": "a", "max_tokens": 9.5}]), "max_tokens=9.5 must be a whole number"),
+        (stage_of(draws=[{"corpus": "a", "weight": "1"}]), "data.stages.draws[a].weight='1' must be above 0"),
+        (stage_of(draws=[{"corpus": 3}]), "data.stages.draws: corpus=3 must be the name of a corpus"),
     ],
 )
 def test_bad_mixtures_are_named(values, message):
@@ -212,3 +241,42 @@ def test_bad_mixtures_are_named(values, message):
 def test_a_weight_too_small_for_a_block_is_refused(root, model_path):
     with pytest.raises(DataError, match=r"data.corpora\[long\]: a weight of .* less than one sample in 1024"):
         open_data(make(root, model_path, {"short": 1, "long": 0.0001})).samples("train", 256, 8)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        ({"source": "jsonl", "path": "absent.jsonl"}, "data.path=absent.jsonl: no such file or directory"),
+        ({"source": "text", "path": "absent/*.txt"}, "data.path=absent/*.txt: no such file or directory"),
+        ({"source": "shards", "path": "absent"}, "data.path=absent: no such file or directory"),
+        ({"source": "megatron", "path": "absent"}, "data.path=absent: no such file or directory"),
+    ],
+)
+def test_all_corpora_are_checked_before_the_first_is_tokenized(
+    root, model_path, tmp_path, monkeypatch, corpus, message
+):
+    monkeypatch.chdir(tmp_path)
+    corpora = [{"name": "a", "source": "jsonl", "path": str(root / "short.jsonl")}, {"name": "b", **corpus}]
+    config = DataConfig(source="mixture", corpora=corpora, tokenizer=str(model_path), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError) as error:
+        open_data(config)
+    assert str(error.value).startswith(f"data.corpora[b]: {message}")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_wrong_in_a_corpus_is_said_of_it(root, model_path, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("[]\n")
+    corpora = [{"name": "b", "source": "jsonl", "path": str(tmp_path / "bad.jsonl")}]
+    config = DataConfig(source="mixture", corpora=corpora, tokenizer=str(model_path), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"^data.corpora\[b\]: .*bad.jsonl:1: is not a JSON object"):
+        open_data(config)
+
+
+def test_a_stage_without_a_document_is_named(root, model_path):
+    stages = [{"seq_len": 64, "samples": 1}, {"seq_len": 128, "samples": 1, "min_tokens": 10**6}]
+    data = open_data(make(root, model_path, {"short": 1, "long": 1}, stages=stages))
+    with pytest.raises(
+        DataError, match=r"^data.stages\[1\], data.corpora\[short\]: no document .* 1000000 to any"
+    ) as error:
+        data.samples("train", 64, 8)
+    assert "\n" not in str(error.value)

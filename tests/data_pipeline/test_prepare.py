@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import DataConfig, DataError, Tokenizer, build_plan, prepare
+from data_pipeline import DataConfig, DataError, Tokenizer, build_plan, open_data, prepare
 from data_pipeline.prepare import open_prepared
 from data_pipeline.shards import ShardSet
 from data_pipeline.sources import Corpus
@@ -318,6 +319,28 @@ def test_damaged_results_are_refused(config):
     (data.directory / "manifest.json").write_text('{"format": 99}')
     with pytest.raises(DataError, match=r"manifest.json: has format 99, expected 2"):
         prepare(config)
+    (data.directory / "manifest.json").write_text('{"format": 2}')
+    for use in (config, replace(config, source="shards", path=str(data.directory))):
+        with pytest.raises(DataError, match=r"manifest.json: lacks 'tokenizer', so it is damaged; prepare it again"):
+            open_data(use)
+    with pytest.raises(DataError, match=r"manifest.json: lacks 'tokenizer'"):
+        build_plan(data.train, 64, 8, 1, config.cache_dir)
+    (data.directory / "manifest.json").unlink()
+    for content, message in (("{}", "lacks 'position'"), ('{"position": 7}', "holds a wrong value")):
+        (data.directory / "progress.json").write_text(content)
+        with pytest.raises(DataError, match=rf"progress.json: {message}.*delete its directory to build it again"):
+            prepare(config)
+
+
+def test_a_path_that_is_not_utf8(config, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \xc3\xa9.jsonl")
+    shutil.copyfile(config.path, path)
+    child = run(f"path={path}", "source=jsonl", f"tokenizer={config.tokenizer}", f"out={config.cache_dir}")
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    data = prepare(replace(config, path=path))
+    assert data.manifest["source"]["path"] == path and data.fingerprint == prepare(config).fingerprint
+    assert "caf\\udce9 é.jsonl" in (data.directory / "manifest.json").read_text(encoding="utf-8")
 
 
 def test_nothing_left_to_train_on(tmp_path, model_path):
@@ -387,3 +410,12 @@ def test_importing_the_package_is_light():
     script = f"import sys, data_pipeline; print([name for name in {heavy} if name in sys.modules])"
     command = [sys.executable, "-c", script]
     assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_megatron_shards_behind_a_link_to_a_directory(prepared, model_path, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(prepared.directory)
+    config = DataConfig(
+        source="megatron", path=str(tmp_path / "in"), tokenizer=str(model_path), cache_dir=str(tmp_path / "cache")
+    )
+    assert len(open_data(config).prefixes["train"]) == len(prepared.train) + len(prepared.validation)

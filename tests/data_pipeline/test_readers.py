@@ -88,6 +88,20 @@ def test_parquet_nulls_are_counted_and_bad_tables_named(tmp_path):
     assert "row 2: is not UTF-8 (byte 0xe9)" in message(tmp_path / "latin.parquet")
 
 
+@pytest.mark.parametrize("groups", [[5, 0, 5], [0, 3, 0, 0, 2], [4, 0]])
+def test_empty_row_groups_are_passed_over(tmp_path, groups):
+    texts = iter(f"text {number}" for number in range(sum(groups)))
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    with pyarrow.parquet.ParquetWriter(tmp_path / "t.parquet", schema) as writer:
+        for size in groups:
+            writer.write_table(pyarrow.table({"text": [next(texts) for _ in range(size)]}, schema=schema))
+    assert pyarrow.parquet.ParquetFile(tmp_path / "t.parquet").num_row_groups == len(groups)
+    corpus = Corpus(DataConfig(source="parquet", path=str(tmp_path)))
+    pieces = list(corpus.pieces())
+    assert [piece.text for piece in pieces] == [f"text {number}" for number in range(sum(groups))]
+    assert [piece.text for piece in corpus.pieces(pieces[2].end)] == [piece.text for piece in pieces[3:]]
+
+
 def test_hugging_face_errors_are_one_line(tmp_path):
     pytest.importorskip("datasets")
     write_parquet(tmp_path / "t.parquet", column="body")

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from data_pipeline import DataConfig, DataError, Loader, open_data, prepare, remote
 from data_pipeline.cache import BLOCK_BYTES, BlockCache
-from data_pipeline.remote import RemoteObject, find_remote, open_remote
+from data_pipeline.remote import RemoteObject, find_remote, open_remote, stamp_of
 from data_pipeline.sources import Corpus
 
 from .conftest import write_corpus
@@ -319,3 +320,49 @@ def test_a_short_answer_is_not_taken_for_the_range(server, big_file):
     with pytest.raises(DataError, match=r"big: bytes \d+-\d+ cannot be read after 2 attempts \(OSError: got \d+ of 20"):
         longer.read(file.size - 10, file.size + 10)
     assert json.dumps(file.stamp) and file.read(5, 9) == data[5:9]
+
+
+@pytest.fixture
+def plain_server(tmp_path):
+    """A web server that sends `Last-Modified` and no ETag."""
+    (tmp_path / "served").mkdir()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(tmp_path / "served"))
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield tmp_path / "served", f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_object_that_changes_on_a_server_without_etags_gets_another_stamp(plain_server):
+    folder, url = plain_server
+    stamps = []
+    for second in (10, 20):
+        (folder / "a").write_bytes(b"12345")
+        os.utime(folder / "a", (second, second))
+        stamps.append(find_remote(f"{url}/a", 0).stamp)
+    assert "" not in stamps and stamps[0] != stamps[1]
+
+
+@pytest.mark.parametrize(
+    ("info", "stamp"),
+    [
+        ({"mtime": 0.0}, "0.0"),
+        ({"ETag": "", "Last-Modified": "Thu, 01 Jan 1970 00:00:10 GMT"}, "Thu, 01 Jan 1970 00:00:10 GMT"),
+        ({"Content-MD5": "x", "Last-Modified": "y"}, "x"),
+        ({"Digest": "x", "Last-Modified": "y"}, "x"),
+        ({"ETag": "e", "LastModified": "y"}, "e"),
+        ({"mtime": None, "size": 3}, ""),
+    ],
+)
+def test_what_tells_the_version_of_a_file(info, stamp):
+    assert stamp_of(info) == stamp

@@ -2,6 +2,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from collections import Counter
 
 import pytest
@@ -188,3 +189,84 @@ def test_files_named_for_validation_are_not_trained_on(tmp_path):
     assert documents == [(TRAIN, "a", "a.jsonl:1"), (VALIDATION, "b", "b.jsonl:1")]
     with pytest.raises(DataError, match=r"all its files are also in data.validation_path"):
         Corpus(DataConfig(source="jsonl", path=held_out, validation_path=str(tmp_path)))
+
+
+def test_corpora_that_agree_in_names_sizes_and_times_are_told_apart_by_content(tmp_path):
+    # As two reproducible archives unpack.
+    for name, text in (("one", "a"), ("two", "b"), ("copy", "a")):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            (tmp_path / name / f"{number}.txt").write_text(f"same beginning {text * 9000} same end")
+            os.utime(tmp_path / name / f"{number}.txt", (0, 0))
+    one, two, copy = (Corpus(DataConfig(source="text", path=str(tmp_path / n))) for n in ("one", "two", "copy"))
+    assert one.identity() != two.identity() and one.identity() == copy.identity()
+    (tmp_path / "two" / "1.txt").unlink()
+    with pytest.raises(DataError, match=r"two/1.txt: cannot be read"):
+        two.identity()
+
+
+def test_a_corpus_of_many_files_is_told_by_a_bounded_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.sources._PROBED_FILES", 4)
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text("text")
+    corpus = Corpus(DataConfig(source="text", path=str(tmp_path)))
+    opened = []
+    monkeypatch.setattr(
+        "builtins.open", lambda path, *args, real=open, **more: opened.append(path) or real(path, *args, **more)
+    )
+    corpus.identity()
+    assert [os.path.basename(path) for path in opened] == ["0.txt", "3.txt", "6.txt"]
+
+
+def test_a_file_of_time_zero_can_be_read(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    os.utime(tmp_path / "a.txt", (0, 0))
+    assert [text for _, text, _ in read(source="text", path=str(tmp_path), validation_fraction=0.0)[0]] == ["old"]
+
+
+def test_links_to_directories_are_followed_once(tmp_path):
+    for name in ("in/sub", "elsewhere/deep", "in/.kept"):
+        (tmp_path / name).mkdir(parents=True)
+    jsonl(tmp_path / "in" / "sub" / "a.jsonl", '{"text": "a"}')
+    jsonl(tmp_path / "elsewhere" / "deep" / "b.jsonl", '{"text": "b"}')
+    jsonl(tmp_path / "in" / ".kept" / "c.jsonl", '{"text": "c"}')
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "shown").symlink_to(tmp_path / "in" / ".kept")
+    (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere" / "deep")
+    documents, _ = read(source="jsonl", path=str(tmp_path / "in"), validation_fraction=0.0)
+    assert [(text, name) for _, text, name in documents] == [
+        ("b", "link/again/b.jsonl:1"),
+        ("c", "shown/c.jsonl:1"),
+        ("a", "sub/a.jsonl:1"),
+    ]
+    documents, _ = read(source="text", path=str(tmp_path / "in"), validation_fraction=0.0)
+    assert len(documents) == 3
+
+
+def test_endings_are_known_in_any_case(tmp_path):
+    jsonl(tmp_path / "A.JSONL", '{"text": "a"}')
+    (tmp_path / "b.Jsonl.GZ").write_bytes(gzip.compress(b'{"text": "b"}\n'))
+    documents, _ = read(source="jsonl", path=str(tmp_path), validation_fraction=0.0)
+    assert [text for _, text, _ in documents] == ["a", "b"]
+
+
+@pytest.mark.parametrize("block_bytes", [2, 1 << 20])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, monkeypatch, block_bytes):
+    monkeypatch.setattr("data_pipeline.readers._BLOCK_BYTES", block_bytes)
+    (tmp_path / "a.txt").write_bytes("\ufeffone \ufeff two".encode())
+    (tmp_path / "b.txt").write_bytes("\ufeff".encode())
+    documents, skipped = read(source="text", path=str(tmp_path), validation_fraction=0.0)
+    assert [text for _, text, _ in documents] == ["one \ufeff two"] and skipped == {"empty": 1}
+
+
+@pytest.mark.parametrize("long_line", [10, 16, 19, 1 << 20])
+def test_a_byte_order_mark_before_jsonl_is_skipped_and_reading_goes_on_after_it(tmp_path, monkeypatch, long_line):
+    monkeypatch.setattr("data_pipeline.readers.LONG_LINE_BYTES", long_line)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n\n{"text": "three"}\n')
+    corpus = Corpus(DataConfig(source="jsonl", path=str(path)))
+    pieces = list(corpus.pieces())
+    assert [piece.text for piece in pieces] == ["one", "two", "three"]
+    for number, piece in enumerate(pieces):
+        assert [later.text for later in corpus.pieces(piece.end)] == ["one", "two", "three"][number + 1 :]
