@@ -17,6 +17,7 @@ from lengths it knows anyway. So nothing waits for the device, and on a GPU each
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -122,9 +123,11 @@ class LayerCache:
         """
         q, k_own, v_own = heads.q_summary, heads.k_summary, heads.v_summary
         fast, joined = _kernels(heads.q), None
+        if fast is not None and not fast.attends(heads.q, self._buffer):  # heads too wide for the device's tiles
+            fast = None
         if q is not None and summary is not None:  # before this token may take a slot of the chunk
             own = None if fast is None else fast.Summaries(q, k_own, v_own, step.chunk, summary)
-            if fast is not None and fast.joins(self._rule(fast), step.summary_tokens):
+            if fast is not None and fast.joins(self._buffer, self._rule(fast), own):
                 joined = own
             elif fast is None or not fast.summarise(self._buffer, self._rule(fast), own):
                 summary.copy_(_summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own))
@@ -237,8 +240,9 @@ class DecodingCache:
     """Everything B requests have said so far, for one model.
 
     `logits = prefill(prompts)`, then `logits = step(tokens)` as often as wanted; both give [B, vocab_size] for the next
-    token, which the next call overwrites. `max_tokens` (prompt and continuation) reserves memory exactly; without it
-    buffers grow as needed. `graphs`: record steps as CUDA graphs; None: where that is possible.
+    token, which the next call overwrites. `max_tokens` (prompt and continuation) reserves memory exactly, and no
+    request may grow beyond it; without it buffers grow as needed. `graphs`: record steps as CUDA graphs; None: where
+    that is possible.
     """
 
     def __init__(self, model: Decoder, num_requests: int, max_tokens: int | None = None, graphs: bool | None = None):
@@ -256,6 +260,7 @@ class DecodingCache:
         for layer in self._layers:
             if max_tokens is not None:
                 layer.reserve(max_tokens)
+        self._max_tokens = max_tokens
         self._lengths = np.zeros(num_requests, np.int64)
         self._prefilled = np.zeros(num_requests, np.int64)
         self._position = torch.zeros(num_requests, dtype=torch.int64, device=self._device)
@@ -323,8 +328,7 @@ class DecodingCache:
         at_a_start = (self._lengths % self._config.chunk_size == 0) & (self._lengths > self._prefilled)
         closing = self._config.has_summaries and bool(at_a_start.any())
         longest = int(self._lengths.max()) + 1
-        if self._make_room(longest) and self._recorder is not None:
-            self._recorder.forget()
+        self._make_room(longest)
         self._lengths += 1
         if self._recorder is None:
             return self._forward(tokens, closing, longest)
@@ -348,8 +352,15 @@ class DecodingCache:
         cache.step(heads, step, text, summary if updates else None)
         return text, summary if updates else None
 
-    def _make_room(self, num_tokens: int) -> bool:
-        return any([layer.ensure(num_tokens) for layer in self._layers])
+    def _make_room(self, num_tokens: int) -> None:
+        """Buffers for requests of `num_tokens` tokens; recordings of a step hold addresses, so new ones end them."""
+        if self._max_tokens is not None and num_tokens > self._max_tokens:  # layers may have no place for summaries
+            raise ModelConfigError(
+                f"a request of {num_tokens} tokens is longer than max_tokens={self._max_tokens} of its DecodingCache; "
+                "make the cache with a larger max_tokens, or without one to let it grow"
+            )
+        if any([layer.ensure(num_tokens) for layer in self._layers]) and self._recorder is not None:
+            self._recorder.forget()
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -417,10 +428,10 @@ class Sampling:
     stop_tokens: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if self.max_tokens < 1 or not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ModelConfigError(
-                f"max_tokens={self.max_tokens} must be at least 1, temperature={self.temperature} and "
-                f"top_k={self.top_k} not negative, top_p={self.top_p} above 0 and at most 1"
+                f"max_tokens={self.max_tokens} must be at least 1, temperature={self.temperature} finite and, like "
+                f"top_k={self.top_k}, not negative, top_p={self.top_p} above 0 and at most 1"
             )
 
 
@@ -428,7 +439,9 @@ def choose(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) ->
     """logits [B, V] -> int64 [B]."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scores, order = (logits.float() / sampling.temperature).sort(dim=-1, descending=True)
+    scores, order = logits.float().sort(dim=-1, descending=True)
+    # The likeliest is 0 at any temperature; one below what fp32 can divide by chooses as the least that it can.
+    scores = (scores - scores[:, :1]) / max(sampling.temperature, 1e-30)
     if sampling.top_k:
         scores[:, sampling.top_k :] = float("-inf")
     weights = torch.softmax(scores, dim=-1)

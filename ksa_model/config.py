@@ -15,6 +15,7 @@ DELTA_BLOCK_ROWS = 64  # rows whose products with each other a `G` layer forms
 LOSS_ROWS = 1024  # rows of logits that the loss holds at a time, in fp32
 CPU_LOSS_ROWS = 256  # so many stay in the cache of a core
 FUSED_LOSS_ROWS = 4096  # where the kernels of `ksa_model.triton_loss` keep them in 16 bits
+MOST = 2**31 - 1  # of anything that is counted: products of two such numbers are int64
 
 
 class ModelConfigError(ValueError):
@@ -55,7 +56,9 @@ class RopeScaling:
         if self.kind not in ROPE_SCALINGS:
             raise ModelConfigError(f"model.rope_scaling.kind={self.kind!r} is not one of {', '.join(ROPE_SCALINGS)}")
         if not 1 <= self.factor < math.inf:
-            raise ModelConfigError(f"model.rope_scaling.factor={self.factor} must be at least 1: it extends positions")
+            raise ModelConfigError(
+                f"model.rope_scaling.factor={self.factor} must be at least 1 and finite: it extends positions"
+            )
         reads = ROPE_SCALINGS[self.kind]
         for option in fields(self)[2:]:
             value = getattr(self, option.name)
@@ -64,19 +67,21 @@ class RopeScaling:
                     f"model.rope_scaling.{option.name}={value} has no part in kind={self.kind}, which reads "
                     f"{', '.join(('factor', *reads))}; leave it out"
                 )
-        if "original_max_positions" in reads and (self.original_max_positions or 0) < 1:
+        if "original_max_positions" in reads and not 1 <= (self.original_max_positions or 0) <= MOST:
             raise ModelConfigError(
                 f"model.rope_scaling.kind={self.kind} needs original_max_positions, the positions that the model was "
-                f"trained on before; it is {self.original_max_positions}"
+                f"trained on before; it is {self.original_max_positions} and must be from 1 to {MOST}"
             )
         for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
-            if not 0 < getattr(self, low) < getattr(self, high):
+            if not 0 < getattr(self, low) < getattr(self, high) < math.inf:
                 raise ModelConfigError(
                     f"model.rope_scaling.{low}={getattr(self, low)} must be above 0 and below "
-                    f"model.rope_scaling.{high}={getattr(self, high)}"
+                    f"model.rope_scaling.{high}={getattr(self, high)}, which must be finite"
                 )
-        if self.attention_factor is not None and self.attention_factor <= 0:
-            raise ModelConfigError(f"model.rope_scaling.attention_factor={self.attention_factor} must be above 0")
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            raise ModelConfigError(
+                f"model.rope_scaling.attention_factor={self.attention_factor} must be above 0 and finite"
+            )
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ class ModelConfig:
     attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.window_chunks, list):  # from Python; configurations give tuples
+            object.__setattr__(self, "window_chunks", tuple(self.window_chunks))
         for name in (
             "hidden_size",
             "num_layers",
@@ -126,11 +133,14 @@ class ModelConfig:
             "window_tokens",
             "vocab_multiple",
         ):
-            if getattr(self, name) < 1:
-                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
-        if self.vocab_size is not None and self.vocab_size < 2:
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1 and at most {MOST}")
+        for name in ("norm_eps", "init_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be above 0 and finite")
+        if self.vocab_size is not None and not 2 <= self.vocab_size <= MOST:
             raise ModelConfigError(
-                f"model.vocab_size={self.vocab_size} must be at least 2, or null for the tokenizer's"
+                f"model.vocab_size={self.vocab_size} must be at least 2 and at most {MOST}, or null for the tokenizer's"
             )
         wrong = sorted(set(self.layer_pattern) - set(MIXERS))
         if wrong or not self.layer_pattern:
@@ -150,8 +160,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ModelConfigError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs")
-        if self.rope_base <= 1:
-            raise ModelConfigError(f"model.rope_base={self.rope_base} must be above 1: frequencies fall with it")
+        if not 1 < self.rope_base < math.inf:
+            raise ModelConfigError(
+                f"model.rope_base={self.rope_base} must be above 1 and finite: frequencies fall with it"
+            )
         if self.rope_scaling is not None and self.rope_scaling.kind == "ntk" and self.head_dim == 2:
             raise ModelConfigError(
                 "model.rope_scaling.kind=ntk leaves the highest frequency as it is, and model.head_dim=2 has no other; "
@@ -162,8 +174,10 @@ class ModelConfig:
                 f"model.window_chunks={list(self.window_chunks)} must be one number, or one for each of the "
                 f"{len(self.layer_pattern)} letters of model.layer_pattern={self.layer_pattern!r}"
             )
-        if min(self.window_per_letter) < 0:
-            raise ModelConfigError(f"model.window_chunks={self.window_chunks} must not be negative")
+        if not all(0 <= window <= MOST for window in self.window_per_letter):
+            raise ModelConfigError(
+                f"model.window_chunks={self.window_chunks} must not be negative, and at most {MOST} chunks"
+            )
         if self.attention_backend not in ("auto", "fused", "blocked", "reference"):
             raise ModelConfigError(
                 f"model.attention_backend={self.attention_backend!r} is not one of auto, fused, blocked, reference"

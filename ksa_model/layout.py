@@ -332,6 +332,7 @@ def _check_documents(starts: np.ndarray, lengths: np.ndarray, num_text: int, chu
     for what, bad in (
         (f"does not start on a multiple of chunk_size={chunk_size}", starts % chunk_size != 0),
         ("is empty", lengths < 1),
+        (f"begins before the pack of {num_text} rows", starts < 0),
         (f"ends beyond the pack of {num_text} rows", starts + lengths > num_text),
         (
             "begins before its predecessor's last chunk ends",

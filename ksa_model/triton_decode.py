@@ -9,6 +9,8 @@ Legend: B requests, H query heads, G key/value heads, d head dimension, N rows o
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ PROGRAMS = 128
 MOST_SHARES = 64
 BLOCK_ROWS = 64
 MOST_KEYS = 256  # of a chunk and its summaries, in one tile
+SLACK_BYTES = 1024  # of shared memory, beside the tiles: what threads tell each other of a few rows
 
 
 @triton.jit
@@ -245,34 +248,88 @@ def summarise(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
     """Summaries of one whole chunk a request, each over the chunk's text and the summaries up to itself.
 
     Text stands in buffer [2, B, G, N, d] by `rule`; the summaries' keys and values are put there too where it keeps
-    any. False, with nothing done, where a chunk is too long for one tile.
+    any. False, with nothing done, where a chunk is too long for one tile or the tile for the device.
     """
+    if not _fit(buffer, rule, summaries):
+        return False
     q, k, v, chunk, out = summaries.for_kernel()
     (batch, kv_heads), (total, heads, d) = buffer.shape[1:3], q.shape
     group, m = heads // kv_heads, total // batch
-    if not _fits(rule, m):
-        return False
     _summarise[(batch, kv_heads)](
         q, buffer[0], buffer[1], k, v, chunk, out, buffer.shape[3], kv_heads, d**-0.5, RING=rule.ring, GROUP=group,
-        CHUNK=rule.chunk_size, OWN=m, D=d,
-        BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=precision(q), KEEP=rule.own > 0,
-        **_tile_of_summaries(rule, group, m),
+        CHUNK=rule.chunk_size, OWN=m, D=d, BLOCK_D=_padded(d), PRECISION=precision(q), KEEP=rule.own > 0,
+        **_tile_of_summaries(rule.chunk_size, group, m),
     )  # fmt: skip
     return True
 
 
-def joins(rule: Rule, m: int) -> bool:
-    """Whether `attend` can make summaries too: its token must not take a slot that they look at."""
-    return _fits(rule, m) and rule.ring != rule.chunk_size
+def joins(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
+    """Whether `attend` can make these summaries too: its token must not take a slot that they look at."""
+    return rule.ring != rule.chunk_size and _fit(buffer, rule, summaries)
 
 
-def _fits(rule: Rule, m: int) -> bool:
-    return rule.chunk_size + m <= MOST_KEYS
+def attends(q: torch.Tensor, buffer: torch.Tensor) -> bool:
+    """Whether `attend` of q [B, H, d] over buffer [2, B, G, N, d] fits the device."""
+    return _rows_at_a_time(q.shape[1] // buffer.shape[2], q.shape[2], q.dtype, _shared_memory(q.device)) > 0
 
 
-def _tile_of_summaries(rule: Rule, group: int, m: int) -> dict[str, int]:
-    keys = max(16, triton.next_power_of_2(rule.chunk_size + m))
-    return dict(QUERIES=max(16, triton.next_power_of_2(group * m)), KEYS=keys)
+def _fit(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
+    (total, heads, d), (batch, kv_heads) = summaries.q.shape, buffer.shape[1:3]
+    limit = _shared_memory(buffer.device)
+    return _fits(rule.chunk_size, heads // kv_heads, total // batch, d, buffer.dtype, limit)
+
+
+@cache
+def _shared_memory(device: torch.device) -> float:
+    """Bytes of it that a program may have; Triton's interpreter has no limit."""
+    if device.type != "cuda":
+        return math.inf
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stubs lack it
+
+
+def _fits(chunk_size: int, group: int, m: int, d: int, dtype: torch.dtype, limit: float = math.inf) -> bool:
+    """Whether a chunk and its m summaries are one tile that `limit` bytes of shared memory hold."""
+    return chunk_size + m <= MOST_KEYS and _bytes_of_summaries(chunk_size, group, m, d, dtype, limit) <= limit
+
+
+def _rows_at_a_time(group: int, d: int, dtype: torch.dtype, limit: float = math.inf) -> int:
+    """Rows of a cache in a tile: as many as `limit` bytes of shared memory hold, 0 where the fewest are too many."""
+    rows = (BLOCK_ROWS, BLOCK_ROWS // 2, BLOCK_ROWS // 4)
+    return next((count for count in rows if _bytes_of_attention(count, group, d, dtype, limit) <= limit), 0)
+
+
+def _bytes_of_summaries(chunk_size: int, group: int, m: int, d: int, dtype: torch.dtype, limit: float) -> int:
+    """Shared memory of `_summarise`: queries and keys, and values, which take the keys' place where these are in
+    registers by then."""
+    queries, keys = _tile_of_summaries(chunk_size, group, m).values()
+    tiles = 2 if dtype.itemsize > 2 or _in_place(queries, limit) else 1
+    return (queries + tiles * keys) * _padded(d) * dtype.itemsize + SLACK_BYTES
+
+
+def _bytes_of_attention(rows: int, group: int, d: int, dtype: torch.dtype, limit: float) -> int:
+    """Shared memory of `_attend` by itself: queries, keys and values of the stages on their way, and weights, unless
+    each warp has query rows of its own."""
+    queries, stages = _padded(group), _stages(d, dtype)
+    if dtype.itemsize > 2 or not _in_place(queries, limit):
+        stages -= 1  # the one in use is in registers
+    weights = 0 if dtype.itemsize <= 2 and queries >= 128 else queries * rows
+    return ((queries + 2 * stages * rows) * _padded(d) + weights) * dtype.itemsize + SLACK_BYTES
+
+
+def _in_place(queries: int, limit: float) -> bool:
+    """Whether 16-bit products read shared memory itself: from 64 rows on, on cards that have 227 KiB of it (Hopper and
+    its successors in data centres; all others have 163 at most)."""
+    return queries >= 64 and limit > 200 * 2**10
+
+
+def _padded(size: int) -> int:
+    """Of a dimension of a tile that is multiplied."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _tile_of_summaries(chunk_size: int, group: int, m: int) -> dict[str, int]:
+    return dict(QUERIES=_padded(group * m), KEYS=_padded(chunk_size + m))
 
 
 def _stages(d: int, dtype: torch.dtype) -> int:
@@ -292,7 +349,8 @@ def attend(
     summaries: Summaries | None = None,
 ) -> torch.Tensor:
     """Put k, v [B, G, d] of the tokens at `positions` [B] (int64) into buffer [2, B, G, N, d]; then q [B, H, d] over
-    the rows there that `rule` lets them see, into out [B, H, d]. Rows behind the last of these are not read.
+    the rows there that `rule` lets them see, into out [B, H, d]. Rows behind the last of these are not read. For what
+    `attends`.
 
     arrivals: int32 [B*G] zeros, and zeros again afterwards; of launches at the same time each needs its own.
     summaries: as by `summarise`, in the same launch, where it `joins`.
@@ -306,13 +364,14 @@ def attend(
     weights = torch.empty(pairs, shares, group, dtype=torch.float32, device=q.device)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     own, m = Summaries(q, k, v, positions, out), 0  # never looked at
+    block = _rows_at_a_time(group, d, q.dtype, _shared_memory(q.device))
     if summaries is not None:
         own, m = summaries.for_kernel(), len(summaries.q) // batch
     _attend[(pairs, shares + (m > 0))](
         q, k, v, buffer[0], buffer[1], positions, parts, weights, arrivals, out, *own, buffer.shape[3], kv_heads,
         d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group,
-        ROWS_Q=max(16, triton.next_power_of_2(group)), D=d, BLOCK_D=max(16, triton.next_power_of_2(d)),
-        BLOCK=BLOCK_ROWS, SHARES=shares, PRECISION=precision(q), SUMMARIES=m, num_stages=_stages(d, q.dtype),
-        GROUP_2=triton.next_power_of_2(group), **_tile_of_summaries(rule, group, m),
+        ROWS_Q=_padded(group), D=d, BLOCK_D=_padded(d), BLOCK=block, SHARES=shares, PRECISION=precision(q),
+        SUMMARIES=m, num_stages=_stages(d, q.dtype), GROUP_2=triton.next_power_of_2(group),
+        **_tile_of_summaries(rule.chunk_size, group, m),
     )  # fmt: skip
     return out

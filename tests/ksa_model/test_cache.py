@@ -120,9 +120,56 @@ def test_sampling_cuts_off_what_it_says():
     assert choose(logits[:1], Sampling(temperature=0), random).tolist() == [0]
 
 
+def test_tiny_temperatures_take_the_likeliest():
+    logits = torch.randn(50, 61, generator=torch.Generator().manual_seed(0)) * 1000
+    for temperature in (1e-3, 1e-40, 1e-320):
+        sampling = Sampling(temperature=temperature, top_k=5, top_p=0.9)
+        assert torch.equal(choose(logits, sampling, torch.Generator().manual_seed(0)), logits.argmax(-1))
+
+
+def test_a_request_may_not_outgrow_what_was_reserved(world):
+    """7 tokens stay within the window of 8, so that no place is kept for summaries."""
+    decoder = model_for(world, chunk_size=4, window_chunks=1)
+    message = r"a request of {} tokens is longer than max_tokens=7 .* make the cache with a larger max_tokens, or with"
+    with pytest.raises(ModelConfigError, match=message.format(8)):
+        DecodingCache(decoder, 2, max_tokens=7).prefill([[1], [2] * 8])
+    cache = DecodingCache(decoder, 2, max_tokens=7)
+    cache.prefill([[1], [2] * 6])
+    cache.step(torch.tensor([3, 4]))
+    with pytest.raises(ModelConfigError, match=message.format(8)):
+        cache.step(torch.tensor([5, 6]))
+    assert cache.lengths == [2, 7]
+
+
+def test_new_buffers_end_recordings(world):
+    """A recorded step holds the addresses of the old ones, whoever made the new ones."""
+
+    class Recorder:
+        forgot = 0
+
+        def forget(self):
+            self.forgot += 1
+
+        def run(self, closing, tokens, forward):
+            return forward(tokens)
+
+    cache = DecodingCache(model_for(world, layer_pattern="F"), 1)
+    cache._recorder = recorder = Recorder()
+    counts = []
+    for length in (3, 2, 64):
+        cache.prefill([[1] * length])
+        counts.append(recorder.forgot)
+    cache.step(torch.tensor([1]))
+    cache.step(torch.tensor([1]))  # into the room that the first step made to spare
+    assert [*counts, recorder.forgot] == [1, 1, 2, 3]
+
+
 def test_bad_requests_are_named(world):
     decoder = model_for(world)
     with pytest.raises(ModelConfigError, match="2 requests of at least one token each"):
         DecodingCache(decoder, 2).prefill([[1], []])
     with pytest.raises(ModelConfigError, match="top_p=0 above 0"):
         Sampling(top_p=0)
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ModelConfigError, match=f"temperature={temperature} finite and, like top_k=0, not negative"):
+            Sampling(temperature=temperature)

@@ -77,6 +77,7 @@ def test_each_past_chunk_is_seen_exactly_once():
         ([0], [9], 10, "a pack of 10 rows is not a multiple of chunk_size=4"),
         ([2], [3], 8, r"document 0 \(start 2, length 3\) does not start on a multiple of chunk_size=4"),
         ([0], [0], 8, r"document 0 \(start 0, length 0\) is empty"),
+        ([-8], [10], 16, r"document 0 \(start -8, length 10\) begins before the pack of 16 rows"),
         ([0, 4], [4, 5], 8, r"document 1 \(start 4, length 5\) ends beyond the pack of 8 rows"),
         ([0, 4], [5, 2], 8, r"document 1 \(start 4, length 2\) begins before its predecessor's last chunk ends"),
     ],

@@ -255,12 +255,26 @@ def test_last_summary_work_is_left_out():
         (dict(window_chunks=(1, 2)), "one for each of the 4 letters"),
         (dict(chunk_size=0), "model.chunk_size=0 must be at least 1"),
         (dict(head_dim=7), "model.head_dim=7 must be even"),
+        (dict(init_std=-1.0), "model.init_std=-1.0 must be above 0 and finite"),
+        (dict(init_std=float("inf")), "model.init_std=inf must be above 0"),
+        (dict(norm_eps=-1.0), "model.norm_eps=-1.0 must be above 0"),
+        (dict(norm_eps=float("nan")), "model.norm_eps=nan must be above 0"),
+        (dict(window_chunks=10**19), "model.window_chunks=10000000000000000000 must not be negative, and at most"),
+        (dict(window_chunks=(1, 2, 3, -1)), "model.window_chunks=(1, 2, 3, -1) must not be negative"),
+        (dict(window_chunks=[1]), "model.window_chunks=[1] must be one number, or one for each of the 4 letters"),
+        (dict(hidden_size=2**31), "model.hidden_size=2147483648 must be at least 1 and at most 2147483647"),
+        (dict(vocab_size=2**31), "model.vocab_size=2147483648 must be at least 2 and at most 2147483647"),
     ],
 )
 def test_bad_shapes_are_named(changes, message):
     with pytest.raises(ModelConfigError) as error:
         small_config(**changes)
     assert message in str(error.value)
+
+
+def test_windows_may_be_a_list():
+    config = small_config(window_chunks=[1, 2, 3, 4])
+    assert config == small_config(window_chunks=(1, 2, 3, 4)) and hash(config)
 
 
 def test_wrong_layout_is_named(world):

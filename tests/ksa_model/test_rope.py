@@ -75,6 +75,11 @@ def test_yarn_by_hand():
         (dict(kind="ntk", factor=2, beta_fast=16.0), "beta_fast=16.0 has no part in kind=ntk, which reads factor;"),
         (dict(YARN, factor=2, beta_slow=32.0), "beta_slow=32.0 must be above 0 and below model.rope_scaling.beta_fast"),
         (dict(YARN, factor=2, attention_factor=0.0), "attention_factor=0.0 must be above 0"),
+        (dict(YARN, factor=2, attention_factor=math.nan), "attention_factor=nan must be above 0 and finite"),
+        (dict(YARN, factor=2, attention_factor=math.inf), "attention_factor=inf must be above 0 and finite"),
+        (dict(YARN, factor=2, beta_fast=math.inf), "beta_fast=inf, which must be finite"),
+        (dict(YARN, factor=2, beta_slow=math.nan), "beta_slow=nan must be above 0"),
+        (dict(kind="yarn", factor=2, original_max_positions=2**31), "it is 2147483648 and must be from 1 to"),
     ],
     ids=str,
 )
@@ -84,8 +89,9 @@ def test_what_cannot_be_is_refused(scaling, message):
 
 
 def test_bases_that_scaling_cannot_work_on_are_refused():
-    with pytest.raises(ModelConfigError, match=r"rope_base=1.0 must be above 1"):
-        small_config(rope_base=1.0)
+    for base in (1.0, math.nan, math.inf):
+        with pytest.raises(ModelConfigError, match=f"rope_base={base} must be above 1 and finite"):
+            small_config(rope_base=base)
     with pytest.raises(ModelConfigError, match="head_dim=2 has no other"):
         scaled(2, 1e4, kind="ntk", factor=2)
 

@@ -107,8 +107,13 @@ def test_summarise(monkeypatch, rule, m, heads):
     torch.testing.assert_close(summaries.out, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(buffer, filled)
     assert not triton_decode.summarise(buffer, rule._replace(chunk_size=256), summaries)
-    assert triton_decode.joins(rule, m) == (ring != k)
-    if not triton_decode.joins(rule, m):
+    assert triton_decode.joins(buffer, rule, summaries) == (ring != k)
+    monkeypatch.setattr(triton_decode, "_shared_memory", lambda device: 2000)
+    summaries.out.fill_(7)
+    assert not triton_decode.summarise(buffer, rule, summaries) and (summaries.out == 7).all()
+    assert not triton_decode.joins(buffer, rule, summaries)
+    monkeypatch.undo()
+    if ring == k:
         return
     # In the launch of the attention whose token follows the chunk.
     monkeypatch.setattr(triton_decode, "PROGRAMS", 12)
@@ -182,6 +187,21 @@ def test_a_whole_model_with_these_kernels(world, monkeypatch, changes, several):
     assert got == want
 
 
+@pytest.mark.parametrize("limit", [0, 10_000], ids=["nothing fits", "fewer rows at a time and no summaries"])
+def test_decoding_where_shared_memory_is_short(world, monkeypatch, limit):
+    decoder = model_for(world, chunk_size=60, window_chunks=0, layer_pattern="KF", num_layers=2)
+    group, d = decoder.config.num_heads // decoder.config.num_kv_heads, decoder.config.head_dim
+    assert triton_decode._rows_at_a_time(group, d, torch.float32, limit) == (16 if limit else 0)
+    assert not triton_decode._fits(60, group, 1, d, torch.float32, limit)
+    prompts, sampling = [list(range(59)), [3]], Sampling(max_tokens=4)
+    want, _ = generate(decoder, prompts, sampling)
+    monkeypatch.setattr(triton_decode, "PROGRAMS", 2)
+    monkeypatch.setattr(triton_decode, "_shared_memory", lambda device: limit)
+    monkeypatch.setattr("ksa_model.cache._kernels", lambda x: None if x.requires_grad else triton_decode)
+    got, _ = generate(decoder.to(DEVICE), prompts, sampling)
+    assert got == want
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 16])
 def test_products_in_bf16(rows):
@@ -224,12 +244,41 @@ def test_attend_in_bf16(batch, rule):
     assert not arrivals.any()
 
 
-def test_cache_tiles_fit_into_shared_memory():
-    """A tile of keys and one of values for every pipeline stage but the one in use take no more than two thirds of the
-    99 KiB that consumer cards have: queries and what is merged want some too."""
-    for d, dtype in ((64, torch.float32), (128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)):
-        tile = triton_decode.BLOCK_ROWS * d * dtype.itemsize
-        assert 2 * (triton_decode._stages(d, dtype) - 1) * tile <= 2**16
+H100, A100, CONSUMER = 232_448, 166_912, 101_376  # bytes of shared memory that a program may have
+
+
+# Bytes that Triton 3.9 says for kernels compiled ahead of time, for sm_90, sm_80 and sm_89.
+@pytest.mark.parametrize("limit, dtype, k, m, d, group, taken", [
+    (H100, torch.float32, 128, 1, 128, 4, 270_336), (H100, torch.float32, 64, 1, 256, 4, 278_528),
+    (H100, torch.bfloat16, 128, 1, 128, 4, 69_632), (H100, torch.bfloat16, 128, 1, 256, 16, 139_264),
+    (H100, torch.bfloat16, 8, 8, 128, 8, 24_576), (H100, torch.bfloat16, 128, 16, 128, 8, 163_840),
+    (H100, torch.float16, 128, 16, 16, 8, 20_480), (A100, torch.bfloat16, 128, 1, 256, 4, 139_264),
+    (CONSUMER, torch.bfloat16, 128, 1, 256, 4, 139_264), (CONSUMER, torch.float32, 64, 1, 128, 4, 139_264),
+    (CONSUMER, torch.float32, 32, 8, 128, 8, 98_304), (CONSUMER, torch.bfloat16, 128, 16, 128, 8, 98_304),
+    (CONSUMER, torch.bfloat16, 8, 1, 128, 4, 8192),
+])  # fmt: skip
+def test_summaries_are_made_where_their_tile_fits(limit, dtype, k, m, d, group, taken):
+    assert triton_decode._bytes_of_summaries(k, group, m, d, dtype, limit) == taken + triton_decode.SLACK_BYTES
+    assert triton_decode._fits(k, group, m, d, dtype, limit) == (taken <= limit)
+    assert triton_decode._fits(k, group, m, d, dtype) and not triton_decode._fits(256, group, m, d, dtype)
+
+
+@pytest.mark.parametrize("limit, dtype, d, group, rows, taken", [
+    (H100, torch.bfloat16, 128, 4, 64, 71_680), (H100, torch.bfloat16, 256, 64, 64, 163_840),
+    (H100, torch.bfloat16, 128, 128, 64, 131_072), (H100, torch.bfloat16, 512, 4, 64, 149_504),
+    (H100, torch.float32, 256, 4, 64, 151_616), (CONSUMER, torch.bfloat16, 64, 4, 64, 36_864),
+    (CONSUMER, torch.bfloat16, 128, 32, 64, 77_824), (CONSUMER, torch.bfloat16, 128, 128, 64, 98_304),
+    (CONSUMER, torch.bfloat16, 256, 4, 64, 75_776), (CONSUMER, torch.bfloat16, 256, 64, 32, 69_632),
+    (CONSUMER, torch.bfloat16, 512, 4, 32, 82_944), (CONSUMER, torch.float32, 64, 4, 64, 73_728),
+    (CONSUMER, torch.float32, 128, 32, 64, 90_240), (CONSUMER, torch.float32, 256, 4, 32, 84_032),
+    (CONSUMER, torch.float32, 256, 64, 0, None),
+])  # fmt: skip
+def test_attention_takes_as_many_rows_as_fit(limit, dtype, d, group, rows, taken):
+    assert triton_decode._rows_at_a_time(group, d, dtype, limit) == rows
+    assert triton_decode._rows_at_a_time(group, d, dtype) == 64
+    if rows:
+        found = triton_decode._bytes_of_attention(rows, group, d, dtype, limit)
+        assert taken <= found <= taken + 10 * 2**10
 
 
 @pytest.mark.gpu
