@@ -48,7 +48,8 @@ def start(arguments: list[str]) -> int:
     if launch.target == "kubernetes":
         from launch import kubernetes
 
-        return kubernetes.submit(launch, [(checked.name, launch.overrides)])
+        point = kubernetes.Point(checked.name, launch.overrides, checked.run_directory)
+        return kubernetes.submit(launch, [point], checked.run_directory, arguments)
     if launch.target == "slurm":
         from launch import slurm
 
@@ -81,21 +82,18 @@ def look_after(verb: str, arguments: list[str]) -> int:
         raise LaunchError(f"python -m launch {verb} takes one run: its directory, or its name below runs/")
     run = runs.find(arguments[0])
     record = runs.read_record(run)
-    from launch import slurm
+    from launch import kubernetes, slurm
 
+    if verb == "status":
+        _print_progress(run)
+    if record is not None and record.target == "kubernetes":
+        return kubernetes.look_after(verb, record)
     if verb == "logs":
         return _logs(run)
     if verb == "cancel":
         if record is not None and record.target == "slurm":
             return slurm.cancel(record)
         return _stop_local(run)
-    if (run / "sweep.json").is_file():
-        from launch import sweep
-
-        for point in (sweep.read(run) or sweep.Sweep("", "", [], [])).points:
-            print(_progress_line(run / point.name))
-    else:
-        print(_progress_line(run))
     if record is not None and record.target == "slurm":
         print(slurm.status(record))
     elif runs.is_held(run):
@@ -103,6 +101,17 @@ def look_after(verb: str, arguments: list[str]) -> int:
     else:
         print("not running")
     return 0
+
+
+def _print_progress(run: Path) -> None:
+    """A line for the run, or for every point of the sweep."""
+    if not (run / "sweep.json").is_file():
+        print(_progress_line(run))
+        return
+    from launch import sweep
+
+    for point in (sweep.read(run) or sweep.Sweep("", "", [], [])).points:
+        print(_progress_line(run / point.name))
 
 
 def _progress_line(run: Path) -> str:

@@ -31,11 +31,22 @@ def check(launch: Launch) -> Checked:
     memory = ""
     if launch.settings.check:
         memory = memory_estimate(validated(values, launch.world_size), launch)
-    run = values["run"]
+    run = run_settings(values)
     for key in ("root", "name"):
-        if any(ord(character) < 32 for character in str(run[key])):
+        if any(ord(character) < 32 for character in run[key]):
             raise LaunchError(f"run.{key}={run[key]!r} holds a control character")
-    return Checked(str(run["name"]), launch.directory / str(run["root"]) / str(run["name"]), int(run["steps"]), memory)
+    return Checked(run["name"], launch.directory / run["root"] / run["name"], run["steps"], memory)
+
+
+def run_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The `run` group; root, name and steps, which the launcher reads itself, have their types in any case."""
+    run = values.get("run")
+    if not isinstance(run, dict):
+        raise LaunchError(f"run={run!r} is not a group of settings; override its keys: run.name=NAME run.steps=N")
+    for key, kind, said in (("root", str, "a text"), ("name", str, "a text"), ("steps", int, "an integer")):
+        if not isinstance(run.get(key), kind) or isinstance(run.get(key), bool):
+            raise LaunchError(f"run.{key}={run.get(key)!r} is not {said}")
+    return run
 
 
 def compose(overrides: Iterable[str]) -> dict[str, Any]:
@@ -83,14 +94,24 @@ def _one_line(error: Exception) -> str:
 
 def validated(values: dict[str, Any], world_size: int) -> TrainConfig:
     """`values` as the trainer's own configuration, checked for `world_size` ranks."""
-    from train.config import USER_ERRORS, TrainConfig, from_mapping, validate
+    from train.config import USER_ERRORS, validate
 
+    config = typed(values)
     try:
-        config = from_mapping(TrainConfig, values)
         validate(config, world_size)
     except USER_ERRORS as error:
         raise LaunchError(str(error)) from error
     return config
+
+
+def typed(values: dict[str, Any]) -> TrainConfig:
+    """`values` as the trainer's own configuration: every one has its type, nothing more is checked."""
+    from train.config import USER_ERRORS, TrainConfig, from_mapping
+
+    try:
+        return from_mapping(TrainConfig, values)
+    except USER_ERRORS as error:
+        raise LaunchError(str(error)) from error
 
 
 def memory_estimate(config: TrainConfig, launch: Launch) -> str:

@@ -97,6 +97,12 @@ class SlurmSettings(Settings):
             raise LaunchError(f"launch.continuation={self.continuation!r} is not one of requeue, chain")
         if self.chain_jobs > 1 and self.continuation != "chain":
             raise LaunchError(f"launch.chain_jobs={self.chain_jobs} needs launch.continuation=chain")
+        for argument in self.sbatch_args:
+            if not argument.startswith("-"):  # sbatch would take it for the script
+                raise LaunchError(
+                    f"launch.sbatch_args: {argument!r} is not an option --NAME=VALUE; where a comma belongs to the "
+                    "value, quote the option: 'launch.sbatch_args=[\"--NAME=A,B\"]'"
+                )
         for name in ("partition", "account", "qos", "memory", "constraint", "exclude", "reservation"):
             value = getattr(self, name)
             if value is not None and not re.fullmatch(r"[\w.,:&|*\[\]()-]+", value):
@@ -296,7 +302,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return None if value is None or value == "null" else _convert(arguments[0], value, key)
     if origin is tuple:
         if isinstance(value, str):
-            value = [v.strip() for v in value.removeprefix("[").removesuffix("]").split(",") if v.strip()]
+            value = _list(value, key)
         if isinstance(value, list) and all(isinstance(v, str) for v in value):
             return tuple(value)
     elif hint is bool:
@@ -316,6 +322,21 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     raise LaunchError(
         f"{key}={value!r} is not {kind or ('a list of texts' if origin is tuple else 'NAME: TEXT pairs')}"
     )
+
+
+def _list(text: str, key: str) -> list[str]:
+    """`A,B`, or `[A,"B,C"]` as YAML reads it: in brackets an entry may be quoted, and hold a comma."""
+    if not text.startswith("["):
+        return [v.strip() for v in text.split(",") if v.strip()]
+    try:
+        read = yaml.load(text, yaml.BaseLoader)  # every scalar is a text
+    except yaml.YAMLError:
+        read = None
+    if not isinstance(read, list) or not all(isinstance(v, str) for v in read):
+        raise LaunchError(
+            f'{key}={text!r} is not a list [A,B]; quote an entry that holds one of , : [ ] {{ }} # as in [A,"B,C"]'
+        )
+    return read
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

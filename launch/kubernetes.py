@@ -16,10 +16,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from launch import runs
 from launch.agent import GRACE
 from launch.config import KubernetesSettings, Launch, LaunchError
 from train.signals import REQUEUE
@@ -28,36 +32,94 @@ STEP = "node"  # Kubeflow's name for the replicated job and the container that t
 LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
 
 
-def submit(launch: Launch, names_and_overrides: list[tuple[str, tuple[str, ...]]]) -> int:
-    """Print the manifest, write it to `launch.output`, or apply it; two objects for each (run name, overrides)."""
-    text = "---\n".join(manifest(launch, name, overrides) for name, overrides in names_and_overrides)
+@dataclass(frozen=True)
+class Point:
+    """One training run, a TrainJob of its own."""
+
+    name: str
+    overrides: tuple[str, ...]
+    run_directory: Path  # as seen from here: its record is kept there
+
+
+def submit(launch: Launch, points: Sequence[Point], home: Path, command: list[str]) -> int:
+    """Print the manifest, write it to `launch.output`, or apply it; then note the jobs. `home`: run or sweep."""
+    text = "---\n".join(manifest(launch, point.name, point.overrides) for point in points)
     if launch.settings.dry_run:
         print(text, end="")
         return 0
-    names = [object_name(name) for name, _ in names_and_overrides]
-    namespace = launch.settings.namespace
     if launch.settings.output:
-        path = launch.directory / launch.settings.output
+        _write(launch.directory / launch.settings.output, text)
+    else:
+        print(_kubectl(["apply", "-f", "-"], text), end="")
+    jobs = {point.run_directory: f"{launch.settings.namespace}/{object_name(point.name)}" for point in points}
+    for job in jobs.values():
+        for verb, line in _lines(job).items():
+            print(f"{verb:<7} {shlex.join(['kubectl', *line])}", file=sys.stderr)
+    for directory, own in {home: list(jobs.values()), **{d: [job] for d, job in jobs.items()}}.items():
+        _note(directory, runs.Record("kubernetes", command, own, runs.now()))
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-        print(f"wrote {path}; submit with kubectl apply -f {shlex.quote(str(path))}")
-    else:
-        if shutil.which("kubectl") is None:
-            raise LaunchError(
-                "target=kubernetes needs kubectl on PATH, or launch.output=FILE to write the manifest only"
-            )
-        done = subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, capture_output=True)
-        if done.returncode:
-            raise LaunchError(f"kubectl apply: {'; '.join(done.stderr.split(chr(10))).strip('; ')}")
-        print(done.stdout, end="")
-    for name in names:
-        print(
-            f"status  kubectl -n {namespace} get trainjob {name}\n"
-            f"logs    kubectl -n {namespace} logs -f -l jobset.sigs.k8s.io/jobset-name={name} --prefix\n"
-            f"cancel  kubectl -n {namespace} delete trainjob,trainingruntime {name}",
-            file=sys.stderr,
-        )
+    except OSError as error:
+        raise LaunchError(f"launch.output: {path} cannot be written ({error.strerror}); name a file") from None
+    print(f"wrote {path}; submit with kubectl apply -f {shlex.quote(str(path))}")
+
+
+def _note(directory: Path, record: runs.Record) -> None:
+    """The jobs are submitted: a folder that exists in the pods alone is no reason to end badly."""
+    try:
+        runs.write_record(directory, record)
+    except (OSError, LaunchError) as error:
+        print(f"no record for `python -m launch status|logs|cancel`, use the lines above: {error}", file=sys.stderr)
+
+
+# -- looking after jobs -----------------------------------------------------------------------------------------------
+
+
+def _lines(job: str) -> dict[str, list[str]]:
+    """verb -> kubectl's arguments, for a record's NAMESPACE/NAME."""
+    namespace, _, name = job.partition("/")
+    selector = f"jobset.sigs.k8s.io/jobset-name={name}"
+    return {
+        "status": ["-n", namespace, "get", "trainjob", name],
+        "logs": ["-n", namespace, "logs", "-l", selector, "--prefix", "--tail=200", "-f"],
+        "cancel": ["-n", namespace, "delete", "trainjob,trainingruntime", name],
+    }
+
+
+def look_after(verb: str, record: runs.Record) -> int:
+    """Run the verb's kubectl line for every job of the record; without kubectl say the lines, for where it is."""
+    lines = [[part for part in _lines(job)[verb] if part != "-f"] for job in record.jobs]  # what there is, and return
+    if shutil.which("kubectl") is None:
+        said = "; ".join(shlex.join(["kubectl", *line]) for line in lines)
+        raise LaunchError(f"kubectl is not on PATH; where it is: {said}")
+    failed = []
+    for line in lines:  # every one: a job that is gone must not keep a sweep's others from being cancelled
+        try:
+            print(_kubectl(line), end="")
+        except LaunchError as error:
+            failed.append(str(error))
+    if failed:
+        raise LaunchError("; ".join(failed))
     return 0
+
+
+def _kubectl(arguments: list[str], text: str | None = None) -> str:
+    """What kubectl prints, or `LaunchError` with what it says."""
+    if shutil.which("kubectl") is None:
+        raise LaunchError("target=kubernetes needs kubectl on PATH, or launch.output=FILE to write the manifest only")
+    done = subprocess.run(["kubectl", *arguments], input=text, text=True, capture_output=True)
+    if done.returncode:
+        said = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise LaunchError(f"{shlex.join(['kubectl', *arguments])}: {said or f'exited with {done.returncode}'}")
+    return done.stdout
+
+
+# -- the manifest -----------------------------------------------------------------------------------------------------
 
 
 def object_name(run_name: str) -> str:

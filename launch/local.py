@@ -66,10 +66,10 @@ def environments(launch: Launch) -> list[dict[str, str]]:
 
 def child_environment(launch: Launch) -> dict[str, str]:
     """This process's environment, with what the launch adds."""
-    path = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p)
+    environment = {**os.environ, **launch.environment}
+    path = os.pathsep.join(p for p in (str(PROJECT), environment.get("PYTHONPATH")) if p)
     return {
-        **os.environ,
-        **launch.environment,
+        **environment,
         "PYTHONPATH": path,
         SUPERVISOR: str(os.getpid()),
         GRACE: str(launch.settings.grace_seconds),

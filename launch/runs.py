@@ -25,7 +25,7 @@ class Record:
 
     target: str
     command: list[str]  # `python -m launch` and its arguments
-    jobs: list[str]  # Slurm job ids, oldest first
+    jobs: list[str]  # Slurm job ids, oldest first; on Kubernetes NAMESPACE/NAME of each TrainJob
     started: str
 
 
@@ -35,7 +35,7 @@ class Progress:
 
     step: int  # of the newest complete checkpoint
     steps: int | None  # None: no configuration was written yet
-    last_line: dict[str, Any] | None  # newest record with a loss
+    last_line: dict[str, Any] | None  # newest record with a step and a loss
 
     @property
     def finished(self) -> bool:
@@ -46,30 +46,65 @@ def launch_directory(run: Path) -> Path:
     return run / "launch"
 
 
+MARKS = ("launch/launch.json", "launch/lock", "config.yaml", "sweep.json")  # the package `launch/` has none of them
+
+
 def find(text: str) -> Path:
     """A run directory, or the name of one below `runs/`."""
+    if not text.strip():
+        raise LaunchError(f"{text!r} names no run: give its directory, or its name below runs/")
     for path in (Path(text), Path("runs") / text):
-        if launch_directory(path).is_dir() or (path / "config.yaml").is_file():
+        if any((path / mark).is_file() for mark in MARKS):
             return path.resolve()
     raise LaunchError(f"{text}: neither a run directory nor a run below runs/")
 
 
+def make_directory(path: Path) -> None:
+    """With its parents, or `LaunchError`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(f"{path} cannot be made ({error.strerror}): choose another run.root or run.name") from None
+
+
 def progress(run: Path) -> Progress:
-    """Read from config.yaml, the checkpoints and metrics.jsonl; a run that has none of them is at step 0."""
-    config: dict[str, Any] = {}
-    with contextlib.suppress(OSError, yaml.YAMLError):
-        read = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        config = read if isinstance(read, dict) else {}
-    settings = config.get("run") or {}
+    """Read from config.yaml, the checkpoints and metrics.jsonl; a run that has none of them is at step 0.
+
+    Any of them may be damaged, or half written: what cannot be read is as if it were not there.
+    """
+    config = _mapping(_yaml(run / "config.yaml"))
+    settings = _mapping(config.get("run"))
+    elsewhere = _mapping(config.get("checkpoint")).get("dir")
+    place = run / "checkpoints" if elsewhere is None else f"{elsewhere}/{settings.get('name')}"
+    steps = settings.get("steps")
+    return Progress(
+        max(_saved_steps(str(place)), default=0), steps if isinstance(steps, int) else None, _last_line(run)
+    )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, yaml.YAMLError):
+        return None
+
+
+def _last_line(run: Path) -> dict[str, Any] | None:
     last = None
     with contextlib.suppress(OSError):
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                entry = json.loads(line)
-                last = entry if "loss" in entry else last
-    elsewhere = (config.get("checkpoint") or {}).get("dir")
-    place = run / "checkpoints" if elsewhere is None else f"{elsewhere}/{settings.get('name')}"
-    return Progress(max(_saved_steps(str(place)), default=0), settings.get("steps"), last)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                entry = _mapping(json.loads(line))
+                last = entry if _is_number(entry.get("loss")) and _is_number(entry.get("step")) else last
+    return last
 
 
 def _saved_steps(place: str) -> list[int]:
@@ -83,7 +118,7 @@ def _saved_steps(place: str) -> list[int]:
 
 def write_record(run: Path, record: Record) -> None:
     path = launch_directory(run) / "launch.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
     os.replace(aside, path)
@@ -107,8 +142,11 @@ def locked(run: Path, wait_seconds: float = 0.0) -> Iterator[int]:
     Agents inherit it, so a launcher that was killed leaves the lock with them until their ranks have ended.
     """
     path = launch_directory(run) / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    make_directory(path.parent)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise LaunchError(f"{path} cannot be written ({error.strerror}): choose another run.root or run.name") from None
     deadline, told = time.monotonic() + wait_seconds, False
     try:
         while True:

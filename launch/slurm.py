@@ -54,10 +54,10 @@ def submit(launch: Launch, points: list[Point], home: Path, command: list[str]) 
             f"job {' '.join(record.jobs)} of {home} is still in the queue; wait, or "
             f"python -m launch cancel {shlex.quote(str(home))}"
         )
-    if launch.settings.setup_script and not (launch.directory / launch.settings.setup_script).is_file():
-        raise LaunchError(f"launch.setup_script={launch.settings.setup_script} is not a file")
+    if launch.settings.setup_script and not _setup_path(launch).is_file():
+        raise LaunchError(f"launch.setup_script={launch.settings.setup_script} is not a file in {launch.directory}")
     for directory in (home, *(point.run_directory for point in points)):
-        (runs.launch_directory(directory) / "logs").mkdir(parents=True, exist_ok=True)
+        runs.make_directory(runs.launch_directory(directory) / "logs")
     path = runs.launch_directory(home) / "job.sbatch"
     path.write_text(text, encoding="utf-8")
     jobs: list[str] = []
@@ -127,7 +127,9 @@ def script(launch: Launch, points: Sequence[Point]) -> str:
         for i, point in enumerate(points)
     )
     exports = "\n".join(f"export {name}={quote(value)}" for name, value in sorted(launch.environment.items()))
-    setup = f"source {quote(settings.setup_script)}" if settings.setup_script else "# no launch.setup_script"
+    setup = "# no launch.setup_script"
+    if settings.setup_script:
+        setup = _SETUP.format(path=quote(str(_setup_path(launch))), bad_input_code=BAD_INPUT)
     port = str(settings.rendezvous_port) if settings.rendezvous_port else "$((20000 + SLURM_JOB_ID % 10000))"
     return _SCRIPT.format(
         cases=cases,
@@ -152,6 +154,23 @@ def script(launch: Launch, points: Sequence[Point]) -> str:
     )
 
 
+def _setup_path(launch: Launch) -> Path:
+    """Absolute: `source` looks a bare name up in PATH first."""
+    return launch.directory / launch.settings.setup_script
+
+
+# Sourced without -u, because conda's and modules' own hooks read variables that nobody set. What the setup does to the
+# shell's options ends with it; a setup that leaves by itself (`exit`, `set -e`) is noted by the trap.
+_SETUP = """\
+setup_failed() {{ note "launch.setup_script="{path}" ended with $1, see the job's log"; leave {bad_input_code}; }}
+trap 'setup_failed $?' EXIT
+set +u
+source {path}
+code=$?
+set +e -u
+trap - EXIT
+[ "$code" = 0 ] || setup_failed "$code\""""
+
 _SCRIPT = """\
 #!/bin/bash
 # Written by `python -m launch`. Ranks end with {requeue_code} when they saved their state and want to run again.
@@ -166,7 +185,6 @@ job=${{job:-$SLURM_JOB_ID}}
 {exports}
 export PYTHONPATH={project}${{PYTHONPATH:+:$PYTHONPATH}}
 cd -- {directory} || exit {bad_input_code}
-{setup}
 
 note() {{ echo "$(date -u +%FT%TZ) job $job: $*" | tee -a "$run_directory/launch/history.log"; }}
 leave() {{  # a finished or refused run needs no further link of its chain
@@ -184,6 +202,8 @@ ask_to_save() {{
 }}
 trap ask_to_save USR1
 trap 'stop=1' TERM  # preempted, cancelled or out of time: Slurm has signalled the steps itself
+
+{setup}
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port={port}
@@ -240,14 +260,12 @@ def _check_path(path: Path) -> None:
 
 def status(record: runs.Record) -> str:
     """One line for each job: what the queue says, then what accounting says of jobs that have left it."""
-    lines, missing = [], []
+    lines, queue = [], _queue(record)
     for job in record.jobs:
-        queued = _output(["squeue", "--noheader", "--array", f"--jobs={job}", "--format=%i %T %r %N %M/%l"])
+        queued = [said for numbers, said in queue if job in numbers]
         if queued:
-            lines += [f"job {line}" for line in queued.splitlines()]
-        else:
-            missing.append(job)
-    for job in missing:
+            lines += [f"job {said}" for said in queued]
+            continue
         ended = _output(
             ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=JobID,State,ExitCode"]
         )
@@ -284,12 +302,17 @@ def _one_line(text: str) -> str:
 
 def running_jobs(record: runs.Record) -> bool:
     """Whether any of the record's jobs is still in the queue. Raises `LaunchError` where Slurm does not say."""
-    # All jobs, by number and by the number of their array: asked for one that is long gone, squeue fails as if it were
-    # not reached.
-    done = _ask(["squeue", "--noheader", "--format=%A %F"])
+    return any(not numbers.isdisjoint(record.jobs) for numbers, _ in _queue(record))
+
+
+def _queue(record: runs.Record) -> list[tuple[set[str], str]]:
+    """Of every job in the queue its number with its array's, and its line; `LaunchError` where Slurm does not say."""
+    # All jobs: asked for one that is long gone, squeue fails as if it were not reached.
+    done = _ask(["squeue", "--noheader", "--array", "--format=%A %F %i %T %r %N %M/%l"])
     if done.returncode:
         raise LaunchError(
             f"squeue exited with {done.returncode} ({_one_line(done.stderr)}), so nobody knows whether job "
             f"{', '.join(record.jobs)} of this run is still in the queue; try again when Slurm answers"
         )
-    return not set(record.jobs).isdisjoint(done.stdout.split())
+    entries = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line.strip()]
+    return [(set(entry[:2]), entry[-1]) for entry in entries]

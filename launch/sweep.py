@@ -50,7 +50,7 @@ class Options:
 
     name: str
     budget: str | None = None
-    only: tuple[str, ...] = ()
+    only: str = ""  # labels of points, which hold commas themselves: see `chosen`
     parallel: int = 1
     report: bool = True
 
@@ -108,7 +108,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str], list[str]]:
             own["name"] = value
         elif key.startswith("sweep."):
             name = key.removeprefix("sweep.")
-            kinds = {"budget": str, "only": tuple[str, ...], "parallel": int, "report": bool}
+            kinds = {"budget": str, "only": str, "parallel": int, "report": bool}
             if name not in kinds:
                 raise LaunchError(f"{key} is not a key of sweeps; those are {', '.join(f'sweep.{k}' for k in kinds)}")
             own[name] = config._convert(kinds[name], value, key)
@@ -137,7 +137,7 @@ def plan(options: Options, launch: Launch) -> tuple[Path, Sweep]:
         if override.split("=")[0].lstrip("+") == "run.name":
             raise LaunchError(f"{override}: a sweep names its runs itself")
     base = check.compose([*common])
-    home = launch.directory / str(base["run"]["root"]) / options.name
+    home = launch.directory / check.run_settings(base)["root"] / options.name
     stored = read(home)
     preset = _preset(options.name)
     budget = options.budget or (stored.budget if stored else preset.get("budget", "tokens"))
@@ -153,6 +153,7 @@ def plan(options: Options, launch: Launch) -> tuple[Path, Sweep]:
         raise LaunchError(
             f"sweep={options.name} has nothing to vary: give KEY=A,B,C, or a preset's name: {', '.join(presets())}"
         )
+    _one_place(options.name, axes, common)
     points = make_points(options.name, axes, common, base, budget, launch.world_size)
     return home, Sweep(
         options.name, budget, [*(f"{k}={','.join(v)}" for k, v in axes.items()), *common], _merged(home, stored, points)
@@ -172,13 +173,41 @@ def split_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str
         except HydraException as error:
             raise LaunchError(f"{override!r}: {check._one_line(error)}") from error
         if parsed.is_sweep_override():
-            values = list(parsed.sweep_string_iterator())
+            values = _values(parsed)
+            if parsed.get_key_element() in axes:
+                raise LaunchError(
+                    f"{override}: {parsed.get_key_element()} varies already; give all values in one place"
+                )
             if len(set(values)) != len(values):
                 raise LaunchError(f"{override} names a value twice")
             axes[parsed.get_key_element()] = values
         else:
             common.append(override)
     return axes, common
+
+
+def _values(parsed: Any) -> list[str]:
+    """The values of one axis, each as an override spells it."""
+    from hydra.errors import HydraException
+
+    try:
+        return list(parsed.sweep_string_iterator())
+    except HydraException as error:  # interval(), glob(): nothing that can be counted out
+        raise LaunchError(
+            f"{parsed.input_line}: a sweep cannot list these values; write KEY=A,B,C or KEY=range(FROM,TO)"
+        ) from error
+
+
+def _one_place(name: str, axes: dict[str, list[str]], common: list[str]) -> None:
+    """A key that varies has no single value beside it: one of the two would win in silence."""
+    varied = {key.lstrip("+"): values for key, values in axes.items()}
+    for override in common:
+        key = override.split("=")[0].lstrip("+~")
+        if key in varied:
+            raise LaunchError(
+                f"{override}: sweep={name} varies {key} over {','.join(varied[key])}; leave it out (sweep.only="
+                f"POINT runs one value alone), or choose another sweep=NAME and give {key}=A,B there"
+            )
 
 
 def make_points(
@@ -193,9 +222,10 @@ def make_points(
         label = ",".join(f"{short[key]}={re.sub(r'[^A-Za-z0-9_.+-]+', '_', value)}" for key, value in chosen.items())
         overrides = [*common, *(f"{key}={value}" for key, value in chosen.items()), f"run.name='{name}/{label}'"]
         if not any(c.startswith("logging.wandb_group=") for c in common):
-            overrides.append(f"logging.wandb_group={name}")
+            overrides.append(_wandb_group(name))
         try:
             composed = check.compose(overrides)
+            check.typed(composed)  # before it is computed with
             steps = equal_steps(base, composed, budget, swept="run.steps" in axes)
             composed["run"]["steps"] = steps
             check.validated(composed, world_size)
@@ -218,7 +248,7 @@ def equal_steps(base: dict[str, Any], point: dict[str, Any], budget: str, swept:
     if budget == "steps" or swept:
         return int(point["run"]["steps"])
     cost = _tokens_per_step if budget == "tokens" else _flops_per_step
-    return max(1, round(base["run"]["steps"] * cost(base) / cost(point)))
+    return max(1, round(base["run"]["steps"] * cost(base) / max(cost(point), 1)))
 
 
 def _tokens_per_step(values: dict[str, Any]) -> float:
@@ -239,15 +269,21 @@ def _preset(name: str) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _wandb_group(name: str) -> str:
+    return f"logging.wandb_group='{name}'"  # quoted: 20240501 and null are names too
+
+
+def _follows(override: str, home: Path) -> bool:
+    """Whether it says only where the sweep is: run.root in another spelling, the group as older sweeps wrote it."""
+    return override.startswith("run.root=") or override.replace("'", "") == f"logging.wandb_group={home.name}"
+
+
 def _merged(home: Path, stored: Sweep | None, points: list[Point]) -> list[Point]:
     """The points asked for, checked against those of an earlier call; its other points stay in the sweep."""
     before = {p.name: p for p in stored.points} if stored else {}
     for point in points:
         old = before.pop(point.name, None)
-        # run.root may be written in another way: both mean this directory
-        changed = (
-            sorted(o for o in set(old.overrides) ^ set(point.overrides) if not o.startswith("run.root=")) if old else []
-        )
+        changed = sorted(o for o in set(old.overrides) ^ set(point.overrides) if not _follows(o, home)) if old else []
         if changed:
             raise LaunchError(
                 f"{home} was begun with other settings: {point.name} differs in {', '.join(changed)}; "
@@ -262,12 +298,12 @@ def read(home: Path) -> Sweep | None:
         return Sweep(**{**values, "points": [Point(**p) for p in values["points"]]})
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise LaunchError(f"{home / 'sweep.json'} cannot be read: {error}") from error
 
 
 def write(home: Path, sweep: Sweep) -> None:
-    home.mkdir(parents=True, exist_ok=True)
+    runs.make_directory(home)
     aside = home / "sweep.json.tmp"
     aside.write_text(json.dumps(asdict(sweep), indent=1) + "\n", encoding="utf-8")
     os.replace(aside, home / "sweep.json")
@@ -278,12 +314,8 @@ def write(home: Path, sweep: Sweep) -> None:
 
 def run(options: Options, launch: Launch, launch_arguments: list[str], home: Path, sweep: Sweep) -> int:
     """Start what is missing, on the target."""
-    unknown = set(options.only) - {p.name for p in sweep.points}
-    if unknown:
-        raise LaunchError(
-            f"sweep.only={','.join(sorted(unknown))}: the points are {'  '.join(p.name for p in sweep.points)}"
-        )
-    wanted = [p for p in sweep.points if not options.only or p.name in options.only]
+    only = chosen(options.only, [p.name for p in sweep.points])
+    wanted = [p for p in sweep.points if p.name in only]
     missing = [p for p in wanted if not is_finished(home, p)]
     print(
         f"sweep {sweep.name}: {len(sweep.points)} points, equal {sweep.budget}; {len(wanted) - len(missing)} finished, "
@@ -300,19 +332,29 @@ def run(options: Options, launch: Launch, launch_arguments: list[str], home: Pat
         return 0
     write(home, sweep)
     if launch.target == "kubernetes":
-        return (
-            kubernetes.submit(launch, [(f"{sweep.name}/{p.name}", tuple(p.overrides)) for p in missing])
-            if missing
-            else 0
-        )
+        points = [kubernetes.Point(f"{sweep.name}/{p.name}", tuple(p.overrides), home / p.name) for p in missing]
+        return kubernetes.submit(launch, points, home, launch_arguments) if points else 0
     if launch.target == "slurm":
         return _submit_array(launch, launch_arguments, home, missing)
     with runs.locked(home, wait_seconds=5):
-        code = _run_here(launch, launch_arguments, home, missing, options.parallel)
+        code = _run_here(options, launch, launch_arguments, home, missing)
     if options.report and code != REQUEUE:
         report = subprocess.run([sys.executable, "-m", "train.report", str(home)], env=_environment())
         code = code or report.returncode
     return code
+
+
+def chosen(only: str, names: list[str]) -> list[str]:
+    """The points that `sweep.only` names, or all. Commas part labels, and the axes within a label."""
+    found, rest = [], only.strip().removeprefix("[").removesuffix("]").strip()
+    while rest:
+        # Longest first: the label of an earlier, smaller sweep may begin that of a later one.
+        name = next((n for n in sorted(names, key=len, reverse=True) if f"{rest},".startswith(f"{n},")), None)
+        if name is None:
+            raise LaunchError(f"sweep.only={only}: no point is {rest}; the points are {'  '.join(names)}")
+        found.append(name)
+        rest = rest[len(name) + 1 :].strip()
+    return found or names
 
 
 def is_finished(home: Path, point: Point) -> bool:
@@ -333,7 +375,7 @@ def _submit_array(launch: Launch, launch_arguments: list[str], home: Path, missi
     return slurm.submit(launch, [slurm.Point(p.overrides, home / p.name) for p in missing], home, launch_arguments)
 
 
-def _run_here(launch: Launch, launch_arguments: list[str], home: Path, missing: list[Point], parallel: int) -> int:
+def _run_here(options: Options, launch: Launch, launch_arguments: list[str], home: Path, missing: list[Point]) -> int:
     """Points one after another, or a few at a time, each a launcher of its own; 0, 1 or 75."""
     waiting, failed = list(missing), []
     running: dict[subprocess.Popen, tuple[Point, Path, float]] = {}
@@ -342,10 +384,10 @@ def _run_here(launch: Launch, launch_arguments: list[str], home: Path, missing: 
     try:
         passed_on = 0
         while running or (waiting and not stop):
-            while waiting and len(running) < parallel and not stop:
+            while waiting and len(running) < options.parallel and not stop:
                 point = waiting.pop(0)
                 log = runs.launch_directory(home / point.name) / "logs" / "local.log"
-                log.parent.mkdir(parents=True, exist_ok=True)
+                runs.make_directory(log.parent)
                 with open(log, "a", encoding="utf-8") as out:
                     process = subprocess.Popen(
                         _command(launch, launch_arguments, point),
@@ -375,14 +417,27 @@ def _run_here(launch: Launch, launch_arguments: list[str], home: Path, missing: 
         print("stopped; the same command continues")
         return REQUEUE
     if failed:
-        names = ",".join(p.name for p in failed)
-        print(
-            f"{len(failed)} of {len(missing)} points did not finish; alone again: "
-            + shlex.join(
-                ["python", "-m", "launch.sweep", f"sweep={home.name}", f"sweep.only={names}", f"run.root={home.parent}"]
-            )
-        )
+        again = shlex.join(["python", "-m", "launch.sweep", *_again(options, launch_arguments, home, failed)])
+        print(f"{len(failed)} of {len(missing)} points did not finish; alone again: {again}")
     return 1 if failed else 0
+
+
+def _again(options: Options, launch_arguments: list[str], home: Path, points: list[Point]) -> list[str]:
+    """Arguments that run these points alone, as they ran now; axes and training overrides come from sweep.json."""
+    own = [f"sweep={home.name}", f"sweep.only={','.join(p.name for p in points)}"]
+    if options.parallel > 1:
+        own.append(f"sweep.parallel={options.parallel}")
+    if not options.report:
+        own.append("sweep.report=false")
+    return [*own, *launch_arguments, f"run.root={_hydra_text(str(home.parent))}"]
+
+
+def _hydra_text(text: str) -> str:
+    """`text` as a value of Hydra's override grammar."""
+    if re.fullmatch(r"[\w./+-]+", text):
+        return text
+    # Within quotes only a quote is escaped, and the backslashes before one.
+    return '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), text) + '"'
 
 
 def _ended(home: Path, point: Point, code: int, log: Path) -> str:

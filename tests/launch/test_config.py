@@ -1,6 +1,7 @@
 """The launcher's command line: what it accepts, and the one line it says about what it does not."""
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import check, local, slurm, ssh
+from launch import check, local, runs, slurm, ssh
+from launch.__main__ import main
 from launch.config import CONFIGS, TARGETS, Launch, LaunchError, parse
 from tests.launch.conftest import python
 
@@ -71,6 +73,10 @@ def test_every_setting_is_read():
         ([*SLURM, "launch.qos=a b"], ["launch.qos='a b'"]),
         ([*SLURM, "launch.continuation=maybe"], ["requeue, chain"]),
         ([*SLURM, "launch.chain_jobs=3"], ["launch.continuation=chain"]),
+        ([*SLURM, "launch.sbatch_args=[--nodelist=n1,n2]"], ["'n2'", "launch.sbatch_args", '["--NAME=A,B"]']),
+        ([*SLURM, "launch.sbatch_args=[--constraint=[a|b]]"], ["[--constraint=[a|b]]", "quote an entry"]),
+        ([*SLURM, "launch.sbatch_args=[--a"], ["launch.sbatch_args='[--a'", "[A,B]"]),
+        ([*SLURM, "launch.sbatch_args=[--a: b]"], ["launch.sbatch_args", "quote an entry"]),
         (["target=kubernetes", "launch.image=i", "launch.volumes.x=claim"], ["CLAIM:/MOUNT"]),
         (["target=kubernetes", "launch.image=i", "launch.secrets.TOKEN=abc"], ["SECRET/KEY"]),
         (["target=kubernetes", "launch.image=i", "launch.shm_size=much"], ["launch.shm_size='much'"]),
@@ -82,6 +88,45 @@ def test_bad_input_is_one_clear_line(arguments, words):
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("[]", ()),
+        ("[--exclusive, -w n1]", ("--exclusive", "-w n1")),
+        ('["--nodelist=n1,n2",--exclusive]', ("--nodelist=n1,n2", "--exclusive")),
+        ("['--constraint=[a|b]']", ("--constraint=[a|b]",)),
+        ("--a,--b", ("--a", "--b")),
+    ],
+)
+def test_lists_may_quote_what_holds_a_comma(text, expected):
+    assert parse([*SLURM, f"launch.sbatch_args={text}"]).settings.sbatch_args == expected
+    assert parse(["target=ssh", "launch.hosts=[10,true]"]).settings.hosts == ("10", "true")  # texts, whatever they hold
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["run.steps=abc"], ["run.steps='abc'", "an integer"]),
+        (["run=null"], ["run=None", "run.name=NAME"]),
+        (["run.name=null"], ["run.name=None", "a text"]),
+    ],
+)
+def test_what_the_launcher_reads_itself_has_its_type_unchecked_too(overrides, words):
+    with pytest.raises(LaunchError) as caught:
+        check.check(parse(["target=local", "launch.check=false", "--", *overrides]))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["run.root={file} run.name=a", "run.root={folder} run.name=file"])
+def test_a_run_directory_that_cannot_be_made(place, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    overrides = place.format(file=tmp_path / "file", folder=tmp_path).split()
+    assert main(["target=local", "launch.check=false", "--", *overrides]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {tmp_path}/file") and "choose another run.root or run.name" in said
 
 
 @pytest.mark.parametrize(
@@ -202,6 +247,76 @@ def test_local_command_has_no_shell(tmp_path):
     assert shlex.split(local.describe(launch, tmp_path).splitlines()[0].split("   #")[0])[-1] == first[-1]
 
 
+def test_local_keeps_the_python_path_of_the_launch(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/outer")
+    path = local.child_environment(parse(["target=local", "launch.env.PYTHONPATH=/my/plugins"]))["PYTHONPATH"]
+    assert path.split(":") == [str(CONFIGS.parent), "/my/plugins"]  # as Slurm's script and ssh's export it
+    assert local.child_environment(parse(["target=local"]))["PYTHONPATH"].split(":") == [str(CONFIGS.parent), "/outer"]
+
+
+# -- Slurm's commands as stubs ----------------------------------------------------------------------------------------
+
+
+def stub(folder: Path, monkeypatch: pytest.MonkeyPatch, **commands: str) -> None:
+    """Shell scripts that stand before the real commands in PATH."""
+    folder.mkdir(exist_ok=True)
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+SETUPS = {
+    "conda": ('PATH_BEFORE="$CONDA_PREFIX$NOBODY_SET_THIS"\nexport FROM_SETUP=yes\nset -e', 0),
+    "fails": ("export FROM_SETUP=yes\nmodule load x 2>/dev/null", 127),
+    "leaves": ("exit 9", 9),
+    "stops": ("set -e\nfalse\necho not reached", 1),
+}
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_slurm_setup_script(name, tmp_path, monkeypatch):
+    """Sourced without `set -u`, from where it was checked and not from PATH; a failure is noted and is bad input."""
+    text, code = SETUPS[name]
+    decoy = "touch decoy"
+    stub(tmp_path / "bin", monkeypatch, srun='echo "ranks: $FROM_SETUP"', scontrol="echo node1", **{"setup.sh": decoy})
+    work = tmp_path / "it's work"
+    work.mkdir()
+    (work / "setup.sh").write_text(f"{text}\n")
+    run = tmp_path / "run"
+    (run / "launch/logs").mkdir(parents=True)
+    launch = dataclasses.replace(parse([*SLURM, "launch.setup_script=setup.sh"]), directory=work)
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NAME": "x"}
+    job = slurm.script(launch, [slurm.Point([], run)])
+    done = subprocess.run(["bash"], input=job, text=True, capture_output=True, env=environment)
+    history = (run / "launch/history.log").read_text()
+    assert not (work / "decoy").exists()
+    if code == 0:
+        assert done.returncode == 0 and "ranks: yes" in done.stdout and "ended with 0" in history, done.stderr
+    else:
+        assert done.returncode == 2 and "ranks" not in done.stdout, done.stderr
+        assert f"launch.setup_script={work}/setup.sh ended with {code}" in history
+
+
+def test_slurm_status_says_when_the_queue_does_not_answer(tmp_path, monkeypatch):
+    """A job that left the queue and a queue that is not reached are two things."""
+    record = runs.Record("slurm", [], ["41", "42"], "")
+    queue = (
+        'echo "41 41 41 RUNNING None node1 0:10/1:00"; echo "99 42 42_3 PENDING Priority  0:00/1:00"; echo "7 7 7 X"'
+    )
+    stub(tmp_path, monkeypatch, squeue=queue, sacct="exit 1")
+    assert slurm.status(record).splitlines() == [
+        "job 41 RUNNING None node1 0:10/1:00",
+        "job 42_3 PENDING Priority  0:00/1:00",
+    ]
+    assert slurm.running_jobs(record)
+    stub(tmp_path, monkeypatch, squeue="exit 0", sacct="exit 1")
+    assert "job 42: no longer in the queue" in slurm.status(record)
+    stub(tmp_path, monkeypatch, squeue='echo "Unable to contact slurm controller" >&2; exit 1')
+    with pytest.raises(LaunchError, match=r"squeue exited with 1 \(Unable to contact.*41, 42"):
+        slurm.status(record)
+
+
 def test_a_chain_that_is_refused_half_way_leaves_no_job_behind(tmp_path, monkeypatch):
     """A queue limit lets the first link in and refuses the second: no record would name the first."""
     commands = {
@@ -209,10 +324,7 @@ def test_a_chain_that_is_refused_half_way_leaves_no_job_behind(tmp_path, monkeyp
         f"touch {tmp_path}/full\necho 41",
         "scancel": f'echo "$@" >> {tmp_path}/cancelled',
     }
-    for name, text in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    stub(tmp_path, monkeypatch, **commands)
     launch = parse([*SLURM, "launch.continuation=chain", "launch.chain_jobs=3", "--", "run.steps=1"])
     with pytest.raises(LaunchError, match="sbatch refused the job: sbatch: error: QOSMaxSubmitJobPerUserLimit"):
         slurm.submit(launch, [slurm.Point(launch.overrides, tmp_path / "run")], tmp_path / "run", [])

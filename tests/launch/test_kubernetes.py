@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import kubernetes
+from launch import kubernetes, runs
 from launch.config import Launch, LaunchError, parse
 from tests.launch.conftest import python
 
@@ -141,12 +141,15 @@ def test_arguments_arrive_as_given():
 def test_written_to_a_file_or_refused_without_kubectl(tmp_path, monkeypatch):
     to_file = dataclasses.replace(launch(), directory=tmp_path)
     to_file = dataclasses.replace(to_file, settings=dataclasses.replace(to_file.settings, output="deep/job.yaml"))
-    assert kubernetes.submit(to_file, [("a", ("x=1",)), ("b", ("x=2",))]) == 0
+    points = [kubernetes.Point(name, (f"x={name}",), tmp_path / "s" / name) for name in ("a", "b")]
+    assert kubernetes.submit(to_file, points, tmp_path / "s", ["target=kubernetes"]) == 0
     kinds = [d["kind"] for d in yaml.safe_load_all((tmp_path / "deep/job.yaml").read_text())]
     assert kinds == ["TrainingRuntime", "TrainJob"] * 2
+    records = [runs.read_record(tmp_path / place) for place in ("s", "s/a", "s/b")]
+    assert [len(r.jobs) for r in records] == [2, 1, 1] and records[0].jobs == records[1].jobs + records[2].jobs
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match=r"kubectl.*launch.output"):
-        kubernetes.submit(launch(), [("a", ())])
+        kubernetes.submit(launch(), points, tmp_path / "s", [])
 
 
 def test_command_line_prints_the_manifest():

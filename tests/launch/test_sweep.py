@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 
 import pytest
+import yaml
 
 from launch import check, config, sweep
 from launch.config import LaunchError
@@ -59,9 +61,18 @@ def test_budgets_give_every_point_as_much_as_the_base(tmp_path):
         (["sweep=s", "sweep.bugdet=flops"], ["sweep.bugdet", "sweep.budget"]),
         (["sweep=s", "sweep.budget=hours"], ["'hours'", "tokens"]),
         (["sweep=s", "data.text_key='a b','a;b'"], ["same directory"]),
+        (["sweep=s", "model=glob(*)"], ["model=glob(*)", "KEY=A,B,C"]),
+        (["sweep=s", "optim.lr=interval(0.1,1)"], ["optim.lr=interval(0.1,1)", "KEY=A,B,C"]),
+        (["sweep=s", "run=null", "model.chunk_size=4,8"], ["run=None"]),
+        (["sweep=s", "seq_len=abc", "model.chunk_size=4,8"], ["seq_len='abc'"]),
+        (["sweep=s", "run.root=README.md", "model.chunk_size=4,8"], ["README.md"]),
+        (["sweep=k", "model.chunk_size=4"], ["model.chunk_size=4", "4,8,16,32", "sweep.only"]),
+        (["sweep=s", "model.chunk_size=4,8", "++model.chunk_size=4"], ["++model.chunk_size=4", "over 4,8"]),
+        (["sweep=s", "model.chunk_size=4,8", "model.chunk_size=2,4"], ["model.chunk_size=2,4", "varies already"]),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, words, tmp_path):
+    (tmp_path / "README.md").touch()
     with pytest.raises(LaunchError) as caught:
         planned(arguments, tmp_path)
     assert "\n" not in str(caught.value)
@@ -90,6 +101,52 @@ def test_a_sweep_begun_otherwise_is_refused_and_more_values_extend_it(tmp_path):
         planned(["sweep=s"], tmp_path)
 
 
+@pytest.mark.parametrize("name", ["20240501", "null", "1e3", "true"])
+def test_the_group_is_a_text_whatever_the_name(name, tmp_path):
+    home, plan = planned([f"sweep={name}", "model.chunk_size=4,8"], tmp_path)
+    assert check.compose(plan.points[0].overrides)["logging"]["wandb_group"] == name
+    # A sweep that was begun when the group was not quoted goes on.
+    older = [
+        dataclasses.replace(p, overrides=[o.replace(f"group='{name}'", f"group={name}") for o in p.overrides])
+        for p in plan.points
+    ]
+    sweep.write(home, dataclasses.replace(plan, points=older))
+    assert planned([f"sweep={name}", "model.chunk_size=4,8"], tmp_path)[1].points == plan.points
+
+
+def test_only_names_points_of_two_axes():
+    names = ["k=4,o=wsd", "k=4,o=cosine", "k=8,o=wsd", "k=4"]
+    for only in (["k=8,o=wsd"], ["k=4,o=wsd", "k=8,o=wsd"], ["k=4"], ["k=4", "k=4,o=cosine"]):
+        assert sweep.chosen(",".join(only), names) == only
+    assert sweep.chosen("[k=4, k=8,o=wsd]", names) == ["k=4", "k=8,o=wsd"]
+    assert sweep.chosen("", names) == names
+    with pytest.raises(LaunchError, match=r"no point is k=8,o=adam; the points are k=4,o=wsd  k=4,o=cosine"):
+        sweep.chosen("k=4,k=8,o=adam", names)
+
+
+def test_the_line_that_runs_failed_points_again_works_as_printed(tmp_path, monkeypatch, capsys):
+    """With its points of two axes, its target and settings, and a root that shells and Hydra would both take apart."""
+    root = tmp_path / 'it\'s, a "root" $(touch pwned)'
+    text = '"' + str(root).replace('"', '\\"') + '"'
+    run_settings = ["run.samples_per_step=2", f"run.root={text}"]
+    target = ["target=local", "ranks_per_node=2", "launch.restarts=0", "launch.env.NOTE=a b"]
+    arguments = ["sweep=k", "sweep.report=false", "model.chunk_size=4,8", "optim=wsd,cosine", *run_settings, *target]
+    called = []
+
+    def command(launch, launch_arguments, point):
+        called.append((launch_arguments, point.name, launch.world_size))
+        return ["sh", "-c", f"exit {int('8' in point.name)}"]  # two of the four fail
+
+    monkeypatch.setattr(sweep, "_command", command)
+    assert sweep.main(arguments) == 1
+    line = shlex.split(capsys.readouterr().out.split("alone again: ")[1])
+    assert line[:3] == ["python", "-m", "launch.sweep"]
+    called.clear()
+    assert sweep.main(line[3:]) == 1
+    assert called == [(target, f"chunk_size=8,optim={o}", 2) for o in ("wsd", "cosine")]
+    assert shlex.split(capsys.readouterr().out.split("alone again: ")[1]) == line
+
+
 @pytest.mark.slow
 def test_killed_half_way_only_what_is_missing_runs_again(small, tmp_path):
     """The default model, k in {2, 4, 8, 16}, one point spoiled: kill -9 in the second, start again, mend, report."""
@@ -97,7 +154,8 @@ def test_killed_half_way_only_what_is_missing_runs_again(small, tmp_path):
     command = ["launch.sweep", "sweep=k", *small, "model.chunk_size=2,4,8,16", f"run.root={tmp_path}", "run.steps=5"]
     home, log = tmp_path / "k", tmp_path / "log"
     (home / "chunk_size=16").mkdir(parents=True)
-    (home / "chunk_size=16/config.yaml").write_text("run: {steps: 5}\nseq_len: 99\n")  # another run's directory
+    another = yaml.safe_dump(check.compose(["seq_len=96"]))  # another run's directory
+    (home / "chunk_size=16/config.yaml").write_text(another)
     first = start(*command, log=log)
     wait_for(lambda: len(losses(home / "chunk_size=4")) >= 2, "the second point's second step")
     first.send_signal(signal.SIGKILL)
