@@ -46,7 +46,8 @@ def launch_directory(run: Path) -> Path:
     return run / "launch"
 
 
-MARKS = ("launch/launch.json", "launch/lock", "config.yaml", "sweep.json")  # the package `launch/` has none of them
+# What makes a directory a run or a sweep. A folder `launch` alone does not: the project's own package has that name.
+MARKS = ("launch/launch.json", "launch/lock", "launch/logs", "config.yaml", "sweep.json")
 
 
 def find(text: str) -> Path:
@@ -54,7 +55,7 @@ def find(text: str) -> Path:
     if not text.strip():
         raise LaunchError(f"{text!r} names no run: give its directory, or its name below runs/")
     for path in (Path(text), Path("runs") / text):
-        if any((path / mark).is_file() for mark in MARKS):
+        if any((path / mark).exists() for mark in MARKS):
             return path.resolve()
     raise LaunchError(f"{text}: neither a run directory nor a run below runs/")
 

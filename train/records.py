@@ -1,4 +1,4 @@
-"""What finished or half-finished runs tell from `metrics.jsonl` and `config.yaml` alone: no checkpoint, no network."""
+"""What finished or half-finished runs tell from the files beside their checkpoints alone: no weights, no network."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -54,7 +53,7 @@ def read_config(directory: Path) -> TrainConfig:
     path = directory / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{path} is missing: {directory} is not the directory of a run")
-    return from_saved(_read(path))
+    return _read(path)
 
 
 def check(directory: Path, config: TrainConfig) -> None:
@@ -67,7 +66,7 @@ def check(directory: Path, config: TrainConfig) -> None:
     path = directory / "config.yaml"
     if not path.exists():
         return
-    before = flatten(to_mapping(from_saved(_read(path))))  # keys that are newer than the run have their defaults
+    before = flatten(to_mapping(_read(path)))  # keys that are newer than the run have their defaults
     now = flatten(to_mapping(config))
     before["model.vocab_size"] = now["model.vocab_size"]  # filled in from the tokenizer
     changed = [
@@ -84,14 +83,18 @@ def check(directory: Path, config: TrainConfig) -> None:
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> TrainConfig:
+    """The configuration in a file that a run wrote; `ConfigError` naming the file where it is none."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} does not hold the configuration of a run; remove it, and the next start writes it")
-    return found
+        if not isinstance(found, dict):
+            raise ConfigError("no keys and values")
+        return from_saved(found)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # all of USER_ERRORS are values
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{path} does not hold the configuration of a run ({reason}); remove it, and the next start writes it"
+        ) from error
 
 
 def write(directory: Path, config: TrainConfig, data: TrainingData) -> None:
