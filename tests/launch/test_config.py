@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from launch import check, local, runs, slurm, ssh
-from launch.__main__ import main
 from launch.config import CONFIGS, TARGETS, Launch, LaunchError, parse
+from tests import commands
 from tests.launch.conftest import python
 
 SLURM = ["target=slurm", "launch.partition=gpu"]
@@ -121,11 +121,12 @@ def test_what_the_launcher_reads_itself_has_its_type_unchecked_too(overrides, wo
 
 
 @pytest.mark.parametrize("place", ["run.root={file} run.name=a", "run.root={folder} run.name=file"])
-def test_a_run_directory_that_cannot_be_made(place, tmp_path, capsys):
+def test_a_run_directory_that_cannot_be_made(place, tmp_path):
     (tmp_path / "file").touch()
     overrides = place.format(file=tmp_path / "file", folder=tmp_path).split()
-    assert main(["target=local", "launch.check=false", "--", *overrides]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
+    code, _, err = commands.run("launch", "target=local", "launch.check=false", "--", *overrides)
+    said = err.splitlines()[-1]
+    assert code == 2
     assert said.startswith(f"error: {tmp_path}/file") and "choose another run.root or run.name" in said
 
 
