@@ -375,12 +375,14 @@ def own_directory(run_directory: Path, remote: str | None, run_name: str) -> Pla
 def directory_of(location: str) -> Place:
     """Where the run in directory `location` keeps its checkpoints; a directory that is no run's is one of them."""
     inner, settings = Place(location) / "checkpoints", Path(location) / "config.yaml"
-    if not inner.exists() and settings.is_file():
+    if inner.exists():
+        return inner
+    try:
         written = yaml.safe_load(settings.read_text(encoding="utf-8"))
-        written = written if isinstance(written, dict) else {}
-        if (remote := (written.get("checkpoint") or {}).get("dir")) is not None:
-            return own_directory(Path(location), remote, written["run"]["name"])
-    return inner if inner.exists() else Place(location)
+        remote, name = written["checkpoint"]["dir"], written["run"]["name"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):  # no run, or one that says nothing of it
+        return Place(location)
+    return Place(location) if remote is None else own_directory(Path(location), remote, name)
 
 
 def complete(directory: str | os.PathLike | Place) -> list[Place]:

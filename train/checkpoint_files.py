@@ -69,20 +69,28 @@ class Place:
         return child
 
     def exists(self) -> bool:
-        return self._fs.exists(self.path)
+        with self._reached():
+            return self._fs.exists(self.path)
 
     def entries(self) -> dict[str, int]:
         """Name -> bytes of everything directly below; empty where there is nothing."""
         self._fs.invalidate_cache(self.path)
         try:
-            found = self._fs.ls(self.path, detail=True)
+            with self._reached():
+                found = self._fs.ls(self.path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
+        return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in found}
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """What a store raises of its own kinds, for want of credentials say, is a `CheckpointError`."""
+        try:
+            yield
         except OSError:
             raise
-        except Exception as error:  # a store's own kinds: credentials that are missing, and the like
-            raise CheckpointError(f"{self} cannot be listed: {type(error).__name__}: {error}") from error
-        return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in found}
+        except Exception as error:
+            raise CheckpointError(f"{self} cannot be reached: {type(error).__name__}: {error}") from error
 
     def open(self) -> io.IOBase:
         """This path, as a file, for reading."""

@@ -211,10 +211,11 @@ def main() -> int:
     try:
         directory, config = _parse(sys.argv[1:])
         out = Path(config.out or directory)
-        try:  # before the work, not behind it
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"out={out} cannot be made a directory: {error.strerror}") from error
+        if config.out is not None:  # before the work, not behind it
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"out={out} cannot be made a directory: {error.strerror}") from error
         world = parallel.initialize(parallel.ParallelConfig(), parallel.pick_device("auto"))
         try:
             model, tokenizer, run = load(directory, world)

@@ -40,7 +40,6 @@ class OptimConfig:
         for name in ("min_lr_ratio", "warmup_steps", "decay_steps", "weight_decay", "grad_clip"):
             if getattr(self, name) < 0:
                 raise OptimConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
-
         if not all(0 <= beta < 1 for beta in self.betas):
             raise OptimConfigError(f"optim.betas={list(self.betas)} must each be at least 0 and below 1")
 

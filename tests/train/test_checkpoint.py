@@ -386,6 +386,17 @@ class TestTools:
             assert "holds a checkpoint of step 5 already" in capsys.readouterr().err
         assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
 
+    def test_a_store_that_is_not_reached_is_named(self, monkeypatch, capsys):
+        from fsspec.implementations.memory import MemoryFileSystem
+
+        def refuse(*_, **__):
+            raise RuntimeError("Unable to locate credentials")  # as botocore's, no OSError
+
+        monkeypatch.setattr(MemoryFileSystem, "ls", refuse)
+        monkeypatch.setattr(MemoryFileSystem, "exists", refuse)
+        assert checkpoint_tools.main(["list", "memory://bucket/run"]) == 2
+        assert "bucket/run" in (said := capsys.readouterr().err) and "locate credentials" in said
+
     def test_a_run_whose_checkpoints_are_elsewhere(self, run_directory, tmp_path, capsys):
         away = tmp_path / "away"
         away.mkdir()
