@@ -250,7 +250,7 @@ def summarise(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
     Text stands in buffer [2, B, G, N, d] by `rule`; the summaries' keys and values are put there too where it keeps
     any. False, with nothing done, where a chunk is too long for one tile or the tile for the device.
     """
-    if not _fit(buffer, rule, summaries):
+    if not _fits_device(buffer, rule, summaries):
         return False
     q, k, v, chunk, out = summaries.for_kernel()
     (batch, kv_heads), (total, heads, d) = buffer.shape[1:3], q.shape
@@ -265,7 +265,7 @@ def summarise(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
 
 def joins(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
     """Whether `attend` can make these summaries too: its token must not take a slot that they look at."""
-    return rule.ring != rule.chunk_size and _fit(buffer, rule, summaries)
+    return rule.ring != rule.chunk_size and _fits_device(buffer, rule, summaries)
 
 
 def attends(q: torch.Tensor, buffer: torch.Tensor) -> bool:
@@ -273,7 +273,7 @@ def attends(q: torch.Tensor, buffer: torch.Tensor) -> bool:
     return _rows_at_a_time(q.shape[1] // buffer.shape[2], q.shape[2], q.dtype, _shared_memory(q.device)) > 0
 
 
-def _fit(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
+def _fits_device(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
     (total, heads, d), (batch, kv_heads) = summaries.q.shape, buffer.shape[1:3]
     limit = _shared_memory(buffer.device)
     return _fits(rule.chunk_size, heads // kv_heads, total // batch, d, buffer.dtype, limit)

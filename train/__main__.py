@@ -85,15 +85,14 @@ def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) 
 
     def command(**changes: object) -> str:
         kept = [o for o in overrides if o.split("=")[0].lstrip("+") not in {*changes, "run.name", "resume"}]
-        if changes.setdefault("run.name", config.run.name) == RunConfig.name:
-            del changes["run.name"]
         words = (f"{key}='{value}'" if "=" in str(value) else f"{key}={value}" for key, value in changes.items())
         return shlex.join(["python", "-m", "train", *kept, *words])
 
     other = command(**{"run.name": f"{config.run.name}-k{other_k}", "model.chunk_size": other_k})
-    going_on = f"  go on from the checkpoint    {command(**{'run.steps': 2 * config.run.steps})}\n"
-    if config.stage.own_share(result.step, config.run.steps) == 0:  # annealed to the end
-        going_on = ""
+    going_on = ""
+    if config.stage.own_share(result.step, config.run.steps) > 0:  # not annealed to the end
+        named = {} if config.run.name == RunConfig.name else {"run.name": config.run.name}
+        going_on = f"  go on from the checkpoint    {command(**{'run.steps': 2 * config.run.steps}, **named)}\n"
     return f"""
 Step {result.step} of {config.run.steps}: {done}.
 

@@ -37,10 +37,11 @@ def links(config: TrainConfig) -> list[TrainConfig]:
     settings = to_mapping(config) | {"stages": []}
     fresh_stage = settings["stage"]
     found: list[TrainConfig] = []
-    before: dict[str, Any] = {}  # the model as the stage before leaves it
     for number, changes in enumerate(config.stages):
         place = f"stages[{number}]"
         changes = dict(changes)
+        # The model as the stage before leaves it; its vocabulary may still be the tokenizer's to say.
+        before = {key: value for key, value in settings["model"].items() if key != "vocab_size" or value is not None}
         name = str(changes.pop("name", ""))
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{place}: name={name!r} must be a word: it names the directory of the stage")
@@ -62,7 +63,6 @@ def links(config: TrainConfig) -> list[TrainConfig]:
         # What is left of an annealed model has no projections of its own any more.
         if link.stage.own_share(link.run.steps, link.run.steps) == 0:
             settings["model"]["independent_qkv"] = False
-        before = {key: value for key, value in settings["model"].items() if key != "vocab_size" or value is not None}
     return found
 
 

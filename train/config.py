@@ -10,8 +10,9 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -267,12 +268,31 @@ def from_saved(mapping: Mapping[str, Any]) -> TrainConfig:
     return from_mapping(TrainConfig, {**mapping, "run": run, "memory": memory})
 
 
+def key_values(arguments: Sequence[str], known: Sequence[str], texts: Collection[str] = ()) -> list[tuple[str, Any]]:
+    """The `key=value` words of a command, each key one of `known`; values as YAML reads them, of `texts` as given."""
+    found = []
+    for argument in arguments:
+        key, _, text = argument.partition("=")
+        if key not in known:
+            raise unknown_key(key, list(known))
+        found.append((key, text if key in texts else parsed(key, text)))
+    return found
+
+
 def parsed(key: str, text: str) -> Any:
     """The value of a command's `key=text`, as YAML reads it."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}={text} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def make_directory(key: str, path: Path) -> None:
+    """The directory that `key` names, with its parents; before the work that fills it, not behind it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{key}={path} cannot be made a directory: {error.strerror}") from error
 
 
 def unknown_key(key: str, known: list[str]) -> ConfigError:

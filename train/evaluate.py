@@ -28,7 +28,7 @@ from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
 from train import parallel
 from train.batches import Batch, batch_maker
-from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, parsed, unknown_key
+from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, key_values, make_directory, parsed
 from train.parallel import World
 from train.signals import BAD_INPUT
 
@@ -195,15 +195,10 @@ def _parse(arguments: list[str]) -> tuple[Path, EvaluateConfig]:
     if not arguments or "=" in arguments[0]:
         keys = " ".join(f"[{name}=...]" for name in names)
         raise ConfigError(f"usage: python -m train.evaluate RUN_DIRECTORY|HF_DIRECTORY {keys}")
-    values: dict[str, Any] = {}
-    for argument in arguments[1:]:
-        key, _, value = argument.partition("=")
-        if key not in names:
-            raise unknown_key(key, list(names))
-        if key in ("tasks", "lengths"):
-            values[key] = [parsed(key, item) for item in value.strip("[]").split(",") if item]
-        else:
-            values[key] = parsed(key, value)
+    lists = ("tasks", "lengths")
+    values = dict(key_values(arguments[1:], list(names), texts=lists))
+    for key in values.keys() & lists:
+        values[key] = [parsed(key, item) for item in values[key].strip("[]").split(",") if item]
     return Path(arguments[0]), from_mapping(EvaluateConfig, values)
 
 
@@ -211,11 +206,8 @@ def main() -> int:
     try:
         directory, config = _parse(sys.argv[1:])
         out = Path(config.out or directory)
-        if config.out is not None:  # before the work, not behind it
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"out={out} cannot be made a directory: {error.strerror}") from error
+        if config.out is not None:
+            make_directory("out", out)
         world = parallel.initialize(parallel.ParallelConfig(), parallel.pick_device("auto"))
         try:
             model, tokenizer, run = load(directory, world)

@@ -32,16 +32,7 @@ from ksa_model.hf.configs import MODELING_FILE, TOKENIZER_FILE, check_exportable
 from train import checkpoint, checkpoint_files
 from train.checkpoint import CheckpointError
 from train.checkpoint_files import Place
-from train.config import (
-    USER_ERRORS,
-    ConfigError,
-    TrainConfig,
-    from_mapping,
-    from_saved,
-    parsed,
-    to_mapping,
-    unknown_key,
-)
+from train.config import USER_ERRORS, ConfigError, TrainConfig, from_mapping, from_saved, key_values, to_mapping
 from train.hf_files import write_safetensors
 from train.import_hf import RunTensors
 from train.metrics import read_records
@@ -240,13 +231,7 @@ def _parse(arguments: list[str]) -> tuple[Path, ExportConfig]:
         raise ConfigError(
             "usage: python -m train.export RUN out=DIR [format=hf|safetensors] [step=N] [dtype=bf16|fp32]"
         )
-    values = {}
-    for argument in arguments[1:]:
-        key, _, value = argument.partition("=")
-        if key not in known:
-            raise unknown_key(key, known)
-        values[key] = value if key == "out" else parsed(key, value)
-    return Path(arguments[0]), from_mapping(ExportConfig, values)
+    return Path(arguments[0]), from_mapping(ExportConfig, dict(key_values(arguments[1:], known, texts=["out"])))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from ksa_model.config import ModelConfig
 from ksa_model.model import Decoder
 from ksa_model.tensor_parallel import TensorParallel
 from train import checkpoint, import_hf, parallel
-from train.config import USER_ERRORS, ConfigError, from_mapping, parsed, unknown_key
+from train.config import USER_ERRORS, ConfigError, from_mapping, key_values
 from train.run_directory import read_config
 from train.signals import BAD_INPUT
 
@@ -172,15 +172,9 @@ def _parse(arguments: list[str]) -> tuple[Path, list[str], GenerateConfig]:
     if not arguments or "=" in arguments[0]:
         keys = " ".join(f"[{name}=...]" for name in GenerateConfig.__dataclass_fields__)
         raise ConfigError(f"usage: python -m train.generate RUN|HF_DIR [prompt=TEXT ...] {keys}")
-    prompts, values = [], {}
-    for argument in arguments[1:]:
-        key, _, value = argument.partition("=")
-        if key == "prompt":
-            prompts.append(value)
-        elif key in GenerateConfig.__dataclass_fields__:
-            values[key] = parsed(key, value)
-        else:
-            raise unknown_key(key, ["prompt", *GenerateConfig.__dataclass_fields__])
+    given = key_values(arguments[1:], ["prompt", *GenerateConfig.__dataclass_fields__], texts=["prompt"])
+    prompts = [value for key, value in given if key == "prompt"]
+    values = {key: value for key, value in given if key != "prompt"}
     return Path(arguments[0]), prompts, from_mapping(GenerateConfig, values)
 
 

@@ -36,9 +36,8 @@ from train.config import (
     TrainConfig,
     from_mapping,
     from_saved,
-    parsed,
+    key_values,
     to_mapping,
-    unknown_key,
 )
 from train.hf_files import HfDirectory, HfError
 from train.parallel import World
@@ -298,16 +297,11 @@ def _run(arguments: list[str]) -> str:
             "[summary_from=mean] [allow_pickle=false]"
         )
     directory, known = arguments[0], {f.name for f in fields(ModelConfig)}
-    changes: dict[str, Any] = {}
-    options: dict[str, Any] = {"out": "", "summary_from": MEAN, "allow_pickle": False}
-    for argument in arguments[1:]:
-        key, _, value = argument.partition("=")
-        if key in options:
-            options[key] = value == "true" if key == "allow_pickle" else value
-        elif key in known:
-            changes[key] = parsed(key, value)
-        else:
-            raise unknown_key(key, sorted(known | options.keys()))
+    options: dict[str, Any] = {"out": "", "summary_from": MEAN, "allow_pickle": "false"}
+    given = dict(key_values(arguments[1:], sorted(known | options.keys()), texts=options))
+    changes = {key: value for key, value in given.items() if key in known}
+    options = {key: given.get(key, default) for key, default in options.items()}
+    options["allow_pickle"] = options["allow_pickle"] == "true"
     source = read_config(HfDirectory(directory, options["allow_pickle"]).config)
     values = asdict(source.config) | changes
     model = from_mapping(ModelConfig, values, "model.")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.records import CONTEXT, ReportError, Run, differences, find_runs, pareto, smoothed, widest_window
+from train.config import ConfigError, make_directory
+from train.records import CONTEXT, Run, differences, find_runs, pareto, smoothed, widest_window
 from train.signals import BAD_INPUT
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -421,10 +422,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
     """Write `report.html` and the PNGs; returns the page's path."""
     runs, left_out = find_runs(paths)
     output = output or (paths[0] if len(paths) == 1 else paths[0].parent) / "report"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ReportError(f"output={output} cannot be made a directory: {error.strerror}") from error
+    make_directory("output", output)
     drawn = pictures(runs)
     draw(drawn, runs, output)
     title = paths[0].resolve().name if len(paths) == 1 else " and ".join(sorted({p.resolve().name for p in paths}))
@@ -440,7 +438,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if paths else BAD_INPUT
     try:
         written = write_report(paths, Path(outputs[-1]) if outputs else None)
-    except ReportError as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     print(f"{written} and {len(list(written.parent.glob('*.png')))} pictures beside it")
