@@ -1,7 +1,7 @@
 # NVIDIA GPUs, the same pinned packages as `make install`.
 #   docker build -t ksa-train .
 #   docker run --gpus all --shm-size=16g -v "$PWD/runs:/workspace/runs" -v /data:/data ksa-train \
-#     torchrun --nproc-per-node 8 -m train model=hybrid_1b9 data=jsonl data.path=/data/corpus.jsonl run.precision=bf16
+#     torchrun --nproc-per-node 8 -m train model=hybrid_1b9 data=jsonl data.path=/data/corpus.jsonl run.precision=bf16 run.samples_per_step=8
 FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 
 # The devel image has nvcc and headers, which Triton and DeepSpeed's just-in-time extensions ask for.

@@ -1,25 +1,19 @@
-"""Raw text to packed, exactly resumable training samples.
+"""Raw text to packed training samples, in an order that resumes exactly.
 
-    prepared = prepare(DataConfig())                                    # text -> tokens on disk
-    plan = build_plan(prepared.train, 8192, 8, seed=0, cache_dir=...)   # which document goes into which sample
-    loader = Loader(plan, samples_per_step=8, dp_rank=0, dp_size=1)     # the samples of each step
+    data = open_data(DataConfig())                                      # text -> tokens on disk
+    samples = data.samples("train", seq_len=8192, alignment=8)          # which documents share a sample
+    loader = Loader(samples, samples_per_step=8, dp_rank=0, dp_size=1)  # the samples of each step
 
 Imports neither torch nor the model; heavy libraries are imported where they are used.
 """
 
-import warnings
-
-# `python -m data_pipeline.prepare` finds its module already imported by this package and hands over to it.
-warnings.filterwarnings("ignore", message=r"'data_pipeline\.\w+' found in sys.modules", category=RuntimeWarning)
-
-from data_pipeline.config import DataConfig  # noqa: E402
-from data_pipeline.data import TrainingData, open_data  # noqa: E402
-from data_pipeline.errors import DataError  # noqa: E402
-from data_pipeline.loader import Loader  # noqa: E402
-from data_pipeline.packing import Plan, build_plan  # noqa: E402
-from data_pipeline.prepare import PreparedData, prepare  # noqa: E402
-from data_pipeline.samples import IGNORE_INDEX, PackedSample, Samples  # noqa: E402
-from data_pipeline.tokenizer import Tokenizer  # noqa: E402
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataError
+from data_pipeline.open import open_data
+from data_pipeline.packing.loader import Loader
+from data_pipeline.packing.plan import Plan, build_plan
+from data_pipeline.packing.samples import IGNORE_INDEX, PackedSample, Samples, TrainingData
+from data_pipeline.text.tokenizer import Tokenizer
 
 __all__ = [
     "IGNORE_INDEX",
@@ -28,11 +22,9 @@ __all__ = [
     "Loader",
     "PackedSample",
     "Plan",
-    "PreparedData",
     "Samples",
     "Tokenizer",
     "TrainingData",
     "build_plan",
     "open_data",
-    "prepare",
 ]

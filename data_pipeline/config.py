@@ -1,14 +1,18 @@
-"""What data to train on and how to read it. Plain values only, so that it can be built from YAML or a command line."""
+"""The configuration of the data: plain values only, so that it can be built from YAML or a command line."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.values import convert
+
+TRAIN, VALIDATION = "train", "validation"
+SPLITS = (TRAIN, VALIDATION)
 
 RAW = ("stdlib", "text", "jsonl", "parquet", "hf")
 """Sources of text, which `prepare` tokenizes."""
@@ -34,7 +38,7 @@ _UNUSED = {
         "remove it, or set it on the corpora of data.corpora",
     ),
 }
-"""Settings that a source does not look at, and what to do instead."""
+"""Settings that a source does not use, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,14 @@ class CorpusConfig:
             raise DataError(f"data.corpora: name={self.name!r} must be a non-empty text")
         if isinstance(self.tasks, list):
             object.__setattr__(self, "tasks", tuple(self.tasks))
-        place = f"data.corpora[{self.name}]"
+        key = f"data.corpora[{self.name}]"
         known = (*RAW, *TOKENIZED, "synthetic")
         if self.source not in known:
-            raise DataError(f"{place}.source={self.source!r} must be one of {', '.join(known)}")
+            raise DataError(f"{key}.source={self.source!r} must be one of {', '.join(known)}")
         if self.source == "synthetic" and self.weight is None:
-            raise DataError(f"{place}: probes have no size: give a weight")
+            raise DataError(f"{key}: probes have no size: give a weight")
         if self.weight is not None and not _is_above_zero(self.weight):
-            raise DataError(f"{place}.weight={self.weight!r} must be above 0; leave the corpus out instead")
+            raise DataError(f"{key}.weight={self.weight!r} must be above 0; leave the corpus out instead")
 
 
 _CORPUS_FIELDS = tuple(field.name for field in fields(CorpusConfig) if field.name not in ("name", "weight"))
@@ -74,7 +78,7 @@ _CORPUS_FIELDS = tuple(field.name for field in fields(CorpusConfig) if field.nam
 
 @dataclass(frozen=True)
 class DrawConfig:
-    """What a stage draws from one corpus: its documents of `min_tokens` to `max_tokens`, with a weight."""
+    """A draw of a stage: the documents of one corpus with `min_tokens` to `max_tokens` tokens, and their weight."""
 
     corpus: str
     weight: float | None = None
@@ -92,7 +96,7 @@ class DrawConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stretch of training at one sample length, e.g. the last 2,000 samples at 1,048,576 tokens."""
+    """A stage of a mixture: a number of samples of one length, such as 2,000 samples of 1,048,576 tokens."""
 
     seq_len: int
     samples: int
@@ -104,7 +108,7 @@ class StageConfig:
     """Corpora (or length ranges of them) with weights of this stage; empty: all corpora with theirs."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "draws", _items(DrawConfig, self.draws, "data.stages.draws"))
+        object.__setattr__(self, "draws", convert(tuple[DrawConfig, ...], self.draws, "data.stages.draws", DataError))
         for name in ("seq_len", "samples"):
             value = getattr(self, name)
             if not (_is_whole(value) and value >= 1):
@@ -114,7 +118,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the data is, how it is split and tokenized, and how its samples are ordered.
+    """Where the data are, how they are split and tokenized, and how their samples are ordered.
 
     Raises:
         DataError: a value is of the wrong type or out of range, or the fields do not fit together.
@@ -122,8 +126,8 @@ class DataConfig:
 
     source: str = "stdlib"
     """`stdlib` (the running Python's own standard library), `text` (a document per file), `jsonl` (one per line),
-    `parquet` (one per row), `hf` (a Hugging Face dataset), `shards` (what an earlier prepare made, local or remote),
-    `megatron` (existing .bin/.idx), `mixture` (several of these) or `synthetic` (generated probes)."""
+    `parquet` (one per row), `hf` (a Hugging Face dataset), `shards` (prepared earlier, local or remote), `megatron`
+    (existing .bin/.idx), `mixture` (several of these) or `synthetic` (generated probes)."""
     path: str | None = None
     """File, directory or glob of the corpus, local or a URL (s3://, gs://, https://, hf://); for `hf` the dataset."""
     text_key: str = "text"
@@ -135,7 +139,7 @@ class DataConfig:
     validation_path: str | None = None
     """File, directory or glob of the held-out documents; None holds out `validation_fraction` of `path` instead."""
     validation_fraction: float = 0.01
-    """Share of documents held out, chosen by a hash of the document's text: equal texts share a side."""
+    """Share of documents held out, chosen by a hash of the document's text: equal texts go to the same split."""
     tokenizer: str | None = None
     """Path of a SentencePiece model or a Hugging Face tokenizer.json; None trains one on the training split."""
     vocab_size: int = 4096
@@ -145,39 +149,39 @@ class DataConfig:
     max_document_tokens: int | None = None
     """Longer documents are left out and counted; None keeps all."""
     shard_mb: float = 512.0
-    """Size of a token shard; preparing continues after a kill at the last finished shard."""
+    """Size of a token shard; after an interruption, preparing continues after the last finished shard."""
     cache_dir: str = ".cache/data"
-    """Everything that is built lies below this directory."""
+    """Everything that is built is written below this directory."""
     cache_gb: float = 20.0
     """Bound of the local cache of remote shards; the least recently used blocks go first."""
     retries: int = 5
     """How often a failed remote request is repeated before it is an error."""
     verify: bool = False
-    """Hash all shards when they are opened. Shards whose time stamp has changed are hashed in any case."""
+    """Hash all shards when they are opened. Shards with a changed time stamp are always hashed."""
     stream: bool = False
     """`text`, `jsonl`, `parquet`: train straight from the raw text, tokenized when it is needed."""
     slab_mb: float = 64.0
-    """`stream` only: text that is tokenized and packed together; a slab should give 200 samples or more."""
+    """`stream` only: text that is tokenized and packed together. A slab should give at least 200 samples."""
     seed: int = 0
     """Chooses which documents share a sample and the order of the samples."""
     prefetch_samples: int = 4
     """Samples per data-parallel rank that the loader keeps ready."""
     accept_changes: bool = False
-    """Continue a run on other data (corpus, tokenizer, seq_len, seed, weights), at the same sample number."""
+    """Continue a run on other data (corpus, tokenizer, seq_len, seed, weights) at the same sample number."""
     corpora: tuple[CorpusConfig, ...] = ()
-    """`mixture` only: what is mixed."""
+    """`mixture` only: the corpora."""
     temperature: float = 1.0
     """`mixture` without weights: a corpus of n tokens weighs n ** (1 / temperature)."""
     stages: tuple[StageConfig, ...] = ()
-    """`mixture` only: lengths of samples in the order of training; empty: one stage without end at the run's length."""
+    """`mixture` only: lengths of samples in the order of training; empty: one endless stage of the run's length."""
     tasks: tuple[str, ...] = DEFAULT_TASKS
     """`synthetic` only: the kinds of probes, in turn."""
     probe_tokens: tuple[int, int] | None = None
-    """`synthetic` only: samples are packs of probes of so many tokens, least and most; None: one probe each."""
+    """`synthetic` only: the least and most tokens of a probe; samples are packs of probes. None: one probe a sample."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "corpora", _items(CorpusConfig, self.corpora, "data.corpora"))
-        object.__setattr__(self, "stages", _items(StageConfig, self.stages, "data.stages"))
+        object.__setattr__(self, "corpora", convert(tuple[CorpusConfig, ...], self.corpora, "data.corpora", DataError))
+        object.__setattr__(self, "stages", convert(tuple[StageConfig, ...], self.stages, "data.stages", DataError))
         for name in ("source", "text_key", "split", "tokenizer_type", "cache_dir"):
             _require(isinstance(getattr(self, name), str) and getattr(self, name) != "", name, self, "a non-empty text")
         for name in ("path", "subset", "validation_path", "tokenizer"):
@@ -196,8 +200,8 @@ class DataConfig:
         _require(0 <= self.seed < 2**63, "seed", self, "between 0 and 2**63 - 1")
         _require(self.prefetch_samples >= 1, "prefetch_samples", self, "at least 1")
         _require(self.retries >= 0, "retries", self, "at least 0")
-        most = self.max_document_tokens
-        _require(most is None or (_is_whole(most) and most > 0), "max_document_tokens", self, "at least 1, or null")
+        limit = self.max_document_tokens
+        _require(limit is None or (_is_whole(limit) and limit > 0), "max_document_tokens", self, "at least 1, or null")
         fraction = self.validation_fraction
         _require(
             isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and 0 <= fraction < 1,
@@ -221,11 +225,11 @@ class DataConfig:
             object.__setattr__(self, "probe_tokens", tuple(lengths))
 
     def _check_source(self) -> None:
-        names, way_out = _UNUSED.get(self.source, ((), ""))
+        names, advice = _UNUSED.get(self.source, ((), ""))
         for name in names:
             if getattr(self, name) != _default_of(name):
                 raise DataError(
-                    f"data.{name}={getattr(self, name)!r} has no meaning for data.source={self.source}: {way_out}"
+                    f"data.{name}={getattr(self, name)!r} has no meaning for data.source={self.source}: {advice}"
                 )
         if "path" not in names and self.path is None:
             raise DataError(f"data.source={self.source} needs data.path: a file, a directory or a glob")
@@ -247,21 +251,21 @@ class DataConfig:
 
 
 def corpus_config(config: DataConfig, corpus: CorpusConfig, tokenizer: str | None) -> DataConfig:
-    """The configuration of one corpus of a mixture by itself; DataError naming the corpus when it is none."""
+    """The configuration of one corpus of a mixture as data of its own. Raises DataError that names the corpus."""
     own = {name: getattr(corpus, name) for name in _CORPUS_FIELDS}
     if corpus.source not in RAW:
         own["max_document_tokens"] = None  # one value for all corpora of text; tokens are taken as they are
-    with named_corpus(corpus.name):
+    with errors_name_corpus(corpus.name):
         return replace(config, corpora=(), stages=(), tokenizer=tokenizer, **own)
 
 
 @contextmanager
-def named_corpus(name: str, place: str = "") -> Iterator[None]:
-    """Errors inside say which corpus of a mixture they are about, and in which `place`."""
+def errors_name_corpus(name: str, prefix: str = "") -> Iterator[None]:
+    """A DataError raised inside gets the name of a corpus of a mixture in front, and `prefix` before that."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"{place}data.corpora[{name}]: {error}") from error
+        raise DataError(f"{prefix}data.corpora[{name}]: {error}") from error
 
 
 def _default_of(name: str) -> Any:
@@ -298,31 +302,12 @@ def _is_above_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
-def _check_range(place: str, least: int, most: int | None) -> None:
-    for name, value in (("min_tokens", least), ("max_tokens", most)):
+def _check_range(key: str, min_tokens: int, max_tokens: int | None) -> None:
+    for name, value in (("min_tokens", min_tokens), ("max_tokens", max_tokens)):
         if not _is_whole(value) and (name, value) != ("max_tokens", None):
-            raise DataError(f"{place}: {name}={value!r} must be a whole number")
-    if least < 0 or (most is not None and most < max(least, 1)):
-        raise DataError(f"{place}: min_tokens={least} and max_tokens={most} leave no length; set min below max")
-
-
-def _items(kind: type, values: Any, place: str) -> tuple[Any, ...]:
-    """A list of `kind`, each given as one or as a mapping of its fields (from YAML or JSON)."""
-    if not isinstance(values, (list, tuple)):
-        raise DataError(f"{place}={values!r} must be a list")
-    known = [field.name for field in fields(kind)]
-    items = []
-    for value in values:
-        if isinstance(value, Mapping):
-            for key in value:
-                if key not in known:
-                    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
-                    raise DataError(f"{place}: unknown key {key!r}, the nearest is {near!r}")
-            try:
-                value = kind(**value)
-            except TypeError as error:
-                raise DataError(f"{place}: {dict(value)!r} lacks a key or has a wrong value ({error})") from error
-        if not isinstance(value, kind):
-            raise DataError(f"{place}: {value!r} must be a group of the keys {', '.join(known)}")
-        items.append(value)
-    return tuple(items)
+            raise DataError(f"{key}: {name}={value!r} must be a whole number")
+    if min_tokens < 0 or (max_tokens is not None and max_tokens < max(min_tokens, 1)):
+        raise DataError(
+            f"{key}: min_tokens={min_tokens} and max_tokens={max_tokens} leave no length; lower min_tokens or raise "
+            f"max_tokens"
+        )

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class DataError(ValueError):
-    """Bad input. The message is one line that names the value, the place it came from and a way out."""
+    """Bad input. The message is one line: the value, where it comes from (key, file, line) and what to do about it."""

@@ -1,8 +1,8 @@
-"""What is in the data: `python -m data_pipeline.inspect source=jsonl path=... seq_len=8192 sample=3 picture=pack.png`.
+"""Show training data: `python -m data_pipeline.inspect source=jsonl path=... seq_len=8192 sample=3 picture=pack.png`.
 
 Prints the corpus (documents, tokens, lengths), the packing at `seq_len` (fill, documents cut) and the documents of one
-sample of the global order with their first and last characters. With `picture=FILE.png` it draws how the samples from
-`sample` on are filled. Takes the keys of the configuration besides:
+sample of the global order with their first and last characters. `picture=FILE.png` draws how `rows` samples from
+`sample` on are filled. `part` is the split, train or validation. Keys with their defaults, besides those of the data:
 
     seq_len=4096 alignment=8 part=train sample=0 rows=32 picture=
 """
@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 
 from data_pipeline import cli
-from data_pipeline.data import TrainingData, open_data
+from data_pipeline.config import SPLITS
+from data_pipeline.corpora.mixture import Mixture, MixtureSamples
 from data_pipeline.errors import DataError
-from data_pipeline.mixture import Mixture, MixtureSamples
-from data_pipeline.packing import Plan
-from data_pipeline.samples import IGNORE_INDEX, PackedSample, Samples
-from data_pipeline.sources import SPLITS
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.open import open_data
+from data_pipeline.packing.plan import Plan
+from data_pipeline.packing.samples import IGNORE_INDEX, PackedSample, Samples, TrainingData
+from data_pipeline.text.tokenizer import Tokenizer
 
 _EXTRA = {"seq_len": 4096, "alignment": 8, "sample": 0, "rows": 32, "picture": "", "part": "train"}
 _END_TOKENS = 24
@@ -27,30 +27,29 @@ _END_CHARACTERS = 48
 
 
 def describe_packing(data: TrainingData, samples: Samples) -> list[str]:
-    """Lines about how documents fill samples."""
+    """Lines of text about the packing: how documents fill samples."""
     if isinstance(samples, Plan):
-        facts = samples.statistics
+        counts = samples.statistics
         return [
             f"packed into {samples.num_samples:,} samples of {samples.seq_len:,} tokens at multiples of "
-            f"{samples.alignment}: {facts['fill']:.3%} real tokens",
-            f"  {facts['documents']:,} documents, {facts['documents_split']:,} longer than a sample and split, none "
-            f"that fits is cut; {facts['documents_left_out']:,} without a token to predict left out",
+            f"{samples.alignment}: {counts['fill']:.3%} real tokens",
+            f"  {counts['documents']:,} documents; {counts['documents_split']:,} longer than a sample are split, "
+            f"all others are whole; {counts['documents_left_out']:,} without a token to predict are left out",
         ]
     if isinstance(samples, MixtureSamples) and isinstance(data, Mixture):
         return data.report_stages(samples)
-    return [f"samples of {samples.seq_len:,} tokens, without end"]
+    return [f"endless samples of {samples.seq_len:,} tokens"]
 
 
 def describe_sample(sample: PackedSample, tokenizer: Tokenizer) -> list[str]:
-    """Lines about one sample: its documents, their place and their ends, padding."""
+    """Lines of text about one sample: its padding and its documents, with their position and their ends."""
     seq_len, num_real = sample.tokens.size, int(sample.doc_lengths.sum())
     num_labels = int((sample.labels != IGNORE_INDEX).sum())
     lines = [
         f"sample {sample.index}: {sample.doc_starts.size} documents, {num_real:,} real tokens of {seq_len:,} "
         f"({num_real / seq_len:.2%}), {seq_len - num_real:,} padding, {num_labels:,} with loss"
     ]
-    places = zip(sample.doc_starts.tolist(), sample.doc_lengths.tolist(), sample.continuation.tolist())
-    for number, (start, length, continues) in enumerate(places):
+    for number, (start, length, continues) in enumerate(_documents(sample)):
         tokens = sample.tokens[start : start + length]
         mark = "  continues an earlier sample" if continues else ""
         lines.append(f"  {number:>4}  at {start:>9,}  {length:>9,} tokens{mark}")
@@ -60,8 +59,13 @@ def describe_sample(sample: PackedSample, tokenizer: Tokenizer) -> list[str]:
     return lines
 
 
+def _documents(sample: PackedSample) -> list[tuple[int, int, bool]]:
+    """(start, length, whether it continues an earlier sample) of each document."""
+    return list(zip(sample.doc_starts.tolist(), sample.doc_lengths.tolist(), sample.continuation.tolist()))
+
+
 def draw(samples: Sequence[PackedSample], path: str) -> None:
-    """A picture of packs: a row per sample, a bar per document; hatched where one continues, white for padding."""
+    """Draw samples to a PNG file: a row per sample, a bar per document (hatched: continues), white for padding."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,8 +76,7 @@ def draw(samples: Sequence[PackedSample], path: str) -> None:
     figure, axes = pyplot.subplots(figsize=(11, 1.5 + 0.28 * len(samples)), layout="constrained")
     colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for row, sample in enumerate(samples):
-        places = zip(sample.doc_starts.tolist(), sample.doc_lengths.tolist(), sample.continuation.tolist())
-        for number, (start, length, continues) in enumerate(places):
+        for number, (start, length, continues) in enumerate(_documents(sample)):
             color = colors[(7 * row + number) % len(colors)]
             axes.barh(
                 row, length, left=start, height=0.8, color=color, edgecolor="black", linewidth=0.3,
@@ -105,18 +108,13 @@ def _command(arguments: Sequence[str]) -> None:
     samples = data.samples(extra["part"], extra["seq_len"], extra["alignment"])
     if samples is None:
         raise DataError(f"part={extra['part']}: no documents are held out")
-    _print(data.report())
-    _print(describe_packing(data, samples))
-    _print(describe_sample(samples.at(extra["sample"]), Tokenizer(data.tokenizer_path)))
+    lines = [*data.report(), *describe_packing(data, samples)]
+    lines += describe_sample(samples.at(extra["sample"]), Tokenizer(data.tokenizer_path))
+    print("\n".join(lines))
     if extra["picture"]:
         rows = range(extra["sample"], min(extra["sample"] + extra["rows"], max(samples.num_samples, 1)))
         draw([samples.at(index) for index in rows] or [samples.at(extra["sample"])], extra["picture"])
         print(f"wrote {extra['picture']}")
-
-
-def _print(lines: list[str]) -> None:
-    for line in lines:
-        print(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

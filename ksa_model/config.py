@@ -1,7 +1,7 @@
-"""What a model is: its shape, its layer pattern and the counts that follow from them.
+"""The model configuration: shapes, the layer pattern, and the counts that follow from them.
 
-The same counts feed three readers: the parameter table a run prints, model-FLOPs utilisation, and the cache sizes in
-reports. They are derived here once, from the attention rule in `ksa_model.reference`.
+Three places use the counts: the parameter table that a run prints, model-FLOPs utilization (MFU), and the cache sizes
+in reports. They are derived here once, from the attention rule in `ksa_model.ops.attention.reference`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import math
 from dataclasses import dataclass, fields
 
 MIXERS = {"K": "KSA", "F": "full", "S": "sliding window", "C": "sliding chunk", "G": "gated delta net"}
-CONV_TOKENS = 4  # tokens that the convolutions of a `G` layer see, the row's own included
-DELTA_BLOCK_ROWS = 64  # rows whose products with each other a `G` layer forms
+CONV_TOKENS = 4  # width of the convolutions of a `G` layer, in tokens
+DELTA_BLOCK_ROWS = 64  # rows per block in the recurrence of a `G` layer
 LOSS_ROWS = 1024  # rows of logits that the loss holds at a time, in fp32
-CPU_LOSS_ROWS = 256  # so many stay in the cache of a core
-FUSED_LOSS_ROWS = 4096  # where the kernels of `ksa_model.triton_loss` keep them in 16 bits
-MOST = 2**31 - 1  # of anything that is counted: products of two such numbers are int64
+CPU_LOSS_ROWS = 256  # on a CPU: this many rows stay in the cache of a core
+FUSED_LOSS_ROWS = 4096  # with the kernels of `ksa_model.ops.triton_loss`, which keep logits in 16 bits
+FP8_FEATURES = 16  # both sides of a weight in fp8 must be multiples of this
+MAX_INT32 = 2**31 - 1  # upper limit of every size: the product of two such numbers is an int64
 
 
 class ModelConfigError(ValueError):
-    """A model that cannot be built; the message names the keys, their values and the relation they break."""
+    """A model that cannot be built. The message names the keys, their values and the relation that they break."""
 
 
-# What each kind of `RopeScaling` reads besides its factor.
+# The options that each kind of `RopeScaling` reads besides its factor.
 ROPE_SCALINGS = {
     "linear": (),
     "ntk": (),
@@ -33,19 +34,21 @@ ROPE_SCALINGS = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE reaches `factor` times the positions that a model was trained on; `ksa_model.rope` computes it.
+    """How RoPE extends to `factor` times the positions of the original training. See `ksa_model.layers.rope`.
 
-    `linear` divides every frequency by the factor (position interpolation, arXiv 2306.15595); `ntk` raises the base by
-    `factor^(d/(d-2))`, which divides the lowest frequency by the factor and leaves the highest; `yarn` (arXiv
-    2309.00071) divides those that turn less than `beta_slow` times within `original_max_positions`, leaves those that
-    turn more than `beta_fast` times, and sharpens attention by `attention_factor` (null: 0.1 ln(factor) + 1) on
-    queries and on keys; `llama3` (arXiv 2407.21783) does so between wavelengths of `original_max_positions` over
-    `low_freq_factor` and over `high_freq_factor`.
+    - `linear` divides every frequency by the factor (position interpolation, arXiv 2306.15595).
+    - `ntk` multiplies the base by `factor^(d/(d-2))`. That divides the lowest frequency by the factor and keeps the
+      highest.
+    - `yarn` (arXiv 2309.00071) divides the frequencies that turn fewer than `beta_slow` times within
+      `original_max_positions`, keeps those that turn more than `beta_fast` times, and interpolates between. It also
+      multiplies queries and keys by `attention_factor` (null: 0.1 ln(factor) + 1).
+    - `llama3` (arXiv 2407.21783) divides the frequencies with wavelengths above `original_max_positions /
+      low_freq_factor`, keeps those below `original_max_positions / high_freq_factor`, and interpolates between.
     """
 
     kind: str  # linear | ntk | yarn | llama3
     factor: float
-    original_max_positions: int | None = None  # yarn and llama3 need it: the positions trained on before
+    original_max_positions: int | None = None  # required by yarn and llama3
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
@@ -64,13 +67,13 @@ class RopeScaling:
             value = getattr(self, option.name)
             if value != option.default and option.name not in reads:
                 raise ModelConfigError(
-                    f"model.rope_scaling.{option.name}={value} has no part in kind={self.kind}, which reads "
-                    f"{', '.join(('factor', *reads))}; leave it out"
+                    f"model.rope_scaling.{option.name}={value} is not used by kind={self.kind}, which reads "
+                    f"{', '.join(('factor', *reads))}; remove it"
                 )
-        if "original_max_positions" in reads and not 1 <= (self.original_max_positions or 0) <= MOST:
+        if "original_max_positions" in reads and not 1 <= (self.original_max_positions or 0) <= MAX_INT32:
             raise ModelConfigError(
-                f"model.rope_scaling.kind={self.kind} needs original_max_positions, the positions that the model was "
-                f"trained on before; it is {self.original_max_positions} and must be from 1 to {MOST}"
+                f"model.rope_scaling.kind={self.kind} needs original_max_positions, the number of positions in the "
+                f"original training; it is {self.original_max_positions} and must be from 1 to {MAX_INT32}"
             )
         for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
             if not 0 < getattr(self, low) < getattr(self, high) < math.inf:
@@ -88,11 +91,12 @@ class RopeScaling:
 class ModelConfig:
     """Shape of a decoder with interleaved KSA and full-attention layers (arXiv 2604.24432).
 
-    `layer_pattern` is one letter per layer (`K` KSA, `F` full, `S` sliding window, `C` sliding chunk, `G` gated delta
-    net, which has `num_heads` heads with keys and values of `head_dim`), repeated to `num_layers`. `window_chunks` is
-    how many earlier chunks a text token still sees as text: one number for every layer, or one per letter of the
-    pattern. `attention_backend` picks the kernels: `auto` the fastest that fits the device, `fused` the CUDA kernels or
-    an error, `blocked` plain torch with linear memory, `reference` the dense fp32 ground truth.
+    `layer_pattern` has one letter per layer and is repeated to `num_layers`: `K` KSA, `F` full attention, `S` sliding
+    window, `C` sliding chunk, `G` gated delta net (`num_heads` heads whose keys and values have `head_dim` features).
+    `window_chunks` (W) is how many earlier chunks a text token attends to token by token: one number for every layer,
+    or one per letter of the pattern. `attention_backend` chooses the kernels: `auto` takes the fastest that the device
+    supports, `fused` the CUDA kernels or an error, `blocked` plain torch with linear memory, `reference` the dense fp32
+    ground truth. Raises `ModelConfigError`.
     """
 
     hidden_size: int
@@ -101,7 +105,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     ffn_size: int
-    vocab_size: int | None = None  # None: the tokenizer decides
+    vocab_size: int | None = None  # None: taken from the tokenizer
     layer_pattern: str = "KKKF"
     chunk_size: int = 8
     summary_tokens: int = 1
@@ -115,11 +119,11 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     init_std: float = 0.02
-    vocab_multiple: int = 128  # embedding rows are padded to this, so that shapes do not depend on tensor parallelism
+    vocab_multiple: int = 128  # of the padded vocabulary; shapes do not depend on the tensor-parallel size
     attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.window_chunks, list):  # from Python; configurations give tuples
+        if isinstance(self.window_chunks, list):  # from Python; configuration files give tuples
             object.__setattr__(self, "window_chunks", tuple(self.window_chunks))
         for name in (
             "hidden_size",
@@ -133,21 +137,21 @@ class ModelConfig:
             "window_tokens",
             "vocab_multiple",
         ):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1 and at most {MOST}")
+            if not 1 <= getattr(self, name) <= MAX_INT32:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be from 1 to {MAX_INT32}")
         for name in ("norm_eps", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ModelConfigError(f"model.{name}={getattr(self, name)} must be above 0 and finite")
-        if self.vocab_size is not None and not 2 <= self.vocab_size <= MOST:
+        if self.vocab_size is not None and not 2 <= self.vocab_size <= MAX_INT32:
             raise ModelConfigError(
-                f"model.vocab_size={self.vocab_size} must be at least 2 and at most {MOST}, or null for the tokenizer's"
+                f"model.vocab_size={self.vocab_size} must be from 2 to {MAX_INT32}, or null to take the tokenizer's"
             )
         wrong = sorted(set(self.layer_pattern) - set(MIXERS))
         if wrong or not self.layer_pattern:
             letters = ", ".join(f"{letter} ({name})" for letter, name in MIXERS.items())
             raise ModelConfigError(
-                f"model.layer_pattern={self.layer_pattern!r} holds {', '.join(map(repr, wrong)) or 'no letter'}; "
-                f"it is made of {letters}"
+                f"model.layer_pattern={self.layer_pattern!r} contains {', '.join(map(repr, wrong)) or 'no letter'}; "
+                f"use the letters {letters}"
             )
         if self.num_layers % len(self.layer_pattern):
             raise ModelConfigError(
@@ -161,12 +165,10 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ModelConfigError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs")
         if not 1 < self.rope_base < math.inf:
-            raise ModelConfigError(
-                f"model.rope_base={self.rope_base} must be above 1 and finite: frequencies fall with it"
-            )
+            raise ModelConfigError(f"model.rope_base={self.rope_base} must be above 1 and finite")
         if self.rope_scaling is not None and self.rope_scaling.kind == "ntk" and self.head_dim == 2:
             raise ModelConfigError(
-                "model.rope_scaling.kind=ntk leaves the highest frequency as it is, and model.head_dim=2 has no other; "
+                "model.rope_scaling.kind=ntk keeps the highest frequency, and model.head_dim=2 has no other; "
                 "use kind=linear"
             )
         if isinstance(self.window_chunks, tuple) and len(self.window_chunks) != len(self.layer_pattern):
@@ -174,10 +176,8 @@ class ModelConfig:
                 f"model.window_chunks={list(self.window_chunks)} must be one number, or one for each of the "
                 f"{len(self.layer_pattern)} letters of model.layer_pattern={self.layer_pattern!r}"
             )
-        if not all(0 <= window <= MOST for window in self.window_per_letter):
-            raise ModelConfigError(
-                f"model.window_chunks={self.window_chunks} must not be negative, and at most {MOST} chunks"
-            )
+        if not all(0 <= window <= MAX_INT32 for window in self.window_per_letter):
+            raise ModelConfigError(f"model.window_chunks={self.window_chunks} must be from 0 to {MAX_INT32} chunks")
         if self.attention_backend not in ("auto", "fused", "blocked", "reference"):
             raise ModelConfigError(
                 f"model.attention_backend={self.attention_backend!r} is not one of auto, fused, blocked, reference"
@@ -192,17 +192,17 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and the head; those beyond `vocab_size` are never a token and get no probability."""
+        """Rows of the embedding and the head. Rows beyond `vocab_size` are padding and get no probability."""
         if self.vocab_size is None:
-            raise ModelConfigError("model.vocab_size is not known yet: it is filled in from the tokenizer")
+            raise ModelConfigError("model.vocab_size is not known yet: it is taken from the tokenizer")
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
-        """One entry per layer, bottom to top, with what it does to the summary stream resolved.
+        """One entry per layer, bottom to top, that says what the layer does to the summary rows.
 
-        Summary rows are carried only while a later `K` layer reads them, so the last `K` layer computes their keys and
-        values and nothing more, and the layers above it have no summary rows at all.
+        Summary rows are carried only as long as a later `K` layer reads them. The last `K` layer computes their keys
+        and values and nothing else, and the layers above it have no summary rows.
         """
         letters = self.layer_pattern * (self.num_layers // len(self.layer_pattern))
         windows = self.window_per_letter * (self.num_layers // len(self.layer_pattern))
@@ -227,49 +227,53 @@ class ModelConfig:
     def has_mixer(self, letter: str) -> bool:
         return letter in self.layer_pattern
 
+    def rows_back(self, layer: LayerConfig) -> int:
+        """How many text rows the near or sliding part of a layer reaches back; 0 for `F` and `G`, which have none."""
+        if layer.mixer == "S":
+            return self.window_tokens - 1
+        return layer.window_chunks * self.chunk_size if layer.mixer in "KC" else 0
+
     @property
     def halo_rows(self) -> int:
-        """Text rows that the furthest-looking near or sliding part of any layer reaches back."""
-        back = {"K": lambda w: w * self.chunk_size, "C": lambda w: w * self.chunk_size,
-                "S": lambda w: self.window_tokens - 1, "F": lambda w: 0, "G": lambda w: 0}  # fmt: skip
-        return max(back[layer.mixer](layer.window_chunks) for layer in self.layers)
+        """The largest `rows_back` of any layer."""
+        return max(self.rows_back(layer) for layer in self.layers)
 
     def parameter_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
-        """Every parameter by name: its whole shape, and the dimension that tensor parallelism splits (or None)."""
+        """Parameter name -> (unsharded shape, dimension that tensor parallelism splits or None)."""
         h, f, d = self.hidden_size, self.ffn_size, self.head_dim
         q, kv = self.num_heads * d, self.num_kv_heads * d
         shapes: dict[str, tuple[tuple[int, ...], int | None]] = {"embedding.weight": ((self.padded_vocab_size, h), 0)}
         if self.has_summaries:
             shapes["summary_embedding"] = ((self.summary_tokens, h), None)
         for layer in self.layers:
-            at = f"blocks.{layer.index}."
+            prefix = f"blocks.{layer.index}."
             columns = {"query": q, "key": kv, "value": kv}
             if layer.mixer == "G":
                 columns = dict.fromkeys(("query", "key", "value", "gate"), q)
                 columns |= dict.fromkeys(("beta", "decay"), self.num_heads)
-                shapes[f"{at}attention.convolution"] = ((3, q, CONV_TOKENS), 1)
-                shapes |= {f"{at}attention.{name}": ((self.num_heads,), 0) for name in ("decay_rate", "step_bias")}
+                shapes[f"{prefix}attention.convolution"] = ((3, q, CONV_TOKENS), 1)
+                shapes |= {f"{prefix}attention.{name}": ((self.num_heads,), 0) for name in ("decay_rate", "step_bias")}
             if self.independent_qkv and layer.updates_summaries:
                 columns["summary_query"] = q
             if self.independent_qkv and layer.projects_summaries:
                 columns |= {"summary_key": kv, "summary_value": kv}
-            shapes |= {f"{at}attention.{name}.weight": ((size, h), 0) for name, size in columns.items()}
-            shapes[f"{at}attention.output.weight"] = ((h, q), 1)
+            shapes |= {f"{prefix}attention.{name}.weight": ((size, h), 0) for name, size in columns.items()}
+            shapes[f"{prefix}attention.output.weight"] = ((h, q), 1)
             if layer.mixer == "G":
-                shapes[f"{at}attention.output_norm.weight"] = ((d,), None)
+                shapes[f"{prefix}attention.output_norm.weight"] = ((d,), None)
             elif self.qk_norm:
-                shapes |= {f"{at}attention.{name}_norm.weight": ((d,), None) for name in ("query", "key")}
-            shapes |= {f"{at}mlp.{name}.weight": ((f, h), 0) for name in ("gate", "up")}
-            shapes[f"{at}mlp.down.weight"] = ((h, f), 1)
-            shapes |= {f"{at}{name}_norm.weight": ((h,), None) for name in ("attention", "mlp")}
+                shapes |= {f"{prefix}attention.{name}_norm.weight": ((d,), None) for name in ("query", "key")}
+            shapes |= {f"{prefix}mlp.{name}.weight": ((f, h), 0) for name in ("gate", "up")}
+            shapes[f"{prefix}mlp.down.weight"] = ((h, f), 1)
+            shapes |= {f"{prefix}{name}_norm.weight": ((h,), None) for name in ("attention", "mlp")}
         shapes["norm.weight"] = ((h,), None)
         if not self.tie_embeddings:
             shapes["head.weight"] = ((self.padded_vocab_size, h), 0)
         return shapes
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters by role: `embedding`, `attention`, `summary` (the embedding rows and q/k/v of their own), `mlp`,
-        `norm`, `head`, and their `total`. Rows of vocabulary padding are left out."""
+        """Number of parameters by role: `embedding`, `attention`, `summary` (the summary embedding and the summaries'
+        own q/k/v projections), `mlp`, `norm`, `head`, and their `total`. Vocabulary padding is not counted."""
         counts = dict.fromkeys(("embedding", "attention", "summary", "mlp", "norm", "head"), 0)
         for name, (shape, _) in self.parameter_shapes().items():
             roles = [role for role in ("summary", "norm", "mlp", "attention", "embedding", "head") if role in name]
@@ -279,33 +283,33 @@ class ModelConfig:
         return counts
 
     def dense_flops(self, num_text: int, num_summary: int) -> int:
-        """Forward FLOPs of every matrix multiplication by a weight, for `num_text` text and `num_summary` summary rows.
+        """Forward FLOPs of all GEMMs with a weight, for `num_text` text rows and `num_summary` summary rows.
 
-        Counts the summary stream's own projections and MLP, and the head over text rows.
+        Includes the projections and the MLP of summary rows, and the head over text rows.
         """
         h, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         mlp = 3 * h * self.ffn_size
-        weights_met = num_text * h * (self.vocab_size or 0)
+        macs = num_text * h * (self.vocab_size or 0)
         for layer in self.layers:
             projected = h * (4 * q + 2 * self.num_heads) if layer.mixer == "G" else h * (q + 2 * kv)
-            weights_met += num_text * (projected + q * h + mlp)
+            macs += num_text * (projected + q * h + mlp)
             if layer.projects_summaries:
-                weights_met += num_summary * h * 2 * kv
+                macs += num_summary * h * 2 * kv
             if layer.updates_summaries:
-                weights_met += num_summary * (2 * h * q + mlp)
-        return 2 * weights_met
+                macs += num_summary * (2 * h * q + mlp)
+        return 2 * macs
 
     def attention_flops(self, visible_keys: int) -> int:
-        """Forward FLOPs of scores and weighted values over `visible_keys` query-key pairs of one layer."""
+        """Forward FLOPs of the scores and weighted values of one layer, over `visible_keys` query-key pairs."""
         return 4 * visible_keys * self.num_heads * self.head_dim
 
     def delta_flops(self, num_text: int) -> int:
-        """Forward FLOPs of the recurrence of one `G` layer: its state is read with the key, written, and read with the
-        query. Blocked kernels do more."""
+        """Forward FLOPs of the recurrence of one `G` layer: read its state with the key, update it, read it with the
+        query. Blocked kernels compute more."""
         return 6 * num_text * self.num_heads * self.head_dim**2
 
     def cache_rows(self, num_text: int) -> int:
-        """Key/value rows a decoding cache holds at length `num_text`, summed over the layers; `G` layers have none."""
+        """Key/value rows of a decoding cache at length `num_text`, summed over the layers; `G` layers have none."""
         k, rows = self.chunk_size, 0
         num_chunks = -(-num_text // k)
         for layer in self.layers:
@@ -322,7 +326,7 @@ class ModelConfig:
 
     def cache_bytes(self, num_text: int, bytes_per_value: int = 2) -> int:
         """Bytes of a decoding cache at length `num_text`: keys and values (default bf16), and for each `G` layer its
-        state, in fp32, and the tokens that its convolutions look back to."""
+        fp32 state and the inputs of its convolutions."""
         keys = 2 * self.cache_rows(num_text) * self.num_kv_heads * self.head_dim * bytes_per_value
         features = self.num_heads * self.head_dim
         state = features * self.head_dim * 4 + (CONV_TOKENS - 1) * 3 * features * bytes_per_value
@@ -337,17 +341,17 @@ class LayerConfig:
     mixer: str
     window_chunks: int
     carries_summaries: bool  # summary rows enter this layer
-    is_last_ksa: bool  # the last layer that reads them
-    updates_summaries: bool  # summary rows leave it changed by attention and MLP
+    is_last_ksa: bool  # the last layer that reads summary rows
+    updates_summaries: bool  # attention and MLP are applied to summary rows too
 
     @property
     def projects_summaries(self) -> bool:
-        """Whether this layer needs the summaries' keys and values."""
+        """Whether this layer computes keys and values of summary rows."""
         return self.mixer == "K" or self.updates_summaries
 
 
 def check_tensor_parallel(config: ModelConfig, tensor_ranks: int) -> None:
-    """Raise `ModelConfigError` unless `tensor_ranks` divide what tensor parallelism divides."""
+    """Raise `ModelConfigError` unless `tensor_ranks` divides every size that tensor parallelism splits."""
     for name in ("num_heads", "num_kv_heads", "ffn_size", "vocab_multiple"):
         if getattr(config, name) % tensor_ranks:
             raise ModelConfigError(
@@ -356,9 +360,79 @@ def check_tensor_parallel(config: ModelConfig, tensor_ranks: int) -> None:
 
 
 def check_context_ranks(config: ModelConfig, context_ranks: int) -> None:
-    """Raise `ModelConfigError` unless every mixer can share a sample among `context_ranks`."""
+    """Raise `ModelConfigError` unless every mixer supports context parallelism with `context_ranks` ranks."""
     if context_ranks > 1 and config.has_mixer("G"):
         raise ModelConfigError(
-            f"model.layer_pattern={config.layer_pattern!r} has gated delta net layers (G), whose state passes from row "
-            f"to row through the whole sample, and parallel.context={context_ranks} cuts it; use parallel.context=1"
+            f"model.layer_pattern={config.layer_pattern!r} has gated delta net layers (G), whose recurrence runs "
+            f"through the whole sample; parallel.context={context_ranks} would split it; use parallel.context=1"
         )
+
+
+def check_context_parallel(num_text: int, chunk_size: int, halo_rows: int, size: int) -> None:
+    """Raise `ModelConfigError` unless a sample of `num_text` rows divides into slices for `size` context ranks.
+
+    `halo_rows` is how far back any near or sliding part reaches.
+    """
+    unit = 2 * size * chunk_size
+    below = num_text // unit * unit
+    if size > 1 and num_text % unit:
+        raise ModelConfigError(
+            f"seq_len={num_text} does not divide into 2 x parallel.context={size} slices of whole chunks of "
+            f"{chunk_size} tokens; use {max(unit, below)} or {below + unit}"
+        )
+    if size > 1 and num_text // (2 * size) < halo_rows:
+        most = max(1, num_text // (2 * max(1, halo_rows)))
+        raise ModelConfigError(
+            f"parallel.context={size} cuts seq_len={num_text} into slices of {num_text // (2 * size)} rows, shorter "
+            f"than the {halo_rows} rows that a window reaches back; use parallel.context={most} or less, or a longer "
+            "seq_len"
+        )
+
+
+def check_features(config: ModelConfig, tensor_ranks: int) -> None:
+    """Raise `ModelConfigError` where a side of a tensor rank's share of a weight is not a multiple of
+    `FP8_FEATURES`."""
+    for names, divided in (
+        (("hidden_size",), 1),
+        (("num_heads", "head_dim"), tensor_ranks),
+        (("num_kv_heads", "head_dim"), tensor_ranks),
+        (("ffn_size",), tensor_ranks),
+    ):
+        size = math.prod(getattr(config, name) for name in names)
+        if size // divided % FP8_FEATURES:
+            factors = " x ".join(f"model.{name}={getattr(config, name)}" for name in names)
+            share = f" over parallel.tensor={divided}" if divided > 1 else ""
+            raise ModelConfigError(
+                f"perf.precision=fp8 needs multiples of {FP8_FEATURES} features, and {factors}{share} gives "
+                f"{size // divided}; choose another size, or perf.precision=bf16"
+            )
+
+
+RECOMPUTE = ("none", "full", "selective")
+
+
+class MemoryConfigError(ValueError):
+    """Settings that exclude each other; the message names the keys, their values and the relation they break."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Which tensors of a block are kept from forward to backward, and where."""
+
+    recompute: str = "none"  # keep none: everything | full: the input | selective: the input and the attention output
+    offload: bool = False  # move the tensors that `full` or `selective` keeps to host memory
+    host_gib: float = 128.0  # limit of host memory per rank; tensors beyond it stay on the device
+    mlp_rows: int | None = None  # rows of this rank that the MLP computes at a time; null: all at once
+
+    def __post_init__(self) -> None:
+        if self.recompute not in RECOMPUTE:
+            raise MemoryConfigError(f"memory.recompute={self.recompute!r} is not one of {', '.join(RECOMPUTE)}")
+        if self.offload and self.recompute == "none":
+            raise MemoryConfigError(
+                "memory.offload=true moves the tensors that recomputation starts from, and memory.recompute=none "
+                "recomputes nothing; use memory.recompute=selective or full, or memory=offload for both"
+            )
+        if self.host_gib <= 0:
+            raise MemoryConfigError(f"memory.host_gib={self.host_gib} must be positive")
+        if self.mlp_rows is not None and self.mlp_rows < 1:
+            raise MemoryConfigError(f"memory.mlp_rows={self.mlp_rows} must be at least 1, or null for all at once")

@@ -5,53 +5,61 @@ Legend: T text rows, h hidden size, V vocabulary rows of this tensor rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
 import torch
 import torch.distributed as dist
 
-from ksa_model.config import CPU_LOSS_ROWS, FUSED_LOSS_ROWS, LOSS_ROWS
-from ksa_model.linear import add_product_fp32
-from ksa_model.megatron import vocab_parallel_cross_entropy
-from ksa_model.rows import triton_module
-from ksa_model.tensor_parallel import TensorParallel
+from ksa_model.layers.tensor_parallel import TensorParallel
+from ksa_model.ops.backend import Backend
+from ksa_model.ops.linear import add_weight_gradient
+from ksa_model.parallel.megatron import vocab_parallel_cross_entropy
 
 IGNORE_INDEX = -100
 
 
 def cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, valid_columns: int, tp: TensorParallel
+    backend: Backend,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    valid_columns: int,
+    tp: TensorParallel,
 ) -> torch.Tensor:
     """Sum over rows of the cross entropy of `hidden @ weight.T`: hidden [T, h], weight [V, h], labels int64 [T].
 
-    Rows labelled `IGNORE_INDEX` count nothing; columns from `valid_columns` on are padding of the vocabulary and get no
-    probability. Returns an fp32 scalar, alike on all tensor ranks.
+    Rows labelled `IGNORE_INDEX` add nothing. Columns from `valid_columns` on are vocabulary padding and get no
+    probability. Returns an fp32 scalar, the same on all tensor ranks.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, valid_columns, tp)
+    return _ChunkedCrossEntropy.apply(backend, hidden, weight, labels, valid_columns, tp)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of `hidden @ weight.T` without a [T, vocabulary] tensor.
+    """Sum of cross entropies of `hidden @ weight.T` without a [T, vocabulary] tensor.
 
-    Each slice of rows runs forward and backward at once and leaves only its share of the gradients behind; backward
-    scales them by the incoming gradient, so any outer loss scale is honoured. The vocabulary is split over tensor
-    ranks; each rank's hidden gradient is partial and summed by the `gather` that made `hidden`.
+    Forward also computes the gradients, one slice of rows after the other, and keeps only these. Backward multiplies
+    them by the incoming gradient, which applies any outer loss scale. The vocabulary is split over tensor ranks; each
+    rank's hidden gradient is partial and summed by the `gather` that made `hidden`.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, valid_columns: int, tp: TensorParallel):
+    def forward(ctx, backend: Backend, hidden, weight, labels, valid_columns: int, tp: TensorParallel):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        step, loss_of = _method(hidden, tp)
+        needs_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        loss_of = _loss_function(backend, tp)
         if needs_grad:
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for start in range(0, len(hidden), step):
-            rows = slice(start, start + step)
+        for start in range(0, len(hidden), backend.loss_rows):
+            rows = slice(start, start + backend.loss_rows)
             logits = hidden[rows] @ weight.t()
             loss, grad_logits = loss_of(logits, labels[rows], valid_columns, tp, needs_grad)
             total += loss
             if grad_logits is not None:
                 torch.matmul(grad_logits, weight, out=grad_hidden[rows])
-                add_product_fp32(grad_weight, grad_logits, hidden[rows])
+                add_weight_gradient(grad_weight, grad_logits, hidden[rows])
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -61,23 +69,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total):
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
-        torch.mul(grad_weight, grad_total, out=scaled)  # in one pass, whatever the dtype
-        return grad_hidden * grad_total, scaled, None, None, None
+        torch.mul(grad_weight, grad_total, out=scaled)  # one pass, for any dtype
+        return None, grad_hidden * grad_total, scaled, None, None, None
 
 
-def _method(hidden: torch.Tensor, tp: TensorParallel):
-    """Rows at a time, and the function of their loss."""
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and triton_module("triton_loss") is not None:
-        return FUSED_LOSS_ROWS, _fused_loss
-    return LOSS_ROWS if hidden.is_cuda else CPU_LOSS_ROWS, _whole_loss if tp.size == 1 else _parallel_loss
+def _loss_function(backend: Backend, tp: TensorParallel) -> Callable:
+    """(logits [n, V], labels, valid columns, tp, whether a gradient is needed) -> summed loss, gradient or None."""
+    if backend.loss is not None:
+        return partial(_fused_loss, backend.loss)
+    return _whole_loss if tp.size == 1 else _parallel_loss
 
 
-def _fused_loss(logits, labels, valid_columns: int, tp: TensorParallel, needs_grad: bool):
-    """Sum of the rows' losses and, if asked, its gradient, which takes the place of `logits` [n, V] (16 bits)."""
-    from ksa_model import triton_loss
-
+def _fused_loss(kernels: ModuleType, logits, labels, valid_columns: int, tp: TensorParallel, needs_grad: bool):
+    """The sum of the rows' losses and, if needed, its gradient, which overwrites `logits` [n, V] (16 bits)."""
     first_column = tp.rank * logits.shape[1]
-    top, total, picked = triton_loss.statistics(logits, labels, valid_columns, first_column)
+    top, total, picked = kernels.statistics(logits, labels, valid_columns, first_column)
     if tp.size > 1:
         highest = top.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=tp.group)
@@ -88,16 +94,16 @@ def _fused_loss(logits, labels, valid_columns: int, tp: TensorParallel, needs_gr
     loss = ((log_total - picked) * (labels != IGNORE_INDEX)).sum()
     if not needs_grad:
         return loss, None
-    triton_loss.gradient_(logits, labels, log_total, valid_columns, first_column, IGNORE_INDEX)
+    kernels.gradient_(logits, labels, log_total, valid_columns, first_column, IGNORE_INDEX)
     return loss, logits
 
 
 def _whole_loss(logits, labels, valid_columns: int, tp: TensorParallel, needs_grad: bool):
-    """The same in plain torch where this rank holds the whole vocabulary. Twin of `_fused_loss`."""
+    """The same in plain torch, for a rank with the whole vocabulary. Twin of `_fused_loss`."""
     dtype, logits = logits.dtype, _without_padding(logits, valid_columns)
     valid, picked = labels != IGNORE_INDEX, labels.clamp(min=0)[:, None]
     top = logits.amax(-1, keepdim=True)
-    logits.sub_(top)  # in place throughout, for the CPU's caches
+    logits.sub_(top)  # in place throughout, to stay in the CPU's caches
     own = logits.gather(1, picked)
     total = logits.exp_().sum(-1, keepdim=True)
     loss = ((total.log() - own)[:, 0] * valid).sum()
@@ -109,8 +115,8 @@ def _whole_loss(logits, labels, valid_columns: int, tp: TensorParallel, needs_gr
 
 
 def _parallel_loss(logits, labels, valid_columns: int, tp: TensorParallel, needs_grad: bool):
-    """The same where each tensor rank holds a share of the vocabulary, through the library's cross entropy, which
-    overwrites the logits with the softmax and then the gradient."""
+    """The same for tensor ranks with a share of the vocabulary each, by Megatron's cross entropy, which overwrites the
+    logits with the softmax and then the gradient."""
     dtype, logits = logits.dtype, _without_padding(logits, valid_columns)
     with torch.enable_grad():
         picked = labels.clamp(min=0)[:, None]

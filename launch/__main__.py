@@ -8,31 +8,34 @@ import sys
 from pathlib import Path
 
 from launch import runs
-from launch.check import Checked, check
-from launch.config import TARGETS, Launch, LaunchError, parse
+from launch.check import CheckedRun, check
+from launch.config import Launch, parse
+from launch.errors import LaunchError
 from launch.processes import end_with_supervisor
-from train.signals import BAD_INPUT
+from launch.settings import TARGETS
+from train.distributed.signals import BAD_INPUT
 
-USAGE = f"""Start a training run on one machine or many, and look after it.
+USAGE = f"""Start a training run on one machine or many, and follow it.
 
   python -m launch target=TARGET [nodes=N] [gpus_per_node=N | ranks_per_node=N] [launch.KEY=VALUE ...] -- [KEY=VALUE ..]
   python -m launch status|logs|cancel RUN
 
-TARGET is one of {", ".join(TARGETS)}; its settings are in configs/launch/TARGET.yaml. What stands after `--` goes to
-`python -m train` as it is. launch.dry_run=true prints what would run and stops there. docs/launch.md tells the rest.
+TARGET is one of {", ".join(TARGETS)}; configs/launch/TARGET.yaml lists its settings. The arguments after `--` go to
+`python -m train` unchanged. launch.dry_run=true prints the job and starts nothing. More: docs/launch.md.
 """
 VERBS = ("status", "logs", "cancel")
-LOG_LINES = 200  # of each file
+LOG_LINES = 200  # printed from the end of each file
 
 
 def main(arguments: list[str]) -> int:
+    """Run the command; returns its exit code."""
     end_with_supervisor()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if arguments else BAD_INPUT
     try:
         if arguments[0] in VERBS:
-            return look_after(arguments[0], arguments[1:])
+            return manage(arguments[0], arguments[1:])
         return start(arguments)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -40,27 +43,22 @@ def main(arguments: list[str]) -> int:
 
 
 def start(arguments: list[str]) -> int:
-    """Check, show, submit."""
+    """Check the configuration, print the memory estimate, and start or submit the job."""
     launch = parse(arguments)
     checked = check(launch)
     if checked.memory:
         print(checked.memory, file=sys.stderr)
-    if launch.target == "kubernetes":
-        from launch import kubernetes
+    if launch.target in ("kubernetes", "slurm"):
+        from launch import kubernetes, slurm
 
-        point = kubernetes.Point(checked.name, launch.overrides, checked.run_directory)
-        return kubernetes.submit(launch, [point], checked.run_directory, arguments)
-    if launch.target == "slurm":
-        from launch import slurm
-
-        return slurm.submit(
-            launch, [slurm.Point(launch.overrides, checked.run_directory)], checked.run_directory, arguments
-        )
-    return _foreground(launch, checked, arguments)
+        run = runs.Run(checked.name, launch.overrides, checked.run_directory)
+        submit = kubernetes.submit if launch.target == "kubernetes" else slurm.submit
+        return submit(launch, [run], checked.run_directory, arguments)
+    return _run_here(launch, checked, arguments)
 
 
-def _foreground(launch: Launch, checked: Checked, arguments: list[str]) -> int:
-    """Targets whose job lives as long as the launcher: local and ssh."""
+def _run_here(launch: Launch, checked: CheckedRun, arguments: list[str]) -> int:
+    """Run a job that lives as long as the launcher: local and ssh."""
     from launch import local, ssh
 
     target = local if launch.target == "local" else ssh
@@ -76,10 +74,10 @@ def _foreground(launch: Launch, checked: Checked, arguments: list[str]) -> int:
         return local.run(launch, lock)
 
 
-def look_after(verb: str, arguments: list[str]) -> int:
-    """`status`, `logs` or `cancel` of one run, on whatever target it was started."""
+def manage(verb: str, arguments: list[str]) -> int:
+    """`status`, `logs` or `cancel` of one run, on the target where it was started."""
     if len(arguments) != 1:
-        raise LaunchError(f"python -m launch {verb} takes one run: its directory, or its name below runs/")
+        raise LaunchError(f"python -m launch {verb} needs one run: its directory, or its name below runs/")
     run = runs.find(arguments[0])
     record = runs.read_record(run)
     from launch import kubernetes, slurm
@@ -87,7 +85,7 @@ def look_after(verb: str, arguments: list[str]) -> int:
     if verb == "status":
         _print_progress(run)
     if record is not None and record.target == "kubernetes":
-        return kubernetes.look_after(verb, record)
+        return kubernetes.manage(verb, record)
     if verb == "logs":
         return _logs(run)
     if verb == "cancel":
@@ -97,35 +95,36 @@ def look_after(verb: str, arguments: list[str]) -> int:
     if record is not None and record.target == "slurm":
         print(slurm.status(record))
     elif runs.is_held(run):
-        print(f"running here, launcher process {runs.holder(run)}")
+        print(f"running on this machine, launcher process {runs.holder(run)}")
     else:
         print("not running")
     return 0
 
 
 def _print_progress(run: Path) -> None:
-    """A line for the run, or for every point of the sweep."""
+    """Print a line for the run, or one for every point of the sweep."""
     if not (run / "sweep.json").is_file():
         print(_progress_line(run))
         return
-    from launch import sweep
+    from launch import sweep_plan
 
-    for point in (sweep.read(run) or sweep.Sweep("", "", [], [])).points:
+    stored = sweep_plan.read(run)
+    for point in stored.points if stored else []:
         print(_progress_line(run / point.name))
 
 
 def _progress_line(run: Path) -> str:
     progress = runs.progress(run)
     last = progress.last_line
-    said = "" if last is None else f"; loss {last['loss']:.4f} at step {last['step']}"
+    loss = "" if last is None else f"; loss {last['loss']:.4f} at step {last['step']}"
     state = "finished" if progress.finished else f"checkpoint at step {progress.step}"
-    return f"{run}: {state} of {progress.steps if progress.steps is not None else '?'} steps{said}"
+    return f"{run}: {state} of {progress.steps if progress.steps is not None else '?'} steps{loss}"
 
 
 def _logs(run: Path) -> int:
     files = sorted((runs.launch_directory(run) / "logs").glob("*"), key=lambda p: p.stat().st_mtime)
     if not files:
-        raise LaunchError(f"{run} has no log files in launch/logs (a local run writes to its terminal)")
+        raise LaunchError(f"{run} has no log files in launch/logs; a local run writes to its terminal")
     for path in files:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         print(f"==> {path}" + (f", last {LOG_LINES} of {len(lines)} lines" if len(lines) > LOG_LINES else "") + " <==")
@@ -137,14 +136,15 @@ def _stop_local(run: Path) -> int:
     pid = runs.holder(run) if runs.is_held(run) else None
     if pid is None:
         raise LaunchError(f"{run} is not running on this machine")
-    if not is_launcher(pid):  # it was killed; its agents hold the run until their ranks have saved
-        raise LaunchError(f"{run} is stopping already: its launcher, process {pid}, is gone")
+    if not is_launcher(pid):  # it was killed; its agents keep the lock until their ranks have saved
+        raise LaunchError(f"{run} is stopping already: its launcher, process {pid}, has ended")
     os.kill(pid, signal.SIGTERM)
     print(f"asked process {pid} to save and stop")
     return 0
 
 
 def is_launcher(pid: int) -> bool:
+    """Whether `pid` is a launcher's process."""
     try:
         return b"launch" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

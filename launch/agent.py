@@ -1,13 +1,12 @@
-"""`python -m launch.agent --signals=forward|ignore TORCHRUN_ARGUMENTS`: torchrun on one node, for schedulers.
+"""`python -m launch.agent --signals=forward|ignore TORCHRUN_ARGUMENTS`: torchrun on one node.
 
-torchrun ends with 1 whatever its ranks ended with, and passes a signal on before it dies of it. Here the agent
+torchrun exits with 1 whatever its ranks exited with, and on a signal it stops the ranks within 30 seconds. The agent
+runs torch.distributed.run unchanged and adds two things:
 
-- ends with what the ranks said: 75 (state saved, run me again), 2 (bad input), 1 (a crash), so that a scheduler can
-  tell "requeue" from "give up";
-- `forward`s SIGTERM and SIGUSR1 to its ranks and waits for them to save (local, Kubernetes: only the agent is
-  signalled), or `ignore`s them (Slurm signals every process of a step itself; twice would mean "at once").
-
-Everything else is torch.distributed.run, unchanged.
+- It exits with the code of the ranks (see `exit_code`), so that a scheduler can tell "requeue" from "give up".
+- `--signals=forward` passes SIGTERM and SIGUSR1 to the ranks and waits until they have saved (local, Kubernetes: only
+  the agent receives the signal). `--signals=ignore` ignores both (Slurm signals every process of a step itself, and a
+  second signal would mean "stop at once").
 """
 
 from __future__ import annotations
@@ -18,34 +17,38 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from launch.processes import children, end_with_supervisor, kill_descendants
-from train.signals import BAD_INPUT, REQUEUE
+from train.distributed.signals import BAD_INPUT, DIVERGED, REQUEUE
 
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+FINAL = (BAD_INPUT, DIVERGED)  # exit codes after which another attempt would end the same way
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
-GRACE = "LAUNCH_GRACE_SECONDS"  # environment: how long ranks may take after a forwarded signal
+GRACE = "LAUNCH_GRACE_SECONDS"  # environment variable: how long ranks may run after a forwarded signal
 
 
 def exit_code(rank_codes: Iterable[int], stop_requested: bool) -> int:
-    """The agent's exit code for those of its ranks that failed (negative: a signal).
+    """The agent's exit code, from the codes of the ranks that failed (negative: ended by a signal).
 
-    One rank that says 75 is enough: a checkpoint is complete on every rank before any of them leaves.
+    One rank with `REQUEUE` is enough: a checkpoint is complete on every rank before any of them exits.
     """
     codes = set(rank_codes)
-    if REQUEUE in codes:
-        return REQUEUE
-    if BAD_INPUT in codes:
-        return BAD_INPUT
+    for code in (REQUEUE, *FINAL):
+        if code in codes:
+            return code
     if stop_requested and all(code < 0 or code > 128 for code in codes):
-        return REQUEUE  # ended by the signal before they could save: the newest checkpoint still holds
+        return REQUEUE  # the signal ended them before they could save: continue from the newest checkpoint
     return 1
 
 
 class _Forwarder:
-    """Passes signals on to the ranks; after `grace` seconds those that are left are killed.
+    """Forwards signals to the ranks, and kills the ranks that still run `grace` seconds later.
 
-    A thread does it: while the main thread waits inside torchrun's C++ store (up to five minutes at the end of a run
-    whose other agent is gone) no handler written in Python would be called there.
+    It runs in a thread because Python calls no signal handler while the main thread waits inside torchrun's C++ store
+    (up to five minutes, at the end of a run whose other agent is gone).
     """
 
     def __init__(self, grace: int):
@@ -55,7 +58,7 @@ class _Forwarder:
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         for number in _FORWARDED:
-            signal.signal(number, lambda *_: None)  # caught, so that its number is written to the pipe
+            signal.signal(number, lambda *_: None)  # a handler makes Python write the number to the pipe
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -65,8 +68,8 @@ class _Forwarder:
                     self._forward(number)
 
     def _forward(self, number: int) -> None:
-        ranks = children(os.getpid())  # theirs are theirs to stop
-        if not ranks:  # not started yet, or ended already
+        ranks = children(os.getpid())  # each rank stops its own children
+        if not ranks:  # not started yet, or all ended
             os._exit(REQUEUE)
         if not self.requested:
             self.requested = True
@@ -79,12 +82,13 @@ class _Forwarder:
 
 
 def main(arguments: list[str]) -> int:
+    """Run torchrun with `arguments[1:]`; returns the exit code."""
     mode = arguments[0].removeprefix("--signals=") if arguments else ""
     if mode not in ("forward", "ignore"):
         print("error: usage: python -m launch.agent --signals=forward|ignore TORCHRUN_ARGUMENTS", file=sys.stderr)
         return BAD_INPUT
     forwarder = None
-    if mode == "ignore":  # inherited by the ranks until they handle it themselves
+    if mode == "ignore":  # the ranks inherit this until they install their own handlers
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     else:
@@ -99,20 +103,20 @@ def main(arguments: list[str]) -> int:
         run.main(arguments[1:])
     except ChildFailedError as error:
         code = exit_code((f.exitcode for f in error.failures.values()), bool(forwarder and forwarder.requested))
-        print(f"agent: {_told(error)}; exit code {code}", file=sys.stderr)
+        print(f"agent: {_describe_failures(error)}; exit code {code}", file=sys.stderr)
         return code
-    except SignalException as error:  # a torchrun that always handles SIGTERM itself, or Ctrl-C
+    except SignalException as error:  # Ctrl-C, or a torchrun version that always handles SIGTERM
         return REQUEUE if error.sigval == signal.SIGTERM else 128 + error.sigval
     return 0
 
 
-def _told(error) -> str:
-    ends: dict[int, list[int]] = {}
+def _describe_failures(error: ChildFailedError) -> str:
+    ranks_by_code: dict[int, list[int]] = {}
     for rank, failure in sorted(error.failures.items()):
-        ends.setdefault(failure.exitcode, []).append(rank)
+        ranks_by_code.setdefault(failure.exitcode, []).append(rank)
     return ", ".join(
         f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} ended with {code}"
-        for code, ranks in ends.items()
+        for code, ranks in ranks_by_code.items()
     )
 
 

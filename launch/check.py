@@ -1,4 +1,4 @@
-"""Before anything is submitted: does the training configuration compose, hold together and fit the layout's ranks?"""
+"""Checks before anything is submitted: the training configuration composes, is valid and fits the number of ranks."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.config import CONFIGS, Launch, LaunchError
+from launch.config import Launch
+from launch.errors import LaunchError
 
 if TYPE_CHECKING:
-    from train.config import TrainConfig
+    from train.config.schema import TrainConfig
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What is known of a training run before it starts."""
+class CheckedRun:
+    """What is known about a training run before it starts."""
 
     name: str  # run.name
     run_directory: Path  # absolute
     steps: int
-    memory: str  # for people; empty where the full check was turned off
+    memory: str  # the estimate as text; empty with launch.check=false
 
 
-def check(launch: Launch) -> Checked:
-    """Compose `launch`'s overrides, and unless `launch.check=false` validate them for its world; or `LaunchError`."""
+def check(launch: Launch) -> CheckedRun:
+    """Compose the overrides and, unless `launch.check=false`, validate them for the launch's number of ranks.
+
+    Raises `LaunchError`.
+    """
     values = compose(launch.overrides)
     memory = ""
     if launch.settings.check:
@@ -34,29 +38,28 @@ def check(launch: Launch) -> Checked:
     run = run_settings(values)
     for key in ("root", "name"):
         if any(ord(character) < 32 for character in run[key]):
-            raise LaunchError(f"run.{key}={run[key]!r} holds a control character")
-    return Checked(run["name"], launch.directory / run["root"] / run["name"], run["steps"], memory)
+            raise LaunchError(f"run.{key}={run[key]!r} contains a control character")
+    return CheckedRun(run["name"], launch.directory / run["root"] / run["name"], run["steps"], memory)
 
 
 def run_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """The `run` group; root, name and steps, which the launcher reads itself, have their types in any case."""
+    """The `run` section. Checks the types of root, name and steps, which the launcher itself reads."""
     run = values.get("run")
     if not isinstance(run, dict):
-        raise LaunchError(f"run={run!r} is not a group of settings; override its keys: run.name=NAME run.steps=N")
-    for key, kind, said in (("root", str, "a text"), ("name", str, "a text"), ("steps", int, "an integer")):
+        raise LaunchError(f"run={run!r} is not a section; override its keys: run.name=NAME run.steps=N")
+    for key, kind, expected in (("root", str, "a string"), ("name", str, "a string"), ("steps", int, "a whole number")):
         if not isinstance(run.get(key), kind) or isinstance(run.get(key), bool):
-            raise LaunchError(f"run.{key}={run.get(key)!r} is not {said}")
+            raise LaunchError(f"run.{key}={run.get(key)!r} must be {expected}")
     return run
 
 
 def compose(overrides: Iterable[str]) -> dict[str, Any]:
     """The training configuration as plain values, as `python -m train OVERRIDES` would compose it."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+
+    from train.config.compose import compose as compose_training
 
     overrides = list(overrides)
     for override in overrides:
@@ -65,36 +68,36 @@ def compose(overrides: Iterable[str]) -> dict[str, Any]:
     try:
         for parsed in OverridesParser.create().parse_overrides(overrides):
             if parsed.is_sweep_override():
-                raise LaunchError(f"{parsed.input_line} has several values: those are for python -m launch.sweep")
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)  # type: ignore[return-value]
+                raise LaunchError(f"{parsed.input_line} lists several values; use python -m launch.sweep for them")
+        return compose_training(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise _named_key(error, overrides) from error
 
 
 def _named_key(error: Exception, overrides: list[str]) -> LaunchError:
-    """Hydra's message, or the trainer's own about a key that does not exist, which names the nearest one."""
+    """The error for Hydra's `error`. For an unknown key, the trainer's own message, which names the nearest key."""
     try:
         from train.__main__ import check_keys
-        from train.config import USER_ERRORS
+        from train.config.schema import USER_ERRORS
     except ImportError:
-        return LaunchError(_one_line(error))
+        return LaunchError(one_line(error))
     try:
         check_keys(overrides)
     except USER_ERRORS as better:
         return LaunchError(str(better))
     except Exception:
         pass
-    return LaunchError(_one_line(error))
+    return LaunchError(one_line(error))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The error's message without line breaks."""
     return re.sub(r"\s*\n\s*", "; ", str(error).strip())
 
 
 def validated(values: dict[str, Any], world_size: int) -> TrainConfig:
-    """`values` as the trainer's own configuration, checked for `world_size` ranks."""
-    from train.config import USER_ERRORS, validate
+    """Convert composed `values` to the trainer's configuration and validate it for `world_size` ranks."""
+    from train.config.schema import USER_ERRORS, validate
 
     config = typed(values)
     try:
@@ -105,8 +108,9 @@ def validated(values: dict[str, Any], world_size: int) -> TrainConfig:
 
 
 def typed(values: dict[str, Any]) -> TrainConfig:
-    """`values` as the trainer's own configuration: every one has its type, nothing more is checked."""
-    from train.config import USER_ERRORS, TrainConfig, from_mapping
+    """Convert composed `values` to the trainer's configuration. Checks types, nothing more."""
+    from train.config.conversion import from_mapping
+    from train.config.schema import USER_ERRORS, TrainConfig
 
     try:
         return from_mapping(TrainConfig, values)
@@ -115,7 +119,7 @@ def typed(values: dict[str, Any]) -> TrainConfig:
 
 
 def memory_estimate(config: TrainConfig, launch: Launch) -> str:
-    """The trainer's own estimate: the whole plan where there are GPUs to fit into, a line for CPU ranks."""
+    """The trainer's memory estimate: the full dry run for GPUs, one line for CPU ranks."""
     from train import dry_run
 
     config = dataclasses.replace(
@@ -130,5 +134,5 @@ def memory_estimate(config: TrainConfig, launch: Launch) -> str:
     parts = ", ".join(f"{name} {size / dry_run.GIB:,.2f}" for name, size in plan.memory.items())
     return (
         f"{plan.parameters / 1e6:,.1f}M parameters on {plan.world_size} ranks, {plan.data_size} of them data-parallel; "
-        f"memory of a rank: about {plan.total / dry_run.GIB:,.2f} GiB ({parts})"
+        f"memory per rank: about {plan.total / dry_run.GIB:,.2f} GiB ({parts})"
     )

@@ -1,4 +1,4 @@
-"""Families of processes on Linux: end with the parent, adopt orphans, leave none behind. Imports nothing heavy."""
+"""Process trees on Linux: end with the parent, adopt orphans, leave no process behind. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import signal
 import time
 from pathlib import Path
 
-SUPERVISOR = "LAUNCH_SUPERVISOR_PID"  # environment: the process whose end the reader of it must not outlive
+SUPERVISOR = "LAUNCH_SUPERVISOR_PID"  # environment variable: the process that its reader must not outlive
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def end_with_supervisor() -> None:
-    """Get SIGTERM when the process named in the environment, which must be the parent, is gone."""
-    named = os.environ.pop(SUPERVISOR, None)
-    if named is None:
+    """Ask Linux for a SIGTERM when the parent ends, if the environment names it as the supervisor."""
+    supervisor = os.environ.pop(SUPERVISOR, None)
+    if supervisor is None:
         return
     _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-    if os.getppid() != int(named):  # it ended before the line above
+    if os.getppid() != int(supervisor):  # it ended before the line above
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -30,22 +30,23 @@ def adopt_orphans() -> None:
 
 def descendants(pid: int | None = None) -> list[int]:
     """Children of `pid` (default: this process), their children, and so on."""
-    parents = _families()
+    by_parent = _children_by_parent()
     found, queue = [], [pid or os.getpid()]
     while queue:
-        below = parents.get(queue.pop(), [])
+        below = by_parent.get(queue.pop(), [])
         found += below
         queue += below
     return found
 
 
 def children(pid: int) -> list[int]:
-    return _families().get(pid, [])
+    """Direct children of `pid`."""
+    return _children_by_parent().get(pid, [])
 
 
-def _families() -> dict[int, list[int]]:
-    """Parent -> children, of every process that is not a zombie."""
-    parents: dict[int, list[int]] = {}
+def _children_by_parent() -> dict[int, list[int]]:
+    """Parent -> children, for every process that is not a zombie."""
+    by_parent: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -54,18 +55,19 @@ def _families() -> dict[int, list[int]]:
                 continue
             state, parent = stat.rpartition(")")[2].split()[:2]
             if state != "Z":
-                parents.setdefault(int(parent), []).append(int(entry.name))
-    return parents
+                by_parent.setdefault(int(parent), []).append(int(entry.name))
+    return by_parent
 
 
 def kill_descendants() -> None:
+    """Send SIGKILL to every descendant of this process."""
     for pid in descendants():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def end_descendants(timeout: float = 10.0) -> None:
-    """Kill what is left below this process and reap it; not for one that still wants exit codes of its children."""
+    """Kill and reap every descendant. The exit codes of children that were not waited for are lost."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         kill_descendants()

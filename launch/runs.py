@@ -1,4 +1,4 @@
-"""What a run directory says from outside: how far the run is, who works on it, how it was launched. No torch."""
+"""Run directories as the launcher sees them: progress, lock, and how the run was launched. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,30 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launch.config import LaunchError
+from launch.errors import LaunchError
+from train.checkpoint.storage import CheckpointError, finished
+from train.logs.metrics import METRICS, is_number, read_records
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run to submit: a sweep has one for each point, any other launch has one."""
+
+    name: str
+    overrides: Sequence[str]
+    directory: Path
 
 
 @dataclass(frozen=True)
 class Record:
-    """`RUN/launch/launch.json`: how a run was started last."""
+    """`RUN/launch/launch.json`: the last launch of a run."""
 
     target: str
     command: list[str]  # `python -m launch` and its arguments
@@ -31,64 +42,65 @@ class Record:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is."""
+    """How far a run has come."""
 
     step: int  # of the newest complete checkpoint
-    steps: int | None  # None: no configuration was written yet
-    last_line: dict[str, Any] | None  # newest record with a step and a loss
+    steps: int | None  # None: config.yaml does not exist yet
+    last_line: dict[str, Any] | None  # the newest record of metrics.jsonl with a loss
 
     @property
     def finished(self) -> bool:
+        """Whether the newest checkpoint is at the last step."""
         return self.steps is not None and self.step >= self.steps
 
 
 def launch_directory(run: Path) -> Path:
+    """Where the launcher keeps its files of a run."""
     return run / "launch"
 
 
-# What makes a directory a run or a sweep. A folder `launch` alone does not: the project's own package has that name.
-MARKS = ("launch/launch.json", "launch/lock", "launch/logs", "config.yaml", "sweep.json")
+# Any of these makes a directory a run or a sweep. A folder `launch` alone does not: the source package has that name.
+MARKERS = ("launch/launch.json", "launch/lock", "launch/logs", "config.yaml", "sweep.json")
 
 
 def find(text: str) -> Path:
-    """A run directory, or the name of one below `runs/`."""
+    """The run directory `text`, or the one with that name below `runs/`. Raises `LaunchError`."""
     if not text.strip():
         raise LaunchError(f"{text!r} names no run: give its directory, or its name below runs/")
     for path in (Path(text), Path("runs") / text):
-        if any((path / mark).exists() for mark in MARKS):
+        if any((path / marker).exists() for marker in MARKERS):
             return path.resolve()
-    raise LaunchError(f"{text}: neither a run directory nor a run below runs/")
+    raise LaunchError(f"{text} is neither a run directory nor the name of a run below runs/")
 
 
 def make_directory(path: Path) -> None:
-    """With its parents, or `LaunchError`."""
+    """Create `path` and its parents. Raises `LaunchError`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LaunchError(f"{path} cannot be made ({error.strerror}): choose another run.root or run.name") from None
+        raise LaunchError(f"{path} cannot be created ({error.strerror}): choose another run.root or run.name") from None
 
 
 def progress(run: Path) -> Progress:
-    """Read from config.yaml, the checkpoints and metrics.jsonl; a run that has none of them is at step 0.
+    """Read a run's progress from config.yaml, its checkpoints and metrics.jsonl.
 
-    Any of them may be damaged, or half written: what cannot be read is as if it were not there.
+    A file that is missing, damaged or half written counts as empty. Raises `LaunchError` where the checkpoints cannot
+    be listed.
     """
     config = _mapping(_yaml(run / "config.yaml"))
     settings = _mapping(config.get("run"))
-    elsewhere = _mapping(config.get("checkpoint")).get("dir")
-    place = run / "checkpoints" if elsewhere is None else f"{elsewhere}/{settings.get('name')}"
+    remote = _mapping(config.get("checkpoint")).get("dir")
+    checkpoints = run / "checkpoints" if remote is None else f"{remote}/{settings.get('name')}"
+    try:
+        step = max((checkpoint.step for checkpoint in finished(checkpoints)), default=0)
+    except (OSError, CheckpointError) as error:
+        raise LaunchError(f"{checkpoints} cannot be listed: {error}") from error
     steps = settings.get("steps")
-    return Progress(
-        max(_saved_steps(str(place)), default=0), steps if isinstance(steps, int) else None, _last_line(run)
-    )
+    return Progress(step, steps if isinstance(steps, int) else None, _last_line(run))
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _yaml(path: Path) -> Any:
@@ -99,37 +111,29 @@ def _yaml(path: Path) -> Any:
 
 
 def _last_line(run: Path) -> dict[str, Any] | None:
-    last = None
-    with contextlib.suppress(OSError):
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                entry = _mapping(json.loads(line))
-                last = entry if _is_number(entry.get("loss")) and _is_number(entry.get("step")) else last
-    return last
-
-
-def _saved_steps(place: str) -> list[int]:
-    """Steps of the complete checkpoints in a directory, or behind a URL."""
-    if "://" in place:
-        from train.checkpoint_files import Place, finished  # imports torch
-
-        return [saved.step for saved in finished(Place(place))]
-    return [int(p.name[5:]) for p in Path(place).glob("step-*") if p.name[5:].isdigit()]
+    try:
+        records = read_records(run / METRICS)
+    except OSError:
+        return None
+    return next((record for record in reversed(records) if is_number(record.get("loss"))), None)
 
 
 def write_record(run: Path, record: Record) -> None:
+    """Replace the run's record. Raises `LaunchError` or `OSError`."""
     path = launch_directory(run) / "launch.json"
     make_directory(path.parent)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def now() -> str:
+    """The time in UTC, in ISO 8601."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def read_record(run: Path) -> Record | None:
+    """The run's record; None where it is missing or damaged."""
     try:
         return Record(**json.loads((launch_directory(run) / "launch.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -138,9 +142,10 @@ def read_record(run: Path) -> Record | None:
 
 @contextlib.contextmanager
 def locked(run: Path, wait_seconds: float = 0.0) -> Iterator[int]:
-    """Hold the run directory for this process and for those that inherit the yielded descriptor.
+    """Lock the run directory for this process and for every process that inherits the yielded descriptor.
 
-    Agents inherit it, so a launcher that was killed leaves the lock with them until their ranks have ended.
+    Agents inherit it: when a launcher is killed, its agents keep the lock until their ranks have ended.
+    Raises `LaunchError` if another launch still holds the lock after `wait_seconds`.
     """
     path = launch_directory(run) / "lock"
     make_directory(path.parent)
@@ -148,7 +153,7 @@ def locked(run: Path, wait_seconds: float = 0.0) -> Iterator[int]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise LaunchError(f"{path} cannot be written ({error.strerror}): choose another run.root or run.name") from None
-    deadline, told = time.monotonic() + wait_seconds, False
+    deadline, announced = time.monotonic() + wait_seconds, False
     try:
         while True:
             try:
@@ -157,12 +162,12 @@ def locked(run: Path, wait_seconds: float = 0.0) -> Iterator[int]:
             except OSError:
                 if time.monotonic() >= deadline:
                     raise LaunchError(
-                        f"{run} is held by another launch (process {holder(run) or 'unknown'}); end that one first"
+                        f"{run} is locked by another launch (process {holder(run) or 'unknown'}); stop that one first"
                     ) from None
-                if not told:
-                    told = True
+                if not announced:
+                    announced = True
                     print(
-                        f"{run} is held by process {holder(run) or 'unknown'}; waiting up to {wait_seconds:.0f} s",
+                        f"{run} is locked by process {holder(run) or 'unknown'}; waiting up to {wait_seconds:.0f} s",
                         file=sys.stderr,
                     )
                 time.sleep(0.2)
@@ -174,7 +179,7 @@ def locked(run: Path, wait_seconds: float = 0.0) -> Iterator[int]:
 
 
 def holder(run: Path) -> int | None:
-    """The process that holds the lock or held it last."""
+    """The process that holds the run's lock, or held it last."""
     try:
         return int((launch_directory(run) / "lock").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -182,7 +187,7 @@ def holder(run: Path) -> int | None:
 
 
 def is_held(run: Path) -> bool:
-    """Whether some process holds the run directory now."""
+    """Whether some process holds the run's lock now."""
     try:
         descriptor = os.open(launch_directory(run) / "lock", os.O_RDWR)
     except OSError:

@@ -1,11 +1,11 @@
-"""target=ssh: a hostfile for DeepSpeed's launcher, which reaches the hosts over ssh.
+"""target=ssh: DeepSpeed's launcher, which reaches the hosts of a hostfile over ssh.
 
-DeepSpeed pastes the working directory, the script's path and the script's arguments into a line for the remote shell.
-So the line it gets here names one generated script and no argument; overrides and environment stand inside the script,
-quoted. Where the paths themselves hold something a shell would read, the launch is refused.
+DeepSpeed inserts the working directory, the script's path and the script's arguments unquoted into a command for the
+remote shell. The launcher therefore passes it one generated script and no arguments; the script contains the overrides
+and the environment, quoted. A path that a shell would interpret is refused.
 
-The working directory and the run directory must be the same folders on every host. Ctrl-C ends the ranks without a
-save (that is DeepSpeed's way); what the newest checkpoint holds is kept.
+The working directory and the run directory must be the same folders on every host. On Ctrl-C DeepSpeed ends the ranks
+before they can save; the run keeps its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -18,17 +18,23 @@ import subprocess
 from pathlib import Path
 
 from launch import local, runs
-from launch.config import PROJECT, Launch, LaunchError
+from launch.config import Launch
+from launch.errors import LaunchError
+from launch.settings import PROJECT
 
-SAFE = re.compile(r"[A-Za-z0-9_./=,+@:-]+")
+SAFE_PATH = re.compile(r"[A-Za-z0-9_./=,+@:-]+")
 
 
 def hostfile(launch: Launch) -> str:
+    """DeepSpeed's hostfile: each host and its number of ranks."""
     return "".join(f"{host} slots={launch.ranks_per_node}\n" for host in launch.settings.hosts)
 
 
 def rank_script(launch: Launch) -> str:
-    """What DeepSpeed starts for every rank; RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from it."""
+    """The script that DeepSpeed starts for every rank.
+
+    DeepSpeed sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    """
     environment = {**launch.environment, **({} if launch.gpus_per_node else {"DS_ACCELERATOR": "cpu"})}
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items()))
     return (
@@ -40,48 +46,50 @@ def rank_script(launch: Launch) -> str:
 
 
 def command(launch: Launch, run_directory: Path) -> list[str]:
-    settings, place = launch.settings, runs.launch_directory(run_directory)
-    for path in (launch.python, str(launch.directory), str(place)):
-        if not SAFE.fullmatch(path):
+    """The command line of DeepSpeed's launcher. Raises `LaunchError` for a path that a remote shell would interpret."""
+    settings, files = launch.settings, runs.launch_directory(run_directory)
+    for path in (launch.python, str(launch.directory), str(files)):
+        if not SAFE_PATH.fullmatch(path):
             raise LaunchError(
-                f"target=ssh: {path!r} passes through remote shells that DeepSpeed does not quote for; it may "
-                "hold only letters, digits and _ . / = , + @ : -"
+                f"target=ssh: DeepSpeed passes {path!r} unquoted to remote shells; use a path of letters, digits and "
+                "_ . / = , + @ : - only"
             )
     return [
         launch.python,
         "-m",
         "deepspeed.launcher.runner",
-        f"--hostfile={place / 'hostfile'}",
+        f"--hostfile={files / 'hostfile'}",
         f"--launcher={settings.launcher}",
         "--force_multi",
         f"--master_addr={settings.hosts[0].rpartition('@')[2]}",
         f"--master_port={settings.master_port}",
         "--no_python",
         "--no_local_rank",
-        str(place / "rank.sh"),
+        str(files / "rank.sh"),
     ]
 
 
 def describe(launch: Launch, run_directory: Path) -> str:
-    place = runs.launch_directory(run_directory)
+    """The command that will run, and the two files it reads."""
+    files = runs.launch_directory(run_directory)
     return (
-        f"{shlex.join(command(launch, run_directory))}\n\n# {place / 'hostfile'}\n{hostfile(launch)}\n"
-        f"# {place / 'rank.sh'}\n{rank_script(launch)}"
+        f"{shlex.join(command(launch, run_directory))}\n\n# {files / 'hostfile'}\n{hostfile(launch)}\n"
+        f"# {files / 'rank.sh'}\n{rank_script(launch)}"
     )
 
 
 def run(launch: Launch, run_directory: Path) -> int:
-    """Write both files and run DeepSpeed's launcher to the end, again after crashes."""
+    """Write the hostfile and the script, run DeepSpeed's launcher, restart after crashes; returns the exit code."""
     if shutil.which("ssh") is None:
         raise LaunchError("target=ssh needs ssh on PATH")
     if launch.settings.launcher == "pdsh" and shutil.which("pdsh") is None:
         raise LaunchError("target=ssh needs pdsh on PATH, or launch.launcher=openmpi|mpich|mvapich")
-    place = runs.launch_directory(run_directory)
+    files = runs.launch_directory(run_directory)
     line = command(launch, run_directory)
-    (place / "hostfile").write_text(hostfile(launch), encoding="utf-8")
-    (place / "rank.sh").write_text(rank_script(launch), encoding="utf-8")
-    (place / "rank.sh").chmod(0o755)
-    # DeepSpeed exports these unquoted to the hosts; the script sets what is needed itself.
+    (files / "hostfile").write_text(hostfile(launch), encoding="utf-8")
+    (files / "rank.sh").write_text(rank_script(launch), encoding="utf-8")
+    (files / "rank.sh").chmod(0o755)
+    # DeepSpeed would export these to the hosts, unquoted; the script sets what the ranks need.
     environment = {
         name: value
         for name, value in os.environ.items()

@@ -1,7 +1,7 @@
-"""`python -m MODULE ...` without its seconds of imports: forked from the server that forks the ranks (`tests.ranks`).
+"""Run `python -m MODULE ...` without seconds of imports, by a fork of the server that also forks ranks (`tests.ranks`).
 
-The module runs as `__main__` with its own arguments, standard streams and exit code, and it takes signals; only the
-start of the interpreter and the imports are not done again. Some tests start the real command: see test_command_line.
+The module runs as `__main__` with its own arguments, standard streams and exit code, and receives signals. Only the
+start of the interpreter and the imports are skipped. Some tests start the real command: see test_command_line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Command:
-    """A command that has been started."""
+    """A command that runs in the background."""
 
     def __init__(self, module: str, *arguments: object, stdin: str = ""):
         self._folder = tempfile.TemporaryDirectory()
@@ -46,7 +46,7 @@ class Command:
         os.kill(self._process.pid, number)
 
     def wait(self, timeout: float = 120) -> int:
-        """Its exit code, or the number of the signal that ended it, negative. Raises after `timeout` seconds."""
+        """The exit code; negative: the number of the signal that ended it. Raises after `timeout` seconds."""
         self._process.join(timeout)
         if self._process.is_alive():
             self._process.kill()
@@ -56,7 +56,7 @@ class Command:
 
 
 def run(module: str, *arguments: object, stdin: str = "", timeout: float = 120) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of the command, at its end."""
+    """Run the command to its end; returns exit code, standard output and standard error."""
     command = Command(module, *arguments, stdin=stdin)
     code = command.wait(timeout)
     return code, command.stdout, command.stderr
@@ -66,7 +66,7 @@ def _main(module: str, arguments: list[str], streams: list[Path]) -> None:
     for number, path in enumerate(streams):
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND
         os.dup2(os.open(path, flags), number)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # multiprocessing gives its processes an empty one
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # multiprocessing gives its processes an empty stdin
     os.chdir(ROOT)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -19,36 +19,36 @@ if not torch.cuda.is_available():  # Triton's interpreter runs the GPU kernels; 
 @pytest.fixture(scope="session")
 def world():
     """A world of one gloo rank, for tests of the model in this process."""
-    from train import parallel
+    from train.distributed import groups
 
     torch.set_num_threads(1)
-    yield parallel.initialize(parallel.ParallelConfig(), torch.device("cpu"))
-    parallel.shutdown()
+    yield groups.initialize(groups.ParallelConfig(), torch.device("cpu"))
+    groups.shutdown()
 
 
 # The files that take longest, so that parallel workers begin with them (`--dist loadfile --no-loadscope-reorder`): a
 # long one begun last would run alone.
 LONGEST_FIRST = [
-    "launch/test_slurm.py",
+    "launch/test_slurm_cluster.py",
     "train/test_resume.py",
     "train/test_layouts.py",
     "faults/test_faults.py",
     "launch/test_local.py",
     "launch/test_sweep.py",
-    "data_pipeline/test_prepare.py",
+    "data_pipeline/text/test_prepare.py",
     "train/test_health.py",
-    "train/test_interop.py",
+    "train/hf/test_interop.py",
     "train/test_stages.py",
     "train/test_learns.py",
     "train/test_command_line.py",
     "train/test_generate.py",
     "train/test_golden.py",
-    "ksa_model/test_triton_decode.py",
-    "ksa_model/test_cache.py",
-    "ksa_model/test_fused.py",
-    "ksa_model/test_context_parallel.py",
-    "data_pipeline/test_loader.py",
-    "data_pipeline/test_kill.py",
+    "ksa_model/ops/attention/test_triton_decode.py",
+    "ksa_model/decoding/test_cache.py",
+    "ksa_model/ops/attention/test_cuda.py",
+    "ksa_model/parallel/test_context.py",
+    "data_pipeline/packing/test_loader.py",
+    "data_pipeline/text/test_prepare_kill.py",
 ]
 
 

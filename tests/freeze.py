@@ -1,8 +1,8 @@
-"""Imported last by the server that forks the ranks: what it holds is no garbage, and no rank has to look through it."""
+"""The server that forks the ranks imports this last: its modules stay, so no rank's garbage collector searches them."""
 
 import atexit
 import gc
 
 gc.collect()
 gc.freeze()
-atexit.register(gc.unfreeze)  # or libraries that count what they made call it leaked
+atexit.register(gc.unfreeze)  # libraries that count their objects would report the frozen ones as leaked

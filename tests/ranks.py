@@ -1,7 +1,7 @@
-"""Run a function on several gloo ranks of this machine, each its own process.
+"""Run a function on several gloo ranks of this machine, each in its own process.
 
-Ranks are forked from a server process that has imported the heavy libraries already, so a world starts in well under a
-second instead of one import of torch, megatron-core and DeepSpeed per rank.
+Ranks are forked from a server process that has imported the heavy libraries. They start in less than a second, because
+no rank imports torch, megatron-core and DeepSpeed itself.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-# All that a training run imports, also what it imports late: matplotlib draws the loss, DeepSpeed looks at every model,
-# an optimizer asks for torch._dynamo.
+# All modules that a training run imports, also late: matplotlib draws the loss, DeepSpeed inspects every model, an
+# optimizer imports torch._dynamo.
 PRELOAD = [
     "train.trainer",
     "train.dry_run",
@@ -56,10 +56,10 @@ def server() -> Any:
 
 
 def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
-    """[function(*args) on rank 0, on rank 1, ...]; the environment is what torchrun would set.
+    """Run `function(*args)` on every rank, with the environment that torchrun sets; returns the results by rank.
 
-    `function` must be importable (defined at module level); its result must pickle. A rank's exception is raised here
-    with its traceback.
+    `function` must be defined at module level, and its result must pickle. If a rank raises, this raises
+    `AssertionError` with the rank's traceback.
     """
     context = server()
     port = free_port()
@@ -75,7 +75,7 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeo
     try:
         for rank, pipe in enumerate(pipes):
             if not pipe.poll(timeout):
-                failures.append(f"rank {rank} said nothing for {timeout} s")
+                failures.append(f"rank {rank} did not answer within {timeout} s")
                 break
             try:
                 ok, value = pipe.recv()
@@ -96,7 +96,7 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeo
 
 
 def free_port() -> int:
-    """A port below those that the system hands out, so that no connection made meanwhile takes it."""
+    """A free port below the range from which the system assigns ports, so that no new connection takes it."""
     while True:
         port = random.SystemRandom().randrange(15000, 32000)
         with socket.socket() as free, contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ def _rank_main(pipe, rank: int, num_ranks: int, port: int, function, args) -> No
     )
     torch.set_num_threads(1)
     try:
-        # Plain bytes: a tensor sent as itself would be a handle to memory that dies with this process.
+        # Plain bytes: a tensor would be sent as a handle to memory that ends with this process.
         result = io.BytesIO()
         torch.save(function(*args), result)
         pipe.send((True, result.getvalue()))

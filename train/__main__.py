@@ -1,4 +1,8 @@
-"""`python -m train [key=value ...]`: compose the configuration with Hydra, check it, run it."""
+"""`python -m train [key=value ...]`: compose the configuration with Hydra, check it, run it.
+
+Exit codes: 0 the run is finished, `BAD_INPUT` it cannot start, `DIVERGED` it trained and cannot go on, `REQUEUE` it
+saved its state and wants to be started again (`train.distributed.signals`).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,7 @@ import os
 import re
 import shlex
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,21 +22,23 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from train import chain
-from train.config import USER_ERRORS, RunConfig, TrainConfig, all_keys, from_mapping, unknown_key, validate
-from train.parallel import environment_world
-from train.signals import BAD_INPUT, REQUEUE
+from train.config.compose import CONFIGS, register_defaults
+from train.config.conversion import all_keys, from_mapping, unknown_key
+from train.config.schema import USER_ERRORS, TrainConfig, validate
+from train.config.sections import RunConfig
+from train.distributed.groups import environment_world
+from train.distributed.signals import BAD_INPUT, DIVERGED, REQUEUE
+from train.health import TrainingDiverged
 
 if TYPE_CHECKING:
     from train.trainer import RunResult
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def _run(composed: DictConfig) -> None:
     try:
         values: Any = OmegaConf.to_container(composed, resolve=True)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # every point of a sweep has a run directory of its own
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # each point of a sweep has its own run directory
             values["run"]["name"] += "/" + _point_name()
         config = from_mapping(TrainConfig, values)
         runs = chain.links(config) if config.stages else [config]
@@ -46,14 +51,16 @@ def _run(composed: DictConfig) -> None:
         for run in runs:
             validate(run, environment_world()[1])
         gc.disable()
-        from train.trainer import train  # seconds of imports, which a refused configuration need not wait for
+        from train.trainer import train  # takes seconds, which a refused configuration should not wait for
 
-        gc.freeze()  # what is imported stays: neither now nor between steps need it be looked through for garbage
+        gc.freeze()  # imported modules stay, so the garbage collector need not search them between steps
         gc.enable()
-        atexit.register(gc.unfreeze)  # or libraries that count what they made call it leaked
+        atexit.register(gc.unfreeze)  # libraries that count their objects would report the frozen ones as leaked
         result = chain.run(config) if config.stages else train(config)
     except USER_ERRORS as error:
-        _exit_with(error)
+        _exit_with(error, BAD_INPUT)
+    except TrainingDiverged as error:
+        _exit_with(error, DIVERGED)
     if result.interrupted:
         sys.exit(REQUEUE)
     if environment_world()[0] == 0:
@@ -61,26 +68,18 @@ def _run(composed: DictConfig) -> None:
 
 
 def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) -> str:
-    """What the run wrote, where, and what to try next."""
+    """What the run wrote, where it is, and which commands come next. `overrides`: those of this command."""
     if config.stages:
-        runs = chain.links(config)
-        place = next(i for i, run in enumerate(runs) if Path(run.run.root) / run.run.name == result.directory)
-        if result.step < runs[place].run.steps:
-            return (
-                f"\nStage {place + 1} of {len(runs)} is at step {result.step} of {runs[place].run.steps} in "
-                f"{result.directory}; start again to go on.\n"
-            )
-        return f"\nAll {len(runs)} stages are done; the last is in {result.directory}.\n"
+        return _closing_words_of_chain(config, result)
     directory, k = result.directory, config.model.chunk_size
     remote = config.checkpoint.dir
     checkpoints = f"{directory}/checkpoints" if remote is None else f"{remote}/{config.run.name}"
     other_k = 2 * k if config.seq_len % (2 * k) == 0 else 1
     held_out = "" if result.validation_loss is None else f", held-out loss {result.validation_loss:.3f}"
-    done = f"{result.tokens:,} tokens{held_out}; this call took {result.seconds:.0f} s, data preparation included"
     tracked = {
         "online": "",
         "off": "",
-        "offline": f"\n  {directory}/wandb/          the W&B run; `wandb sync` uploads it",
+        "offline": f"\n  {directory}/wandb/          the W&B run; upload it with `wandb sync`",
     }[config.logging.wandb]
 
     def command(**changes: object) -> str:
@@ -90,26 +89,39 @@ def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) 
 
     other = command(**{"run.name": f"{config.run.name}-k{other_k}", "model.chunk_size": other_k})
     going_on = ""
-    if config.stage.own_share(result.step, config.run.steps) > 0:  # not annealed to the end
+    # Once its summary projections are annealed away, a run cannot be made longer.
+    if config.stage.summary_projection_weight(result.step, config.run.steps) > 0:
         named = {} if config.run.name == RunConfig.name else {"run.name": config.run.name}
-        going_on = f"  go on from the checkpoint    {command(**{'run.steps': 2 * config.run.steps}, **named)}\n"
+        going_on = f"  train for more steps     {command(**{'run.steps': 2 * config.run.steps}, **named)}\n"
     return f"""
-Step {result.step} of {config.run.steps}: {done}.
+Step {result.step} of {config.run.steps}: {result.tokens:,} tokens{held_out}. This call took {result.seconds:.0f} s, \
+including data preparation.
 
-  {directory}/metrics.jsonl   one line per log step
+  {directory}/metrics.jsonl   the numbers of each log step, one JSON object per line
   {directory}/loss.png        the loss curve
-  {directory}/config.yaml     everything this run was told
-  {checkpoints}/    the newest {config.checkpoint.keep_last}{tracked}
+  {directory}/config.yaml     the full configuration of the run
+  {checkpoints}/    the newest checkpoints, up to {config.checkpoint.keep_last}{tracked}
 
 Next:
-{going_on}  another compression ratio    {other}
-  sample text                  python -m train.generate {shlex.quote(str(directory))} prompt='def main('
+{going_on}  try another chunk size   {other}
+  generate text            python -m train.generate {shlex.quote(str(directory))} prompt='def main('
 """
+
+
+def _closing_words_of_chain(config: TrainConfig, result: RunResult) -> str:
+    runs = chain.links(config)
+    index = next(i for i, run in enumerate(runs) if run.run.directory == result.directory)
+    if result.step < runs[index].run.steps:
+        return (
+            f"\nStage {index + 1} of {len(runs)} is at step {result.step} of {runs[index].run.steps} in "
+            f"{result.directory}. Run the same command again to continue.\n"
+        )
+    return f"\nAll {len(runs)} stages are done. The last one is in {result.directory}.\n"
 
 
 def check_keys(overrides: list[str]) -> None:
     """Refuse a key that does not exist, naming the nearest one; Hydra's own message does not."""
-    known = set(all_keys())
+    known = set(all_keys(TrainConfig))
     groups = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
@@ -118,33 +130,36 @@ def check_keys(overrides: list[str]) -> None:
 
 
 def _point_name() -> str:
-    """`model.chunk_size=4` and the like: what this point of a multirun has that the others have not."""
+    """What sets this point of a multirun apart from the others, such as `model.chunk_size=4`."""
     typed = OverridesParser.create().parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
     swept = {override.key_or_group for override in typed if override.is_sweep_override()}
     here = [text for text in HydraConfig.get().overrides.task if text.lstrip("+").split("=")[0] in swept]
     return re.sub(r"[^\w.=,+-]+", "_", ",".join(here)) or str(HydraConfig.get().job.num)
 
 
-def _exit_with(error: Exception) -> None:
+def _exit_with(error: Exception, code: int) -> NoReturn:
+    """Print `error` as one line and exit."""
     if environment_world()[2] == 0:  # once per host
         lines = str(error).split("Config search path")[0].split("\n")
         print("error: " + " ".join(line.strip() for line in lines if line.strip()), file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(code)
 
 
 def main() -> None:
+    """The command."""
     overrides = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
     try:
         check_keys(overrides)
     except USER_ERRORS as error:
-        _exit_with(error)
+        _exit_with(error, BAD_INPUT)
     except HydraException:
         pass  # not an override at all: Hydra explains it better
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise its errors here instead of printing them and leaving
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra raise its errors here instead of printing them
+    register_defaults()
     try:
         _run()
     except HydraException as error:
-        _exit_with(error)
+        _exit_with(error, BAD_INPUT)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A packed sample of the data pipeline -> what one micro-batch of the model takes."""
+"""Turns a packed sample of the data pipeline into a micro-batch of the model."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from dataclasses import dataclass
 import torch
 
 from data_pipeline import IGNORE_INDEX, PackedSample
-from ksa_model import layout
 from ksa_model.config import ModelConfig
-from ksa_model.layout import SequenceLayout, ShardedLayout
+from ksa_model.layout.sequence import SequenceLayout, ShardedLayout, build_layout
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed sequence: int64 [T] tokens and labels, where its documents stand, and what it counts for."""
+    """One micro-batch: int64 [T] tokens and labels, their sequence layout, and what it counts for."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
     layout: SequenceLayout
-    num_labels: int  # rows that carry loss
+    num_labels: int  # tokens that carry loss
     model_flops: int  # forward and backward, without recomputation
-    index: int
 
     def to(self, device: torch.device) -> Batch:
+        """Copy to `device`; on a GPU from pinned memory, so that the host does not wait."""
         if device.type == "cpu":
             return self
         tokens, labels = (x.pin_memory().to(device, non_blocking=True) for x in (self.tokens, self.labels))
@@ -33,13 +32,13 @@ class Batch:
 
 
 def batch_maker(config: ModelConfig, context_rank: int = 0, context_size: int = 1) -> Callable[[PackedSample], Batch]:
-    """What the loader's thread runs on every sample, so that layouts and their ranges are ready before the step.
+    """A function from a sample to its batch. The loader's thread runs it, so that layouts are ready before the step.
 
-    With several context ranks, the batch is this rank's two slices of the sample.
+    With several context ranks, the batch holds this rank's two slices of the sample.
     """
 
     def make(sample: PackedSample) -> Batch:
-        pack = layout.build(
+        pack = build_layout(
             sample.doc_starts, sample.doc_lengths, len(sample.tokens), config.chunk_size, config.summary_tokens
         )
         tokens, labels = sample.tokens, sample.labels
@@ -52,16 +51,15 @@ def batch_maker(config: ModelConfig, context_rank: int = 0, context_size: int = 
             pack,
             int((labels != IGNORE_INDEX).sum()),
             model_flops(config, pack),
-            sample.index,
         )
 
     return make
 
 
 def model_flops(config: ModelConfig, pack: SequenceLayout) -> int:
-    """FLOPs of forward and backward that the rows of `pack` ask for: no recomputation, no padding.
+    """FLOPs of forward and backward for the tokens of `pack`, without recomputation and padding.
 
-    Attention counts the keys the real documents make visible; the summary stream's dense work is included.
+    Attention counts the keys that are visible in the real documents. The dense layers count text and summary tokens.
     """
     num_summary = int((pack.chunk_lengths > 0).sum()) * config.summary_tokens
     forward = config.dense_flops(pack.num_tokens, num_summary if config.has_summaries else 0)

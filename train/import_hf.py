@@ -1,4 +1,4 @@
-"""Weights of Hugging Face checkpoints, for any layout.
+"""Make a run directory from a Hugging Face checkpoint, or print the model settings that fit it.
 
     python -m train.import_hf HF_DIR                        the model settings that fit it, as overrides
     python -m train.import_hf HF_DIR out=RUN [layer_pattern=KKKF chunk_size=8 ...] [summary_from=mean]
@@ -11,269 +11,58 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
-from datetime import datetime, timezone
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-import yaml
+from typing import Any
 
 from ksa_model.config import ModelConfig
-from ksa_model.hf import naming
-from ksa_model.hf.configs import Source, check_same_shape, read_config
-from ksa_model.model import Decoder
-from train import checkpoint, checkpoint_tensors, checkpoint_tools
-from train.checkpoint_files import Place
-from train.checkpoint_tensors import Pieces, boxes
-from train.config import (
-    USER_ERRORS,
-    ConfigError,
-    RunConfig,
-    TrainConfig,
-    from_mapping,
-    from_saved,
-    key_values,
-    to_mapping,
-)
-from train.hf_files import HfDirectory, HfError
-from train.parallel import World
-from train.signals import BAD_INPUT
-
-MEAN = "mean"
-HF_PREFIX = "hf:"
-_MEAN_ROWS = 8192  # rows of the embedding in memory at a time
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # in the order in which they are taken
+from ksa_model.hf.configs import read_config
+from train.config.conversion import from_mapping, from_text, from_words, key_values
+from train.config.errors import ConfigError
+from train.config.schema import USER_ERRORS
+from train.distributed.signals import BAD_INPUT
+from train.hf.files import HfDirectory
+from train.hf.import_weights import MEAN, import_run
 
 
-class Tensors(Protocol):
-    """Tensors under their Hugging Face names, any box of them as fp32."""
+@dataclass(frozen=True)
+class ImportOptions:
+    """The keys of the command besides those of the model."""
 
-    def names(self) -> list[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor: ...
-
-
-class RunTensors:
-    """The weights of one of our checkpoints, seen through Hugging Face names. Vocabulary padding is visible.
-
-    `own_share`: of the summaries' own projections, while they are annealed away (`ksa_model.model.Decoder.anneal`);
-    what is read is the mean that the model computes with.
-    """
-
-    def __init__(self, place: Place, own_share: float = 1.0):
-        self._place, self._own_share = place, own_share
-        held = checkpoint_tensors.shapes(place)
-        ours = [name.removeprefix("master/") for name in held if name.startswith("master/")]
-        self._ours = {naming.hf_name(name): f"master/{name}" for name in ours}
-        self._shapes = {theirs: held[name] for theirs, name in self._ours.items()}
-
-    def names(self) -> list[str]:
-        return sorted(self._ours)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-        own = self._stored(name, offset, size)
-        if self._own_share == 1 or "_proj_summary" not in name:
-            return own
-        base = self._stored(name.replace("_proj_summary", "_proj"), offset, size)
-        return self._own_share * own + (1 - self._own_share) * base
-
-    def _stored(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-        box = torch.empty(tuple(size))
-        pieces = Pieces(self._shapes[name], box.view(-1), shape=tuple(size), offset=tuple(offset))
-        checkpoint_tensors.read(self._place, {self._ours[name]: pieces})
-        return box
+    out: str = ""  # the run directory to write; nothing: print the model's settings
+    summary_from: str = MEAN
+    allow_pickle: bool = False
 
 
-class Weights:
-    """Every parameter of `model`, made of the tensors of a checkpoint; boxes of our full tensors on request.
-
-    Raises one of `USER_ERRORS` that names what does not fit: the shape, a missing tensor, one too many.
-    """
-
-    def __init__(self, tensors: Tensors, source: Source, model: ModelConfig, summary_row: int | None = None):
-        check_same_shape(source, model)
-        self.source, self._tensors = source, tensors
-        if summary_row is not None and not 0 <= summary_row < (model.vocab_size or 0):
-            raise ConfigError(f"summary token {summary_row} is not in the vocabulary of {model.vocab_size}")
-        self._origins = naming.origins(source, model, set(tensors.names()), summary_row)
-        self._means: dict[str, torch.Tensor] = {}
-        self.shapes = {name: shape for name, (shape, _) in model.parameter_shapes().items()}
-        for name, origin in self._origins.items():
-            self._check(origin, self.shapes[name])
-
-    def box(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-        """fp32 elements of our tensor `name` at `offset`."""
-        origin = self._origins[name]
-        if origin.mean_rows is not None or origin.repeated_row is not None:
-            row = self._row(origin)[offset[1] : offset[1] + size[1]]
-            return row.expand(tuple(size))
-        real = size[0] if origin.rows is None else max(0, min(size[0], origin.rows - offset[0]))
-        box = torch.zeros(tuple(size))
-        if real:
-            at, taken = (offset[0] + origin.first_row, *offset[1:]), (real, *size[1:])
-            parts = [weight * self._tensors.read(name, at, taken) for weight, name in origin.terms]
-            box[:real] = sum(parts[1:], start=parts[0])
-        return box
-
-    def whole(self, name: str) -> torch.Tensor:
-        return self.box(name, [0] * len(self.shapes[name]), self.shapes[name])
-
-    def _row(self, origin: naming.Origin) -> torch.Tensor:
-        ((_, name),) = origin.terms
-        columns = self._tensors.shape(name)[1]
-        if origin.repeated_row is not None:
-            return self._tensors.read(name, (origin.repeated_row, 0), (1, columns))[0]
-        assert origin.mean_rows is not None
-        if name not in self._means:
-            total = torch.zeros(columns, dtype=torch.float64)
-            for first in range(0, origin.mean_rows, _MEAN_ROWS):
-                rows = min(_MEAN_ROWS, origin.mean_rows - first)
-                total += self._tensors.read(name, (first, 0), (rows, columns)).sum(0, dtype=torch.float64)
-            self._means[name] = (total / origin.mean_rows).float()
-        return self._means[name]
-
-    def _check(self, origin: naming.Origin, shape: tuple[int, ...]) -> None:
-        single = origin.mean_rows is not None or origin.repeated_row is not None
-        for _, name in origin.terms:
-            there = self._tensors.shape(name)
-            rows = origin.mean_rows or (origin.repeated_row or 0) + 1 if single else origin.rows or shape[0]
-            enough = (
-                there[0] >= origin.first_row + rows if single or origin.rows or origin.first_row else there == shape
-            )
-            if not enough or there[1:] != shape[1:]:
-                wanted = (origin.first_row + rows, *shape[1:])
-                raise HfError(f"{name} is of shape {there}, this model needs {wanted}: config.json and tensors differ")
-
-
-def open_source(directory: str | Path, allow_pickle: bool = False) -> tuple[Tensors, Source]:
-    """The tensors of a Hugging Face directory and what they are."""
-    held = HfDirectory(directory, allow_pickle)
-    return held, read_config(held.config)
-
-
-def check(config: TrainConfig) -> None:
-    """Raise one of `USER_ERRORS` where `init_from=hf:...` cannot serve this run; reads no tensor."""
-    if config.init_from is not None and config.init_from.startswith(HF_PREFIX):
-        _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
-
-
-def initialise(engine: Any, world: World, config: TrainConfig, run: Place | None = None) -> str:
-    """Fill the fp32 weights that this rank owns from `init_from=hf:...`, or from a `run`'s verified checkpoint, on any
-    layout; moments stay zero. Collective. Returns a line for the log."""
-    assert config.init_from is not None
-    if run is None:
-        weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
-    else:
-        weights = _weights_of_run(run, config)
-    dims = {name: dim for name, (_, dim) in config.model.parameter_shapes().items()}
-    for owned in engine.owned_state():
-        shift, dim = [0] * len(owned.shape), dims[owned.name]
-        if dim is not None:
-            shift[dim] = owned.shape[dim] * world.tensor_rank
-        flat, taken = owned.state["master"], 0
-        for at, size in boxes(owned.shape, owned.start, owned.start + flat.numel()):
-            count = torch.Size(size).numel()
-            part = weights.box(owned.name, [a + s for a, s in zip(at, shift)], size)
-            flat[taken : taken + count].copy_(part.reshape(-1))
-            taken += count
-    engine.finish_loading(engine.optimizer_steps())
-    note = "".join(
-        f"; model.{name}={getattr(config.model, name)} here, {getattr(weights.source.config, name)} there"
-        for name in ("rope_base", "rope_scaling")
-        if getattr(config.model, name) != getattr(weights.source.config, name)
-    )
-    return f"weights from {config.init_from}, {weights.source.kind}{note}"
-
-
-def load_model(model: Decoder, weights: Weights, world: World) -> None:
-    """Fill a bare model, or this tensor rank's share of one."""
-    dims = {name: dim for name, (_, dim) in model.config.parameter_shapes().items()}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            offset, dim = [0] * parameter.ndim, dims[name]
-            if dim is not None:
-                offset[dim] = parameter.shape[dim] * world.tensor_rank
-            parameter.copy_(weights.box(name, offset, parameter.shape))
-
-
-def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle: bool = False) -> Weights:
-    tensors, source = open_source(directory, allow_pickle)
-    return Weights(tensors, source, model, _summary_row(summary_from, directory))
-
-
-def _weights_of_run(place: Place, config: TrainConfig) -> Weights:
-    state = checkpoint.read_state(place)
-    there = from_saved(state["config"])
-    source = Source("a run", there.model, there.seq_len)
-    tensors = RunTensors(place, state.get("own_share", 1.0))  # amid an annealing: what that run computes
-    return Weights(tensors, source, config.model, _summary_row(config.init_summary_from, str(place)))
-
-
-def _summary_row(summary_from: str, directory: str) -> int | None:
-    """`mean`, the id of a token, or how the checkpoint's tokenizer writes it -> a vocabulary row, or None for mean."""
-    if summary_from == MEAN:
-        return None
-    if summary_from.isdigit():
-        return int(summary_from)
-    path = Path(directory) / "tokenizer.json"
-    if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = held.get("model", {}).get("vocab", {})
-        ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-        ids |= {token["content"]: token["id"] for token in held.get("added_tokens", [])}
-        if summary_from in ids:
-            return ids[summary_from]
-    raise ConfigError(
-        f"init_summary_from={summary_from!r} is neither mean, nor a token id, nor a token of {path}; give one of them"
+def _run(arguments: list[str]) -> str:
+    if not arguments or "=" in arguments[0]:
+        raise ConfigError(
+            "usage: python -m train.import_hf HF_DIR [out=RUN] [layer_pattern=... and other model keys] "
+            "[summary_from=mean] [allow_pickle=false]"
+        )
+    directory, hints = arguments[0], typing.get_type_hints(ModelConfig)
+    words = key_values(arguments[1:], sorted({*hints, *(f.name for f in fields(ImportOptions))}), ConfigError)
+    options = from_words(ImportOptions, [f"{key}={text}" for key, text in words if key not in hints])
+    changes = {key: from_text(hints[key], text, f"model.{key}", ConfigError) for key, text in words if key in hints}
+    source = read_config(HfDirectory(directory, options.allow_pickle).config)
+    model = from_mapping(ModelConfig, asdict(source.config) | changes, "model.")
+    if not options.out:
+        return overrides(model)
+    checkpoint = import_run(directory, Path(options.out), model, options.summary_from, options.allow_pickle)
+    return (
+        f"wrote {checkpoint}; sample it: python -m train.generate {options.out}; train from it: init_from={options.out}"
     )
 
 
-# -- command line -----------------------------------------------------------------------------------------------------
-
-
-def import_run(hf_directory: str, out: Path, model: ModelConfig, summary_from: str, allow_pickle: bool) -> Place:
-    """Write a run directory at step 0 with the weights of `hf_directory`; one tensor is in memory at a time."""
-    weights = _weights(hf_directory, model, summary_from, allow_pickle)
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"out={out} is not empty: choose a directory that does not exist yet")
-    seq_len = max(model.chunk_size, weights.source.max_positions // model.chunk_size * model.chunk_size)
-    run = RunConfig(name=out.name, root=str(out.parent))
-    config = TrainConfig(model=model, seq_len=seq_len, run=run)
-    state = {
-        "format": checkpoint.FORMAT,
-        "step": 0,
-        "tokens": 0,
-        "loader": {},
-        "contains": ["master"],
-        "made_by": f"python -m train.import_hf, from {weights.source.kind}",
-        "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "config": to_mapping(config),
-    }
-    stored = {f"master/{name}": _stored(weights, name) for name in weights.shapes}
-    made = checkpoint_tools.write(Place(out / "checkpoints"), state, stored, 1)
-    (out / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
-    tokenizer = find_tokenizer(Path(hf_directory))
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, out / "tokenizer.model")
-    return made
-
-
-def _stored(weights: Weights, name: str) -> checkpoint_tools.StoredTensor:
-    return checkpoint_tools.StoredTensor(weights.shapes[name], torch.float32, lambda: weights.whole(name).contiguous())
-
-
-def find_tokenizer(directory: Path) -> Path | None:
-    """The tokenizer file of a Hugging Face directory that `data_pipeline.Tokenizer` reads."""
-    return next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        print(_run(sys.argv[1:] if arguments is None else arguments))
+    except (*USER_ERRORS, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
 
 
 def overrides(model: ModelConfig) -> str:
@@ -288,38 +77,6 @@ def _override(value: Any) -> str:
         chosen = [f for f in fields(value) if getattr(value, f.name) != f.default]
         return "{" + ",".join(f"{f.name}:{_override(getattr(value, f.name))}" for f in chosen) + "}"
     return json.dumps(list(value) if isinstance(value, tuple) else value, separators=(",", ":")).strip('"')
-
-
-def _run(arguments: list[str]) -> str:
-    if not arguments or "=" in arguments[0]:
-        raise ConfigError(
-            "usage: python -m train.import_hf HF_DIR [out=RUN] [layer_pattern=... and other model keys] "
-            "[summary_from=mean] [allow_pickle=false]"
-        )
-    directory, known = arguments[0], {f.name for f in fields(ModelConfig)}
-    options: dict[str, Any] = {"out": "", "summary_from": MEAN, "allow_pickle": "false"}
-    given = dict(key_values(arguments[1:], sorted(known | options.keys()), texts=options))
-    changes = {key: value for key, value in given.items() if key in known}
-    options = {key: given.get(key, default) for key, default in options.items()}
-    options["allow_pickle"] = options["allow_pickle"] == "true"
-    source = read_config(HfDirectory(directory, options["allow_pickle"]).config)
-    values = asdict(source.config) | changes
-    model = from_mapping(ModelConfig, values, "model.")
-    if not options["out"]:
-        return overrides(model)
-    made = import_run(directory, Path(options["out"]), model, options["summary_from"], options["allow_pickle"])
-    return (
-        f"wrote {made}; sample it: python -m train.generate {options['out']}; train from it: init_from={options['out']}"
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    try:
-        print(_run(sys.argv[1:] if arguments is None else arguments))
-    except (*USER_ERRORS, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Hugging Face interop: tensor names and configurations both ways, and the files an exported model brings along.
+"""Hugging Face interoperability: configurations and tensor names in both directions, and the code of exported models.
 
-`naming` and `configs` are pure: no files, no transformers. `modeling_ksa.py` and `tokenization_ksa.py` are copied into
-an export as they stand and import nothing of this project.
+`configs` and `naming` are pure: they read no files and do not import transformers. `modeling_ksa.py` and
+`tokenization_ksa.py` are copied into every export unchanged, so they import nothing from this project.
 """

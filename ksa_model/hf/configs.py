@@ -1,7 +1,7 @@
-"""config.json of Hugging Face checkpoints <-> `ModelConfig`. Pure: mappings in, mappings out.
+"""config.json of a Hugging Face checkpoint <-> `ModelConfig`. Pure: mappings in, mappings out.
 
-Three kinds are read: `Qwen3ForCausalLM`; what this project exports (`ksa`); and the published KSA checkpoints, whose
-keys say `use_summary_attention`, `summary_chunk_size`, `summary_sliding_chunk_num` and so on.
+Three kinds of checkpoint are read: `Qwen3ForCausalLM`; exports of this project (`ksa`); and published KSA checkpoints,
+with the keys `use_summary_attention`, `summary_chunk_size`, `summary_sliding_chunk_num` and others.
 """
 
 from __future__ import annotations
@@ -13,78 +13,79 @@ from dataclasses import dataclass
 from typing import Any
 
 from ksa_model.config import ModelConfig, ModelConfigError, RopeScaling
-from ksa_model.rope import attention_factor, rope_base
+from ksa_model.layers.rope import attention_factor, rope_base
 
 MODELING_FILE, TOKENIZER_FILE = "modeling_ksa.py", "tokenization_ksa.py"
-_MOST_LAYERS = 4096
-_OWN_KEYS = ("layer_pattern", "chunk_size", "summary_tokens", "window_tokens", "independent_qkv",
+_MAX_LAYERS = 4096
+_KSA_KEYS = ("layer_pattern", "chunk_size", "summary_tokens", "window_tokens", "independent_qkv",
              "full_layers_update_summaries", "qk_norm")  # fmt: skip
-# What must agree for the tensors of a checkpoint to be those of a model; the rest is the model's own choice.
+# What must agree for a model to take the tensors of a checkpoint. The model may choose everything else.
 _SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "qk_norm",
           "norm_eps")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Source:
-    """A Hugging Face checkpoint in our words.
+class CheckpointSpec:
+    """What a checkpoint to import contains.
 
-    `mix`: the share of the summaries' own projections (1: nothing but them). `summary_row`: the vocabulary row that
-    holds the summary embedding where that has no tensor of its own.
+    `summary_share`: how much of a summary's queries, keys and values comes from the summaries' own projections, the
+    rest from those of text (1: all). `summary_row`: the vocabulary row that is the summary embedding, if that has no
+    tensor of its own.
     """
 
     kind: str
     config: ModelConfig
     max_positions: int
-    mix: float = 1.0
+    summary_share: float = 1.0
     summary_row: int | None = None
 
 
-def read_config(config: Mapping[str, Any]) -> Source:
-    """config.json -> what it describes. Raises `ModelConfigError` for an architecture this project does not compute."""
+def read_config(config: Mapping[str, Any]) -> CheckpointSpec:
+    """Read a config.json. Raises `ModelConfigError` for an architecture that this project does not compute."""
     architecture = (config.get("architectures") or ["none"])[0]
     if config.get("model_type") == "ksa":
-        own = {key: config[key] for key in _OWN_KEYS if key in config}
+        ksa = {key: config[key] for key in _KSA_KEYS if key in config}
         window = config.get("window_chunks", 128)
-        own["window_chunks"] = tuple(window) if isinstance(window, list) else window
-        return Source("a KSA export", ModelConfig(**_shape(config), **own), _positions(config))
+        ksa["window_chunks"] = tuple(window) if isinstance(window, list) else window
+        return CheckpointSpec("a KSA export", ModelConfig(**_shape(config), **ksa), _positions(config))
     if config.get("use_summary_attention"):
         return _published(config)
     if architecture == "Qwen3ForCausalLM" or (architecture == "none" and config.get("model_type") == "qwen3"):
-        return Source("Qwen3ForCausalLM", ModelConfig(**_shape(config), layer_pattern="F"), _positions(config))
+        return CheckpointSpec("Qwen3ForCausalLM", ModelConfig(**_shape(config), layer_pattern="F"), _positions(config))
     raise ModelConfigError(
-        f"config.json says architectures={architecture}, model_type={config.get('model_type')}; known are "
+        f"config.json has architectures={architecture}, model_type={config.get('model_type')}; supported are "
         "Qwen3ForCausalLM, published KSA checkpoints (use_summary_attention) and exports of this project (ksa)"
     )
 
 
-def check_same_shape(source: Source, target: ModelConfig) -> None:
-    """Raise `ModelConfigError` unless `target` has the shape of `source`; patterns, chunks and windows may differ."""
+def check_same_shape(source: CheckpointSpec, target: ModelConfig) -> None:
+    """Raise `ModelConfigError` unless `target` has the shape of `source`. Patterns, chunks and windows may differ."""
     differ = {n: getattr(source.config, n) for n in _SHAPE if getattr(source.config, n) != getattr(target, n)}
     if differ:
         raise ModelConfigError(
-            "the checkpoint is of another shape: "
-            + ", ".join(f"{name} is {there} there and {getattr(target, name)} here" for name, there in differ.items())
-            + "; set " + " ".join(f"model.{name}={str(there).lower()}" for name, there in differ.items())
+            "the checkpoint has another shape: "
+            + ", ".join(f"{name} is {value}, not {getattr(target, name)}" for name, value in differ.items())
+            + "; set " + " ".join(f"model.{name}={str(value).lower()}" for name, value in differ.items())
         )  # fmt: skip
     if target.tie_embeddings and not source.config.tie_embeddings:
         raise ModelConfigError(
-            "the checkpoint has a head of its own and model.tie_embeddings=true has no place for it; set "
+            "the checkpoint has an output head of its own, and model.tie_embeddings=true has none; set "
             "model.tie_embeddings=false"
         )
     summaries = source.config.has_summaries and target.has_summaries
     if summaries and source.config.summary_tokens != target.summary_tokens:
         raise ModelConfigError(
-            f"the checkpoint has {source.config.summary_tokens} summaries a chunk, the model "
-            f"model.summary_tokens={target.summary_tokens}"
+            f"the checkpoint has {source.config.summary_tokens} summaries per chunk, and the model has "
+            f"model.summary_tokens={target.summary_tokens}; set model.summary_tokens={source.config.summary_tokens}"
         )
 
 
 def exported_config(config: ModelConfig, max_positions: int, eos_token: int | None, dtype: str) -> dict[str, Any]:
-    """config.json of an export: plain `Qwen3ForCausalLM` where every layer is full attention, else with our code."""
+    """config.json of an export: `Qwen3ForCausalLM` if every layer is full attention, otherwise `ksa`."""
     check_exportable(config)
     assert config.vocab_size is not None
     rope = _rope_parameters(config)
-    if rope["rope_type"] == "yarn":  # some releases take the factor from the two lengths, whatever it says
+    if rope["rope_type"] == "yarn":  # some releases of transformers compute the factor from the two lengths
         max_positions = round(rope["factor"] * rope["original_max_position_embeddings"])
     shared = {
         "vocab_size": config.vocab_size,
@@ -103,14 +104,14 @@ def exported_config(config: ModelConfig, max_positions: int, eos_token: int | No
         "bos_token_id": None,
         "eos_token_id": eos_token,
         "dtype": dtype,
-        "torch_dtype": dtype,  # what releases before 4.56 read
+        "torch_dtype": dtype,  # for releases before 4.56
     }
     if is_plain(config):
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
             **shared,
-            **({} if rope["rope_type"] == "default" else {"rope_scaling": rope}),  # what releases before 5 read
+            **({} if rope["rope_type"] == "default" else {"rope_scaling": rope}),  # for releases before 5
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
@@ -122,46 +123,48 @@ def exported_config(config: ModelConfig, max_positions: int, eos_token: int | No
         "model_type": "ksa",
         "auto_map": {"AutoConfig": "modeling_ksa.KsaConfig", "AutoModelForCausalLM": "modeling_ksa.KsaForCausalLM"},
         **shared,
-        **{key: getattr(config, key) for key in _OWN_KEYS},
+        **{key: getattr(config, key) for key in _KSA_KEYS},
         "window_chunks": list(window) if isinstance(window, tuple) else window,
     }
 
 
 def check_exportable(config: ModelConfig) -> None:
-    """Raise `ModelConfigError` for a model that neither transformers nor the code we ship computes."""
+    """Raise `ModelConfigError` for a model that neither transformers nor `modeling_ksa.py` computes."""
     if config.has_mixer("G"):
         raise ModelConfigError(
-            f"model.layer_pattern={config.layer_pattern!r} has gated delta net layers (G), a baseline that the "
-            "exported model code does not compute; use format=safetensors for its weights under this project's names"
+            f"model.layer_pattern={config.layer_pattern!r} has gated delta net layers (G), which the "
+            "exported model code does not compute; use format=safetensors to export weights with this project's names"
         )
 
 
 def is_plain(config: ModelConfig) -> bool:
-    """Whether stock transformers computes this model."""
+    """Whether transformers computes this model without `modeling_ksa.py`."""
     return set(config.layer_pattern) == {"F"} and config.qk_norm
 
 
 def parse_pattern(value: Any, key: str, num_layers: int) -> list[int]:
-    """One integer for each layer, from an integer, a list, or an expression such as `([128]*3+[16768])*9`.
+    """One integer per layer, from an integer, a list, or an expression such as `([128]*3+[16768])*9`.
 
-    The expression is parsed, never evaluated: lists of integers, `+` of lists and `*` of a list and an integer.
+    The expression is parsed, never evaluated. It may contain lists of integers, `+` between lists, and `*` between a
+    list and an integer. Raises `ModelConfigError` that names `key`.
     """
     if isinstance(value, str):
         try:
             value = _walk(ast.parse(value.strip(), mode="eval").body)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ModelConfigError(
-                f"{key}={value!r} is not a pattern: lists of integers, + and * only ({error})"
+                f"{key}={value!r} is not a pattern of lists of integers, + and * ({error})"
             ) from None
     layers = [value] * num_layers if isinstance(value, int) else value
     if not isinstance(layers, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in layers):
-        raise ModelConfigError(f"{key}={value!r} must be an integer, a list of integers or a pattern of them")
+        raise ModelConfigError(f"{key}={value!r} must be an integer, a list of integers or a pattern of lists")
     if len(layers) != num_layers:
-        raise ModelConfigError(f"{key} names {len(layers)} layers, num_hidden_layers={num_layers}")
+        raise ModelConfigError(f"{key} has {len(layers)} layers, and num_hidden_layers={num_layers}")
     return layers
 
 
 def _walk(node: ast.expr) -> Any:
+    """The value of a pattern's syntax tree; raises `ValueError` for anything else."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, (ast.List, ast.Tuple)):
@@ -172,16 +175,17 @@ def _walk(node: ast.expr) -> Any:
             result = left + right
         elif isinstance(node.op, ast.Mult) and isinstance(left, list) != isinstance(right, list):
             items, times = (left, right) if isinstance(left, list) else (right, left)
-            result = items * min(times, _MOST_LAYERS)
+            result = items * min(times, _MAX_LAYERS)
         else:
-            raise ValueError("an operator that patterns do not have")
-        if len(result) > _MOST_LAYERS:
-            raise ValueError(f"more than {_MOST_LAYERS} layers")
+            raise ValueError("an operator other than + and *, or wrong operands")
+        if len(result) > _MAX_LAYERS:
+            raise ValueError(f"more than {_MAX_LAYERS} layers")
         return result
-    raise ValueError(f"it holds a {type(node).__name__}")
+    raise ValueError(f"it contains a {type(node).__name__}")
 
 
-def _published(config: Mapping[str, Any]) -> Source:
+def _published(config: Mapping[str, Any]) -> CheckpointSpec:
+    """A published KSA checkpoint."""
     shape = _shape(config)
     required = {
         "summary_chunk_position_ids_type": ("inner_chunk", "origin"),
@@ -192,31 +196,31 @@ def _published(config: Mapping[str, Any]) -> Source:
     for key, (default, computed) in required.items():
         if config.get(key, default) != computed:
             raise ModelConfigError(
-                f"config.json says {key}={config.get(key, default)!r}; computed here is {computed!r}"
+                f"config.json has {key}={config.get(key, default)!r}, and this project supports only {computed!r}"
             )
     chunk, m = int(config["summary_chunk_size"]), int(config["summary_token_num"])
     pattern, windows, updates = _published_layers(config, shape["num_layers"], chunk)
     independent = config.get("summary_independent_qkv")
     if independent is None:
         independent = config.get("summary_independent_parameters", False)
-    mix = float(config.get("mix_coeff", 1.0))
+    share = float(config.get("mix_coeff", 1.0))
     row = config.get("summary_token_begin")
     if row is not None and row + m == shape["vocab_size"]:
-        shape["vocab_size"] = row  # the summaries' rows end the vocabulary; they are no tokens here
+        shape["vocab_size"] = row  # the last rows of the vocabulary are the summaries, which are not tokens here
     model = ModelConfig(
         **shape,
         layer_pattern=pattern,
         window_chunks=windows,
         chunk_size=chunk,
         summary_tokens=m,
-        independent_qkv=bool(independent) and mix > 0,
+        independent_qkv=bool(independent) and share > 0,
         full_layers_update_summaries=updates,
     )
-    return Source("a published KSA checkpoint", model, _positions(config), mix, row)
+    return CheckpointSpec("a published KSA checkpoint", model, _positions(config), share, row)
 
 
 def _published_layers(config: Mapping[str, Any], n: int, chunk: int) -> tuple[str, int | tuple[int, ...], bool]:
-    """(pattern, windows, whether full layers update summaries). A window as wide as the positions is a full layer."""
+    """(pattern, windows, whether full layers update summaries). A layer whose window covers all positions is `F`."""
     windows = parse_pattern(config.get("summary_sliding_chunk_num", 0), "summary_sliding_chunk_num", n)
     frequency = config.get("summary_layer_freq", 0)
     if isinstance(frequency, int):
@@ -230,7 +234,7 @@ def _published_layers(config: Mapping[str, Any], n: int, chunk: int) -> tuple[st
     if len(full) > 1:
         raise ModelConfigError(
             "config.json has full-attention layers that update summaries (a window as wide as the context) and others "
-            "that pass them by (summary_layer_freq); one model has either"
+            "that do not (summary_layer_freq); this project supports one kind per model"
         )
     pairs = [(letter, window if letter == "K" else 0) for letter, window in zip(letters, windows)]
     period = next(p for p in range(1, n + 1) if n % p == 0 and pairs == pairs[:p] * (n // p))
@@ -241,10 +245,12 @@ def _published_layers(config: Mapping[str, Any], n: int, chunk: int) -> tuple[st
 
 
 def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that all kinds share; refuses what no kind of layer here computes."""
+    """`ModelConfig` arguments from the keys that all kinds share; `ModelConfigError` for values with no counterpart."""
     for key, computed in (("attention_bias", False), ("hidden_act", "silu"), ("use_sliding_window", False)):
         if config.get(key, computed) != computed:
-            raise ModelConfigError(f"config.json says {key}={config[key]!r}; computed here is {computed!r}")
+            raise ModelConfigError(
+                f"config.json has {key}={config[key]!r}, and this project supports only {computed!r}"
+            )
     base, scaling = _rope(config)
     try:
         heads = int(config["num_attention_heads"])
@@ -266,7 +272,7 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ModelConfigError(f"config.json lacks {error.args[0]}") from None
 
 
-# Our names of what transformers' `rope_parameters` say, by kind. `ntk` is a larger `rope_theta` there.
+# Kind -> key of transformers' `rope_parameters` -> field of `RopeScaling`. `ntk` is exported as a larger `rope_theta`.
 _ROPE_KEYS = {
     "linear": {"factor": "factor"},
     "yarn": {"factor": "factor", "original_max_position_embeddings": "original_max_positions",
@@ -278,18 +284,18 @@ _ROPE_SHARED = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
-    """How positions turn, in the words of transformers."""
+    """The `rope_parameters` of transformers."""
     scaling, theta = config.rope_scaling, rope_base(config)
     if scaling is None or scaling.kind == "ntk":
         return {"rope_type": "default", "rope_theta": theta}
-    values = {theirs: getattr(scaling, ours) for theirs, ours in _ROPE_KEYS[scaling.kind].items()}
+    values = {key: getattr(scaling, field) for key, field in _ROPE_KEYS[scaling.kind].items()}
     if scaling.kind == "yarn":
         values["attention_factor"] = attention_factor(scaling)
     return {"rope_type": scaling.kind, "rope_theta": theta, **values}
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling of config.json; of `rope_scaling` and `rope_parameters` the first that is there."""
+    """RoPE base and scaling, from `rope_scaling` or, if that is missing, from `rope_parameters`."""
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     base = float(
         given.get("rope_theta")
@@ -300,16 +306,16 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
     if kind not in ("default", *_ROPE_KEYS) or partial != 1.0 or any(isinstance(v, Mapping) for v in given.values()):
         raise ModelConfigError(
-            f"config.json scales its positions ({given}); computed here are rope_type default, "
-            f"{', '.join(_ROPE_KEYS)}, over the whole head and alike in every layer"
+            f"config.json scales its positions with {given}; supported are rope_type default, {', '.join(_ROPE_KEYS)}, "
+            "for all features of a head and the same in every layer"
         )
     names = _ROPE_KEYS.get(kind, {})
-    values = {ours: given.pop(theirs) for theirs, ours in names.items() if given.get(theirs) is not None}
+    values = {field: given.pop(key) for key, field in names.items() if given.get(key) is not None}
     if "original_max_position_embeddings" in names:
         values.setdefault("original_max_positions", config.get("original_max_position_embeddings", _positions(config)))
     if kind == "yarn":
         values.setdefault("factor", _positions(config) / values["original_max_positions"])
-        if given.get("truncate") is True:  # what is computed here
+        if given.get("truncate") is True:  # the only rule that is computed here
             del given["truncate"]
         scales = [given.pop(key, None) for key in ("mscale", "mscale_all_dim")]
         if all(scales) and "attention_factor" not in values:
@@ -317,11 +323,11 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             values["attention_factor"] = (scales[0] * log + 1) / (scales[1] * log + 1)
     left = {key: value for key, value in given.items() if key not in (*_ROPE_SHARED, *names) and value is not None}
     if left:
-        raise ModelConfigError(f"config.json says {left} of rope_type={kind!r}; that is not computed here")
+        raise ModelConfigError(f"config.json has {left} for rope_type={kind!r}, which is not supported")
     if kind == "default":
         return base, None
     if "factor" not in values:
-        raise ModelConfigError(f"config.json says rope_type={kind!r} and lacks its factor")
+        raise ModelConfigError(f"config.json has rope_type={kind!r} without a factor")
     return base, RopeScaling(kind, **values)
 
 

@@ -1,16 +1,19 @@
-"""Kwai Summary Attention for transformers: configuration, model and compressed decoding cache, in one file.
+"""Kwai Summary Attention (KSA, arXiv 2604.24432) for transformers: configuration, model and decoding cache.
 
-Exported models carry this file and load it with `trust_remote_code=True`; it needs torch and transformers alone.
+An exported model contains this file and loads it with `trust_remote_code=True`. It needs only torch and transformers.
 
-Legend: B requests, T text rows (a multiple of k), k tokens a chunk, C = T/k chunks, m summaries a chunk, W window
-chunks, H query heads, G key/value heads, d head dimension.
+Legend: B requests, T text rows (a multiple of k), k tokens per chunk, C = T/k chunks, m summaries per chunk, W window
+chunks, H query heads, G key/value heads, d head dimension, h hidden size.
 
-After every k text tokens stand m summary tokens (arXiv 2604.24432). A summary sees its own chunk alone. In a `K` layer
-a text token sees its own chunk and the W chunks before it as text, and every older chunk as its summaries, under one
-softmax; `F` sees all earlier text, `S` the last `window_tokens` tokens, `C` the near chunks without any summaries.
-Summaries are no part of the input: ids, logits and positions are those of the text.
+KSA splits text into chunks of k tokens and adds m learned summary tokens to each. A summary attends to its own chunk
+only. A text token attends, under one softmax, to
+- its own chunk and the W chunks before it token by token, and to older chunks through their summaries (layers `K`),
+- all earlier text (`F`),
+- the last `window_tokens` tokens (`S`),
+- its own chunk and the W chunks before it, and nothing older (`C`).
 
-Requests of a batch may be padded left or right, as `attention_mask` says; chunks are counted from the first real token.
+Summaries are internal: input ids, logits and positions are those of the text. The requests of a batch may be padded on
+either side, as `attention_mask` says; chunks are counted from the first real token.
 """
 
 from __future__ import annotations
@@ -23,82 +26,58 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# Releases of transformers differ in what they call it.
+# The name of the cache in the model's output, which differs between releases of transformers.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-ROWS_PER_BLOCK = 512  # query rows whose scores exist at a time
+ROWS_PER_BLOCK = 512  # query rows per attention call, which bounds the memory of the scores
 
 
 class KsaConfig(PretrainedConfig):
-    """Shape of the decoder. `layer_pattern` has one letter a layer and is repeated; `window_chunks` is one number, or
-    one for each letter."""
+    """Shape of the decoder.
+
+    `layer_pattern` has one letter per layer (see above) and is repeated to `num_hidden_layers`. `window_chunks` (W) is
+    one number, or a list with one for each letter.
+    """
 
     model_type = "ksa"
 
     def __init__(
-        self,
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        head_dim=128,
-        rms_norm_eps=1e-6,
-        rope_theta=10000.0,
-        rope_parameters=None,
-        max_position_embeddings=131072,
-        layer_pattern="KKKF",
-        chunk_size=8,
-        summary_tokens=1,
-        window_chunks=128,
-        window_tokens=1024,
-        independent_qkv=True,
-        full_layers_update_summaries=True,
-        qk_norm=True,
-        initializer_range=0.02,
-        use_cache=True,
-        tie_word_embeddings=False,
-        **kwargs,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.rope_parameters = rope_parameters
-        self.max_position_embeddings = max_position_embeddings
-        self.layer_pattern = layer_pattern
-        self.chunk_size = chunk_size
-        self.summary_tokens = summary_tokens
-        self.window_chunks = window_chunks
-        self.window_tokens = window_tokens
-        self.independent_qkv = independent_qkv
+        self, vocab_size=32000, hidden_size=2048, intermediate_size=6144, num_hidden_layers=24, num_attention_heads=16,
+        num_key_value_heads=16, head_dim=128, rms_norm_eps=1e-6, rope_theta=10000.0, rope_parameters=None,
+        max_position_embeddings=131072, layer_pattern="KKKF", chunk_size=8, summary_tokens=1, window_chunks=128,
+        window_tokens=1024, independent_qkv=True, full_layers_update_summaries=True, qk_norm=True,
+        initializer_range=0.02, use_cache=True, tie_word_embeddings=False, **kwargs,
+    ):  # fmt: skip
+        self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.num_hidden_layers, self.head_dim = num_hidden_layers, head_dim
+        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
+        self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
+        self.rope_theta, self.rope_parameters = rope_theta, rope_parameters
+        self.layer_pattern, self.chunk_size, self.summary_tokens = layer_pattern, chunk_size, summary_tokens
+        self.window_chunks, self.window_tokens = window_chunks, window_tokens
+        self.independent_qkv, self.qk_norm = independent_qkv, qk_norm
         self.full_layers_update_summaries = full_layers_update_summaries
-        self.qk_norm = qk_norm
-        self.initializer_range = initializer_range
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
     def letters(self):
+        """The letter of every layer."""
         return self.layer_pattern * (self.num_hidden_layers // len(self.layer_pattern))
 
     @property
     def windows(self):
-        """Window chunks of every layer."""
-        one = self.window_chunks
-        per_letter = [one] * len(self.layer_pattern) if isinstance(one, int) else list(one)
+        """The window of every layer, in chunks."""
+        window = self.window_chunks
+        per_letter = [window] * len(self.layer_pattern) if isinstance(window, int) else list(window)
         return per_letter * (self.num_hidden_layers // len(self.layer_pattern))
 
 
 class KsaCache:
-    """What B requests have said so far: for each layer text rows (a ring, or all of them) and closed chunks' summaries.
+    """Keys and values of B requests: for each layer its text rows and the summaries of its complete chunks.
 
-    `lengths` [B] counts real tokens, `columns` the input columns seen, padding included.
+    Layers with a window keep their text rows in a ring buffer, `F` layers keep all of them. `lengths` [B] counts real
+    tokens; `columns` counts input columns, including padding.
     """
 
     is_compileable = False
@@ -113,7 +92,7 @@ class KsaCache:
         return self.columns
 
     def reorder_cache(self, beam_idx):
-        """Keep request `beam_idx[i]` as request i."""
+        """Make request `beam_idx[i]` the new request i."""
         self.lengths = self.lengths[beam_idx]
         for store in (self.text, self.summaries):
             for layer in store:
@@ -125,12 +104,12 @@ class KsaCache:
         self.reorder_cache(torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(repeats))
 
     def bytes(self):
-        """Bytes of keys and values."""
+        """Bytes of all keys and values."""
         return sum(t.numel() * t.element_size() for store in (self.text, self.summaries) for t in store.values())
 
 
 def _frequencies(config, device):
-    """Radians that pairs of features turn by from a position to the next, fp64 [d/2]; the factor of cos and sin."""
+    """RoPE: radians per position of each feature pair, fp64 [d/2], and the scale of cos and sin."""
     d, rope = config.head_dim, config.rope_parameters or {}
     kind, base, factor = rope.get("rope_type", "default"), rope.get("rope_theta", config.rope_theta), rope.get("factor")
     plain = base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d)
@@ -153,31 +132,34 @@ def _frequencies(config, device):
 
 
 def _rotary(positions, config):
-    """cos and sin [..., 1, d/2] of angles in float64: at position 10^6 a float32 product is off by 0.06 radians."""
+    """cos and sin, fp32 [..., 1, d/2]. Angles are in fp64: at position 10^6 an fp32 angle is off by 0.06 radians."""
     inverse, factor = _frequencies(config, positions.device)
     angles = positions[..., None, None] * inverse
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
 def _rotate(x, table):
+    """Apply RoPE to x [..., heads, d] with a table of `_rotary`."""
     cos, sin = table
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
 
 
-def _put(buffer, slots, k, v):
-    """Write rows k, v [B, G, n, d] at `slots` [B, n] of buffer [2, B, G, rows, d], which grows as needed."""
-    need = int(slots.max()) + 1
-    if need > buffer.shape[3]:
-        room = buffer.new_zeros(*buffer.shape[:3], max(need - buffer.shape[3], buffer.shape[3] // 8), buffer.shape[4])
+def _write(buffer, slots, k, v):
+    """Write k, v [B, G, n, d] to `slots` [B, n] of buffer [2, B, G, rows, d], which grows if needed; return it."""
+    missing = int(slots.max()) + 1 - buffer.shape[3]
+    if missing > 0:
+        room = buffer.new_zeros(*buffer.shape[:3], max(missing, buffer.shape[3] // 8), buffer.shape[4])
         buffer = torch.cat([buffer, room], dim=3)
-    at = slots[:, None, :, None].expand_as(k)
-    buffer[0].scatter_(2, at, k.to(buffer.dtype))
-    buffer[1].scatter_(2, at, v.to(buffer.dtype))
+    index = slots[:, None, :, None].expand_as(k)
+    buffer[0].scatter_(2, index, k.to(buffer.dtype))
+    buffer[1].scatter_(2, index, v.to(buffer.dtype))
     return buffer
 
 
 class KsaRMSNorm(nn.Module):
+    """RMSNorm in fp32."""
+
     def __init__(self, size, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -188,6 +170,8 @@ class KsaRMSNorm(nn.Module):
 
 
 class KsaMLP(nn.Module):
+    """SwiGLU."""
+
     def __init__(self, config):
         super().__init__()
         h, f = config.hidden_size, config.intermediate_size
@@ -199,20 +183,19 @@ class KsaMLP(nn.Module):
 
 
 class KsaAttention(nn.Module):
-    """Attention of one layer over both streams, over a whole prompt or over one new token a request."""
+    """Attention of one layer for text and summaries: `prompt` takes whole prompts, `step` one new token each."""
 
     def __init__(self, config, index):
         super().__init__()
         self.config, self.index = config, index
         self.mixer, self.window = config.letters[index], config.windows[index]
         last = config.letters.rfind("K")
-        self.carries = index <= last  # summaries enter this layer
-        self.updates = index < last and (
-            self.mixer == "K" or (self.mixer == "F" and config.full_layers_update_summaries)
-        )
-        self.projects = self.mixer == "K" or self.updates
+        self.carries = index <= last  # summaries enter this layer: a `K` layer from here on reads them
+        updating = self.mixer == "K" or (self.mixer == "F" and config.full_layers_update_summaries)
+        self.updates = index < last and updating  # this layer attends for summaries and applies its MLP to them
+        self.projects = self.mixer == "K" or self.updates  # it computes their keys and values
         ring = (self.window + 1) * config.chunk_size
-        self.ring = {"F": None, "S": config.window_tokens, "K": ring, "C": ring}[self.mixer]
+        self.ring = {"F": None, "S": config.window_tokens, "K": ring, "C": ring}[self.mixer]  # cached text rows
         h, d = config.hidden_size, config.head_dim
         q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
         self.q_proj, self.k_proj = nn.Linear(h, q, bias=False), nn.Linear(h, kv, bias=False)
@@ -226,15 +209,15 @@ class KsaAttention(nn.Module):
             self.q_norm, self.k_norm = KsaRMSNorm(d, config.rms_norm_eps), KsaRMSNorm(d, config.rms_norm_eps)
 
     def heads(self, x, name, table=None):
-        """x [B, n, h] through projection `q_proj` and the like -> [B, heads, n, d], normed and rotated."""
-        base = name.removesuffix("_summary")
+        """Projection `name` of x [B, n, h] -> [B, heads, n, d], normed and rotated if there is a RoPE `table`."""
+        base = name.removesuffix("_summary")  # used where summaries have no projection of their own
         x = getattr(self, name if hasattr(self, name) else base)(x).unflatten(-1, (-1, self.config.head_dim))
         if table is not None:
             x = _rotate(getattr(self, f"{base[0]}_norm")(x) if self.config.qk_norm else x, table)
         return x.transpose(1, 2)
 
     def project(self, x, s, tables):
-        """Both streams' heads: (q, k, v) of text, (k, v) of summaries or None, q of summaries or None."""
+        """x, s -> (q, k, v) of text; (k, v) of summaries or None; q of summaries or None."""
         text = self.heads(x, "q_proj", tables[0]), self.heads(x, "k_proj", tables[0]), self.heads(x, "v_proj")
         if s is None or not self.projects:
             return text, None, None
@@ -242,50 +225,50 @@ class KsaAttention(nn.Module):
         return text, pair, self.heads(s, "q_proj_summary", tables[1]) if self.updates else None
 
     def out(self, x):
+        """[B, H, n, d] -> [B, n, h]"""
         return self.o_proj(x.transpose(1, 2).flatten(2))
 
     # -- a whole prompt -----------------------------------------------------------------------------------------------
 
     def prompt(self, x, s, tables, cache, lengths):
-        """x [B, T, h], s [B, C*m, h] or None -> outputs of text and (where updated) of summaries."""
+        """x [B, T, h], s [B, C*m, h] or None -> outputs of text, and of summaries or None. Fills `cache` if given."""
         (q, k, v), pair, q_summary = self.project(x, s, tables)
         if cache is not None:
-            self._keep(cache, k, v, pair, lengths)
-        out = self.out(self._text(q, k, v, pair))
-        return out, None if q_summary is None else self.out(self._summaries(q_summary, k, v, pair))
+            self._fill(cache, k, v, pair, lengths)
+        out = self.out(self._text_attention(q, k, v, pair))
+        return out, None if q_summary is None else self.out(self._summary_attention(q_summary, k, v, pair))
 
-    def _text(self, q, k, v, pair):
+    def _text_attention(self, q, k, v, pair):
+        """[B, H, T, d] in blocks of query rows; padding rows give values that no one reads."""
         if self.mixer == "F":
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        size, m, rows = self.config.chunk_size, self.config.summary_tokens, q.shape[2]
-        block, outs = -(-ROWS_PER_BLOCK // size) * size, []
-        for a in range(0, rows, block):
-            b = min(a + block, rows)
-            query = torch.arange(a, b, device=q.device)[:, None]
+        size, m, outs = self.config.chunk_size, self.config.summary_tokens, []
+        block = -(-ROWS_PER_BLOCK // size) * size
+        for start in range(0, q.shape[2], block):
+            end = min(start + block, q.shape[2])
+            row = torch.arange(start, end, device=q.device)[:, None]
             back = self.config.window_tokens - 1 if self.mixer == "S" else self.window * size
-            first = max(0, a - back)
-            key = torch.arange(first, b, device=q.device)[None, :]
-            seen = key <= query
+            first = max(0, start - back)
+            key = torch.arange(first, end, device=q.device)[None, :]
+            visible = key <= row
             if self.mixer == "S":
-                seen &= query - key < self.config.window_tokens
+                visible &= row - key < self.config.window_tokens
             else:
-                seen &= key // size >= query // size - self.window
-            keys, values = [k[:, :, first:b]], [v[:, :, first:b]]
-            far = max(0, (b - 1) // size - self.window) * m if self.mixer == "K" else 0
+                visible &= key // size >= row // size - self.window
+            keys, values = [k[:, :, first:end]], [v[:, :, first:end]]
+            far = max(0, (end - 1) // size - self.window) * m if self.mixer == "K" else 0  # summaries to attend to
             if far:
                 chunk = torch.arange(far, device=q.device)[None, :] // m
-                seen = torch.cat([seen, chunk < query // size - self.window], dim=1)
+                visible = torch.cat([visible, chunk < row // size - self.window], dim=1)
                 keys.append(pair[0][:, :, :far])
                 values.append(pair[1][:, :, :far])
-            outs.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, a:b], torch.cat(keys, 2), torch.cat(values, 2), attn_mask=seen, enable_gqa=True
-                )
-            )
+            keys, values = torch.cat(keys, 2), torch.cat(values, 2)
+            query = q[:, :, start:end]
+            outs.append(F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True))
         return torch.cat(outs, dim=2)
 
-    def _summaries(self, q, k, v, pair):
-        """Every summary over its chunk's text and its summaries up to itself; text k, v [B, G, chunks*k, d]."""
+    def _summary_attention(self, q, k, v, pair):
+        """Each summary attends to the text of its chunk and to the chunk's summaries up to itself: [B, H, C*m, d]."""
         size, m = self.config.chunk_size, self.config.summary_tokens
 
         def chunks(x, rows):
@@ -294,70 +277,73 @@ class KsaAttention(nn.Module):
         keys = torch.cat([chunks(k, size), chunks(pair[0], m)], dim=3)
         values = torch.cat([chunks(v, size), chunks(pair[1], m)], dim=3)
         group = q.shape[1] // k.shape[1]
-        seen = torch.ones(m, size + m, dtype=torch.bool, device=q.device).tril(size)
+        visible = torch.ones(m, size + m, dtype=torch.bool, device=q.device).tril(size)
         out = F.scaled_dot_product_attention(
-            chunks(q, m), keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), attn_mask=seen
+            chunks(q, m), keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), attn_mask=visible
         )
         return out.flatten(2, 3)
 
-    def _keep(self, cache, k, v, pair, lengths):
-        """What later tokens can see: of a ring only the newest position of each slot."""
+    def _fill(self, cache, k, v, pair, lengths):
+        """Store what later tokens can attend to: in a ring, slot i has the newest position p with p % ring == i."""
         if self.ring is None:
             cache.text[self.index] = torch.stack([k, v])
         else:
             slot = torch.arange(self.ring, device=k.device)[None, :]
             last = lengths[:, None] - 1
-            held = (last - (last - slot) % self.ring).clamp(min=0)
-            at = held[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-            cache.text[self.index] = torch.stack([k.gather(2, at), v.gather(2, at)])
+            position = (last - (last - slot) % self.ring).clamp(min=0)
+            index = position[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+            cache.text[self.index] = torch.stack([k.gather(2, index), v.gather(2, index)])
         if self.mixer == "K":
             cache.summaries[self.index] = torch.stack(pair)
 
-    # -- one new token a request --------------------------------------------------------------------------------------
+    # -- one new token per request ------------------------------------------------------------------------------------
 
     def step(self, x, s, tables, cache, position):
-        """x [B, 1, h] at `position` [B]; s [B, m, h], the summaries of the chunk of the token before, or None.
+        """x [B, 1, h] at `position` [B] -> outputs of text, and of summaries or None.
 
-        Only where that chunk has just closed do they count; elsewhere they fill a place nobody looks at yet.
+        s [B, m, h] are the summaries of the chunk of the previous token, or None. They are valid for the requests where
+        that token completed its chunk. The others write them to slots that are overwritten before they are visible.
         """
         size, m = self.config.chunk_size, self.config.summary_tokens
         (q, k, v), pair, q_summary = self.project(x, s, tables)
         chunk, out_summary = (position - 1) // size, None
-        if q_summary is not None:  # before this token may take a slot of the chunk
+        if q_summary is not None:  # now, because this token may overwrite a row of the chunk
             slots = chunk[:, None] * size + torch.arange(size, device=x.device)
             slots = slots if self.ring is None else slots % self.ring
             text = cache.text[self.index]
-            at = slots.clamp(max=text.shape[3] - 1)[None, :, None, :, None]
-            k_own, v_own = text.gather(3, at.expand(2, -1, text.shape[2], -1, text.shape[4]))
-            out_summary = self.out(self._summaries(q_summary, k_own, v_own, pair))
+            index = slots.clamp(max=text.shape[3] - 1)[None, :, None, :, None]
+            k_own, v_own = text.gather(3, index.expand(2, -1, text.shape[2], -1, text.shape[4]))
+            out_summary = self.out(self._summary_attention(q_summary, k_own, v_own, pair))
         if self.mixer == "K" and pair is not None:
             slots = chunk[:, None] * m + torch.arange(m, device=x.device)
-            cache.summaries[self.index] = _put(cache.summaries[self.index], slots, *pair)
+            cache.summaries[self.index] = _write(cache.summaries[self.index], slots, *pair)
         slot = (position if self.ring is None else position % self.ring)[:, None]
-        text = cache.text[self.index] = _put(cache.text[self.index], slot, k, v)
-        seen = self._visible(position[:, None], text.shape[3])
+        text = cache.text[self.index] = _write(cache.text[self.index], slot, k, v)
+        visible = self._visible(position[:, None], text.shape[3])
         if self.mixer == "K":
             summaries = cache.summaries[self.index]
             index = torch.arange(summaries.shape[3], device=x.device)[None, :]
-            seen = torch.cat([seen, index // m < position[:, None] // size - self.window], dim=1)
+            visible = torch.cat([visible, index // m < position[:, None] // size - self.window], dim=1)
             text = torch.cat([text, summaries], dim=3)
-        # Query heads that share a key/value head are rows of one product, so that no key is ever copied.
+        # Query heads that share a key/value head become rows of one GEMM, so that no key is copied.
         grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-        out = F.scaled_dot_product_attention(grouped, text[0], text[1], attn_mask=seen[:, None, None])
+        out = F.scaled_dot_product_attention(grouped, text[0], text[1], attn_mask=visible[:, None, None])
         return self.out(out.flatten(1, 2)[:, :, None]), out_summary
 
     def _visible(self, position, rows):
+        """Which of the cached text `rows` the token at `position` [B, 1] attends to: bool [B, rows]."""
         slot = torch.arange(rows, device=position.device)[None, :]
         if self.ring is None:
             return slot <= position
-        held = position - (position - slot) % self.ring  # the position whose row stands in the slot now
+        held = position - (position - slot) % self.ring  # the position whose row is in the slot
         if self.mixer == "S":
             return held >= 0
-        size = self.config.chunk_size
-        return held >= (position // size - self.window).clamp(min=0) * size
+        return held >= (position // self.config.chunk_size - self.window).clamp(min=0) * self.config.chunk_size
 
 
 class KsaLayer(nn.Module):
+    """Pre-norm decoder layer; text and summaries share the norms, the output projection and the MLP."""
+
     def __init__(self, config, index):
         super().__init__()
         self.self_attn = KsaAttention(config, index)
@@ -366,7 +352,7 @@ class KsaLayer(nn.Module):
         self.post_attention_layernorm = KsaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, s, mix):
-        """Both streams through the layer; `mix` is the attention of normed text and summaries."""
+        """x: text, s: summaries or None; `mix` computes the attention of the normed rows of both."""
         s = s if self.self_attn.carries else None
         out, out_summary = mix(self.input_layernorm(x), None if s is None else self.input_layernorm(s))
         x = x + out
@@ -385,11 +371,11 @@ class KsaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
-        return False  # forward makes a KsaCache
+        return False  # the cache is a KsaCache
 
 
 class KsaModel(KsaPreTrainedModel):
-    """Embedding, layers and final norm."""
+    """The decoder without its head: embedding, layers and final norm."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -407,23 +393,25 @@ class KsaModel(KsaPreTrainedModel):
         self.embed_tokens = value
 
     def forward(self, input_ids, attention_mask=None, cache=None):
-        """Hidden states [B, columns, h] of the given columns; fills `cache` if there is one."""
+        """input_ids [B, columns] -> hidden states [B, columns, h]. Reads and fills `cache` if given."""
         if cache is None or cache.columns == 0:
             return self._prompt(input_ids, attention_mask, cache)
         outs = [self._step(column, cache) for column in input_ids.unbind(1)]
         return torch.cat(outs, dim=1)
 
     def _summary_rows(self, batch, chunks):
+        """Summary embeddings, [batch, chunks*m, h]."""
         return self.summary_embedding.weight.repeat(chunks, 1)[None].expand(batch, -1, -1)
 
     def _tables(self, text, chunk):
-        """Rotary tables of text positions [..., n] and of the summaries of `chunk` [..., c]."""
+        """RoPE tables of text at positions `text` [..., n], and of the summaries of `chunk` [..., c]."""
         c = self.config
         ends = [max((a + 1) * c.chunk_size // c.summary_tokens - 1, 0) for a in range(c.summary_tokens)]
         summary = (chunk[..., None] * c.chunk_size + torch.tensor(ends, device=text.device)).flatten(-2)
         return tuple(_rotary(positions, c) for positions in (text, summary))
 
     def _prompt(self, input_ids, attention_mask, cache):
+        """Whole prompts: shift each request to start at row 0, run the layers, shift the rows back."""
         (batch, columns), device, size = input_ids.shape, input_ids.device, self.config.chunk_size
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -437,27 +425,28 @@ class KsaModel(KsaPreTrainedModel):
             s = self._summary_rows(batch, rows // size)
         tables = self._tables(row[0], torch.arange(rows // size, device=device))
         for layer in self.layers:
-            attention = layer.self_attn
-            x, s = layer(x, s, lambda a, b, at=attention: at.prompt(a, b, tables, cache, lengths))
+            x, s = layer(x, s, lambda a, b, attend=layer.self_attn.prompt: attend(a, b, tables, cache, lengths))
         if cache is not None:
             cache.lengths, cache.columns = lengths, columns
         back = (torch.arange(columns, device=device)[None, :] - first[:, None]).clamp(0, rows - 1)
         return self.norm(x).gather(1, back[..., None].expand(-1, -1, x.shape[2]))
 
     def _step(self, tokens, cache):
+        """One new token per request, tokens [B] -> [B, 1, h]. Summaries run along once a chunk is complete."""
         position, size = cache.lengths, self.config.chunk_size
         x, s = self.embed_tokens(tokens[:, None]), None
         if "K" in self.config.letters and bool((position % size == 0).any()):
             s = self._summary_rows(len(tokens), 1)
         tables = self._tables(position[:, None], ((position - 1) // size)[:, None])
         for layer in self.layers:
-            attention = layer.self_attn
-            x, s = layer(x, s, lambda a, b, at=attention: at.step(a, b, tables, cache, position))
+            x, s = layer(x, s, lambda a, b, attend=layer.self_attn.step: attend(a, b, tables, cache, position))
         cache.lengths, cache.columns = position + 1, cache.columns + 1
         return self.norm(x)
 
 
 class KsaForCausalLM(KsaPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head."""
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config):
@@ -484,15 +473,15 @@ class KsaForCausalLM(KsaPreTrainedModel, GenerationMixin):
         return_dict=None,
         **kwargs,
     ):
-        """Logits [B, columns, vocab_size] (the last `logits_to_keep` where given), and the loss where there are labels.
+        """Logits [B, columns, vocab_size], or of the last `logits_to_keep` columns; the loss if `labels` are given.
 
-        With a cache (by either name) `input_ids` are the new columns only, any number of them.
+        `cache` and `past_key_values` are two names for the same `KsaCache`. With one, `input_ids` are new columns only.
         """
         if input_ids is None:
-            raise ValueError("input_ids must be given: summaries have no ids and no embeddings to pass in")
+            raise ValueError("input_ids is required; this model does not take inputs_embeds")
         cache = past_key_values if cache is None else cache
-        wanted = self.config.use_cache if use_cache is None else use_cache
-        if cache is None and wanted and not self.training:
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if cache is None and use_cache and not self.training:
             cache = KsaCache()
         hidden = self.model(input_ids, attention_mask, cache)
         logits, loss = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden), None
@@ -505,9 +494,7 @@ class KsaForCausalLM(KsaPreTrainedModel, GenerationMixin):
         self, input_ids, past_key_values=None, cache=None, attention_mask=None, use_cache=True, **kwargs
     ):
         cache = past_key_values if cache is None else cache
-        seen = 0 if cache is None else cache.get_seq_length()
-        inputs = {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "use_cache": use_cache}
-        inputs[CACHE] = cache
-        if "logits_to_keep" in kwargs:
-            inputs["logits_to_keep"] = kwargs["logits_to_keep"]
-        return inputs
+        cached = 0 if cache is None else cache.get_seq_length()
+        inputs = {"input_ids": input_ids[:, cached:], "attention_mask": attention_mask, "use_cache": use_cache}
+        passed_on = {name: value for name, value in kwargs.items() if name == "logits_to_keep"}
+        return {**inputs, CACHE: cache, **passed_on}

@@ -1,7 +1,7 @@
-"""Which Hugging Face tensor is which of ours, and what a tensor that a checkpoint has not got is made of.
+"""Parameter names of this project and of Hugging Face, and the origin of every parameter of an imported model.
 
-The names are Qwen3's; summaries use those of the published KSA checkpoints: `q_proj_summary`, `k_proj_summary`,
-`v_proj_summary` beside the base projections, and `summary_embedding.weight` [m, h].
+Hugging Face names are those of Qwen3. Summaries use the names of the published KSA checkpoints: `q_proj_summary`,
+`k_proj_summary` and `v_proj_summary` beside the base projections, and `summary_embedding.weight` [m, h].
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ksa_model.config import ModelConfig, ModelConfigError
-from ksa_model.hf.configs import Source
+from ksa_model.hf.configs import CheckpointSpec
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SUMMARY_EMBEDDING = ("model.summary_embedding.weight", "summary_embedding.weight")
@@ -26,7 +26,7 @@ _IN_BLOCK = {
     "attention.output": "self_attn.o_proj",
     "attention.query_norm": "self_attn.q_norm",
     "attention.key_norm": "self_attn.k_norm",
-    # Of gated delta nets (`G`), which no export has: names under which our own checkpoints are read.
+    # Gated delta nets (`G`) are never exported. These names are used when a run's own checkpoint is imported.
     "attention.gate": "self_attn.g_proj",
     "attention.beta": "self_attn.b_proj",
     "attention.decay": "self_attn.a_proj",
@@ -44,13 +44,14 @@ _IN_BLOCK = {
 
 @dataclass(frozen=True)
 class Origin:
-    """What one of our tensors is made of: a weighted sum of Hugging Face tensors of its shape.
+    """How one parameter is made: a weighted sum of checkpoint tensors, `terms`.
 
-    Rows are taken from `first_row` on. `rows` of them exist there; ours beyond are vocabulary padding, zero. Or every
-    row of ours is the row `repeated_row` there, or the mean of the first `mean_rows`.
+    Rows are taken from `first_row` on. If the tensor has only `rows` rows, the remaining rows of the parameter are
+    vocabulary padding, zero. Alternatively, every row of the parameter is a copy of row `repeated_row`, or the mean of
+    the first `mean_rows` rows.
     """
 
-    terms: tuple[tuple[float, str], ...]
+    terms: tuple[tuple[float, str], ...]  # (weight, tensor name)
     first_row: int = 0
     rows: int | None = None
     repeated_row: int | None = None
@@ -58,7 +59,7 @@ class Origin:
 
 
 def hf_name(name: str) -> str:
-    """Our parameter name -> the Hugging Face one."""
+    """Parameter name of this project -> Hugging Face name."""
     if name in _TOP:
         return _TOP[name]
     _, layer, inside = name.split(".", 2)
@@ -66,7 +67,7 @@ def hf_name(name: str) -> str:
 
 
 def exported_shapes(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our name -> (Hugging Face name, shape there) for an export: vocabulary padding is left out."""
+    """Parameter name -> (Hugging Face name, shape in the export), without vocabulary padding."""
     shapes = {}
     for name, (shape, _) in config.parameter_shapes().items():
         rows = config.vocab_size if name in ("embedding.weight", "head.weight") else shape[0]
@@ -75,58 +76,54 @@ def exported_shapes(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]
     return shapes
 
 
-def origins(source: Source, target: ModelConfig, held: Collection[str], summary_row: int | None) -> dict[str, Origin]:
-    """Where every parameter of `target` comes from in a checkpoint that holds the tensors `held`.
+def origins(
+    source: CheckpointSpec, target: ModelConfig, available: Collection[str], summary_row: int | None
+) -> dict[str, Origin]:
+    """The origin of every parameter of `target` in a checkpoint with the tensors `available`.
 
-    Summary parameters that it has not got start as copies: projections of the base ones, embedding rows of the
-    vocabulary row `summary_row`, or of the mean of all rows where that is None. Raises `ModelConfigError` that names
-    missing tensors and those that have no place in the model.
+    Summary parameters that the checkpoint lacks start as copies: projections are copies of the base projections,
+    embedding rows of the vocabulary row `summary_row`, or of the mean of all rows if that is None. Raises
+    `ModelConfigError` that names missing tensors, and tensors that the model does not have.
     """
-    found, missing = {}, []
-    for name in target.parameter_shapes():
-        origin = _origin(name, source, held, summary_row)
-        missing += [their for _, their in origin.terms if their not in held]
-        found[name] = origin
-    if missing:
+    found = {name: _origin(name, source, available, summary_row) for name in target.parameter_shapes()}
+    used = [tensor for origin in found.values() for _, tensor in origin.terms]
+    if missing := [tensor for tensor in used if tensor not in available]:
         raise ModelConfigError(f"the checkpoint lacks {_list(missing)}, which {source.kind} with this shape must have")
-    used = {their for origin in found.values() for _, their in origin.terms}
-    extra = [name for name in sorted(set(held) - used) if not _may_stay_unread(name, source, target)]
-    if extra:
+    if extra := [tensor for tensor in sorted(set(available) - set(used)) if not _may_be_unused(tensor, target)]:
         raise ModelConfigError(
-            f"the checkpoint holds {_list(extra)}, which this model has no place for; it is of another architecture"
+            f"the checkpoint has {_list(extra)}, which this model does not have; it is of another architecture"
         )
     return found
 
 
-def _origin(name: str, source: Source, held: Collection[str], summary_row: int | None) -> Origin:
+def _origin(name: str, source: CheckpointSpec, available: Collection[str], summary_row: int | None) -> Origin:
     vocab = source.config.vocab_size
     if name == "embedding.weight":
         return Origin(((1.0, EMBEDDING),), rows=vocab)
     if name == "head.weight":
         return Origin(((1.0, EMBEDDING if source.config.tie_embeddings else HEAD),), rows=vocab)
     if name == "summary_embedding":
-        own = [their for their in SUMMARY_EMBEDDING if their in held]
-        if own:
+        if own := [tensor for tensor in SUMMARY_EMBEDDING if tensor in available]:
             return Origin(((1.0, own[0]),))
         if source.summary_row is not None:
             return Origin(((1.0, EMBEDDING),), first_row=source.summary_row)
         if summary_row is not None:
-            # The summaries of a chunk all start alike; their positions tell them apart.
+            # All summaries of a chunk start equal; they differ by their positions.
             return Origin(((1.0, EMBEDDING),), repeated_row=summary_row)
         return Origin(((1.0, EMBEDDING),), mean_rows=vocab)
-    their = hf_name(name)
+    tensor = hf_name(name)
     if "attention.summary_" in name:
         base = hf_name(name.replace("summary_", ""))
-        if their not in held:
+        if tensor not in available:
             return Origin(((1.0, base),))
-        if source.mix != 1.0:
-            return Origin(((source.mix, their), (1 - source.mix, base)))
-    return Origin(((1.0, their),))
+        if (share := source.summary_share) != 1.0:
+            return Origin(((share, tensor), (1 - share, base)))
+    return Origin(((1.0, tensor),))
 
 
-def _may_stay_unread(name: str, source: Source, target: ModelConfig) -> bool:
-    # A layer whose summaries nobody reads has no use for their projections; a tied head repeats the embedding.
-    return "summary" in name or "rotary_emb" in name or (name == HEAD and target.tie_embeddings)
+def _may_be_unused(tensor: str, target: ModelConfig) -> bool:
+    # The last `K` layer and those above it need no summary projections. A tied head repeats the embedding.
+    return "summary" in tensor or "rotary_emb" in tensor or (tensor == HEAD and target.tie_embeddings)
 
 
 def _list(names: list[str]) -> str:

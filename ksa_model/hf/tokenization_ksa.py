@@ -1,7 +1,7 @@
-"""A SentencePiece tokenizer that loses nothing, for `AutoTokenizer.from_pretrained(..., trust_remote_code=True)`.
+"""A lossless SentencePiece tokenizer for `AutoTokenizer.from_pretrained(..., trust_remote_code=True)`.
 
-It gives the ids that training saw: every text comes back exactly, text that looks like a special token is text, and no
-token is added at either end.
+It produces the ids of the training data: decoding returns every text exactly, text that looks like a special token is
+encoded as text, and no token is added at the beginning or the end.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import shutil
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-SPACE_SYMBOL = "\u2581"  # SentencePiece writes a space so; a real one is encoded as its three bytes
+SPACE_SYMBOL = "\u2581"  # SentencePiece's symbol for a space; in a text it is encoded as its three bytes
 
 
 class KsaTokenizer(PreTrainedTokenizer):
+    """Encodes with the SentencePiece model in `vocab_file`."""
+
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
@@ -37,10 +39,10 @@ class KsaTokenizer(PreTrainedTokenizer):
     def _tokenize(self, text, **kwargs):
         if self._symbol is None:
             return self.pieces.encode(text, out_type=str)
-        between = [self.pieces.id_to_piece(piece) for piece in self._symbol]
+        symbol = [self.pieces.id_to_piece(piece) for piece in self._symbol]
         tokens = []
-        for number, run in enumerate(text.split(SPACE_SYMBOL)):
-            tokens += (between if number else []) + self.pieces.encode(run, out_type=str)
+        for number, part in enumerate(text.split(SPACE_SYMBOL)):
+            tokens += (symbol if number else []) + self.pieces.encode(part, out_type=str)
         return tokens
 
     def _convert_token_to_id(self, token):
@@ -56,14 +58,14 @@ class KsaTokenizer(PreTrainedTokenizer):
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         if skip_special_tokens:
             return self.pieces.decode([i for i in ids if i != self.eos_token_id])
-        parts, run = [], []
+        parts, document = [], []
         for i in ids:
             if i == self.eos_token_id:
-                parts += [self.pieces.decode(run), self.eos_token]
-                run = []
+                parts += [self.pieces.decode(document), self.eos_token]
+                document = []
             else:
-                run.append(i)
-        return "".join([*parts, self.pieces.decode(run)])
+                document.append(i)
+        return "".join([*parts, self.pieces.decode(document)])
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
         return token_ids_0 + (token_ids_1 or [])

@@ -1,11 +1,11 @@
-"""KSA attention on one GPU, forward and backward, beside full causal attention and one FlexAttention call.
+"""KSA attention on one GPU, forward and backward, compared to full causal attention and one FlexAttention call.
 
     python -m tests.bench.attention                    the table; writes docs/results/attention.json and .png
     python -m tests.bench.attention out=DIR sizes=8192,32768
 
-All times of a table come from one call: medians of several passes, 16 query and key heads of 128, k=8, W=128, bf16
-unless a row says otherwise. `gpu_ms` is measured with the host running ahead, `wall_ms` as launched. Useful TFLOP/s
-count the visible query-key pairs alone.
+All times of a table come from one call. They are medians of several passes with 16 query and key heads of 128, k=8,
+W=128, bf16, unless a row names other settings. `gpu_ms` is measured while the host runs ahead, `wall_ms` as launched.
+Useful TFLOP/s count visible query-key pairs only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ksa_model import blocked, fused, kernels, layout
+from ksa_model.layout.sequence import build_layout
+from ksa_model.ops.attention import blocked, cuda, joint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = (8_192, 32_768, 131_072, 1_048_576)
@@ -121,7 +122,7 @@ def in_turn(steps: list, passes: int) -> list[dict[str, float]]:
 
 
 def matmul_rate() -> float:
-    """TFLOP/s of a large product of random matrices on this device."""
+    """TFLOP/s of a large GEMM of random matrices on this device."""
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     return 2 * 8192**3 / measure(lambda: a @ b, 20)["gpu_ms"] / 1e9
 
@@ -137,7 +138,7 @@ def random_documents(n: int, seed: int = 1) -> list[int]:
 
 def make_pack(lengths: list[int], n: int, k: int):
     padded = [-(-length // k) * k for length in lengths]
-    return layout.build(np.cumsum([0, *padded[:-1]]), np.array(lengths), n, k, 1)
+    return build_layout(np.cumsum([0, *padded[:-1]]), np.array(lengths), n, k, 1)
 
 
 def draw_inputs(n: int, heads: int, kv_heads: int, head_dim: int, k: int | None, dtype=torch.bfloat16):
@@ -169,7 +170,7 @@ def ksa_step(n: int, *, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, k=CHUNK,
     window = WINDOW * CHUNK // k
     pack = make_pack(lengths or [n], n, k)
     inputs = draw_inputs(n, heads, kv_heads, head_dim, k)
-    step = forward_backward(lambda *x: kernels.ksa_attention(*x, pack, window, "fused"), inputs)
+    step = forward_backward(lambda *x: joint.ksa_attention(x, pack, window, cuda), inputs)
     return Case(n, step, inputs, pack.visible_keys("K", window, 0))
 
 
@@ -206,14 +207,16 @@ def text_row(what, mixer, lengths, matmul) -> dict:
     n = 131_072
     pack = make_pack(lengths, n, CHUNK)
     inputs = draw_inputs(n, HEADS, HEADS, HEAD_DIM, None)
-    step = forward_backward(lambda *x: kernels.text_attention(*x, pack, mixer, WINDOW, 1024, "fused"), inputs)
+    step = forward_backward(
+        lambda *x: joint.text_attention(x, pack, mixer, 1024 if mixer == "S" else WINDOW, cuda), inputs
+    )
     return finish(what, n, measure(step, 3), pack.visible_keys(mixer, WINDOW, 1024), inputs, matmul)
 
 
 def finish(what, n, measured, visible, inputs, matmul) -> dict:
     heads, head_dim = inputs[0].shape[1:]
     tflops = 3.5 * 4 * visible * heads * head_dim / measured["gpu_ms"] / 1e9
-    # q, k, v and the output, each with its gradient; of these the inputs and the output's gradient stood before.
+    # q, k, v and the output, each with its gradient. The inputs and the output's gradient were allocated before.
     operands = sum(x.numel() * x.element_size() for x in inputs) + inputs[0].numel() * inputs[0].element_size()
     return {
         "what": what, "n": n, "gpu_ms": measured["gpu_ms"], "wall_ms": measured["wall_ms"],
@@ -243,7 +246,7 @@ def full_step(n: int) -> Case:
 
 
 def flex_step(n: int) -> Case:
-    """One FlexAttention call over [summaries | text], its block mask made from the layout's tiles."""
+    """One FlexAttention call over [summaries | text], with a block mask built from the tiles of the sequence layout."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     pack, chunks = make_pack([n], n, CHUNK), n // CHUNK
@@ -267,10 +270,10 @@ def flex_step(n: int) -> Case:
 
     def table(lists):
         count = torch.tensor([len(x) for x in lists], dtype=torch.int32, device=DEVICE)
-        places = np.zeros((len(lists), (n + chunks) // block), np.int32)
+        indices = np.zeros((len(lists), (n + chunks) // block), np.int32)
         for i, x in enumerate(lists):
-            places[i, : len(x)] = x
-        return count[None, None], torch.from_numpy(places).to(DEVICE)[None, None]
+            indices[i, : len(x)] = x
+        return count[None, None], torch.from_numpy(indices).to(DEVICE)[None, None]
 
     blocks = BlockMask.from_kv_blocks(*table(partial), *table(full), BLOCK_SIZE=block, mask_mod=mask,
                                       seq_lengths=(n, n + chunks))  # fmt: skip
@@ -282,13 +285,13 @@ def flex_step(n: int) -> Case:
         return compiled(q.transpose(0, 1)[None], keys, values, block_mask=blocks)[0].transpose(0, 1)
 
     with torch.no_grad():
-        got, want = attention(*inputs).float(), kernels.ksa_attention(*inputs, pack, WINDOW, "fused").float()
+        got, want = attention(*inputs).float(), joint.ksa_attention(inputs, pack, WINDOW, cuda).float()
     assert (got - want).norm() / want.norm() < 1e-2, "FlexAttention and the fused kernels disagree"
     return Case(n, forward_backward(attention, inputs), inputs, pack.visible_keys("K", WINDOW, 0))
 
 
 def parts_of(n: int) -> list[dict]:
-    """Where a pass spends its time, by kernel."""
+    """The time of a pass by kernel."""
     step = ksa_step(n).step
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -306,7 +309,7 @@ def parts_of(n: int) -> list[dict]:
 
 
 def error_row() -> dict:
-    """Against the blocked path in fp32, fresh random inputs, documents of awkward lengths."""
+    """Error against the blocked backend in fp32, on new random inputs and documents of awkward lengths."""
     torch.manual_seed(random.randrange(2**31))
     lengths = [20_001, 1, 7, 9, 3001, 1025]
     n = sum(-(-length // CHUNK) * CHUNK for length in lengths)
@@ -315,10 +318,10 @@ def error_row() -> dict:
     exact = [x.detach().float().requires_grad_() for x in low]
     real = torch.from_numpy(pack.text_is_real).to(DEVICE)[:, None, None]
     weights = torch.randn(low[0].shape, device=DEVICE) * real
-    assert fused.MIN_RUN_STEPS < n // CHUNK and blocked
+    assert cuda.MIN_RUN_STEPS < n // CHUNK
     results = []
-    for inputs, backend in ((low, "fused"), (exact, "blocked")):
-        out = kernels.ksa_attention(*inputs, pack, 64, backend)
+    for inputs, kernels in ((low, cuda), (exact, blocked)):
+        out = joint.ksa_attention(inputs, pack, 64, kernels)
         results.append([out * real, *torch.autograd.grad(out, inputs, weights.to(out.dtype))])
     names = ("out", "q_text", "k_text", "v_text", "k_summary", "v_summary")
     return {"what": "relative error against fp32"} | {
@@ -327,14 +330,14 @@ def error_row() -> dict:
 
 
 def draw(rows: list[dict], path: Path, device: str) -> None:
-    """Time against length, one line for each way."""
+    """Plot time against length, one line per method."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
-    styles = {  # color, marker, and where the numbers stand
+    styles = {  # color, marker, and the offset of the numbers
         "KSA": ("#b3412e", "o", (4, -14)),
         "one FlexAttention call": ("#c9a227", "s", (-20, 3)),
         "cuDNN full causal": ("#4a6fa5", "^", (0, 7)),

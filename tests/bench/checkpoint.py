@@ -1,10 +1,10 @@
-"""What saving costs: `python -m tests.bench.checkpoint [out=FILE] [every=STEPS] [key=value ...]`
+"""The cost of saving: `python -m tests.bench.checkpoint [out=FILE] [every=STEPS] [key=value ...]`
 
-The other keys are those of `python -m train`. Trains some steps of the default run (or of any other, on any device;
-under torchrun on several) with a checkpoint every fourth step (or `every`: a save that begins before the last one is
-written waits for it), and compares the seconds that training stood still for a save with the time between saves at the
-configured `checkpoint.every_steps`. Steps that run while a checkpoint is being written are timed apart from the others.
-For a model of more than 500M parameters on a GPU:
+The other keys are those of `python -m train`. Trains some steps of the default run, or of any other, on any device and
+also under torchrun. It saves a checkpoint every fourth step, or every `every` steps; a save waits until the previous
+one is written. Reports the seconds that training stopped for a save, relative to the time between saves at the
+configured `checkpoint.every_steps`. Steps that run while a checkpoint is being written are timed separately. For a
+model of more than 500M parameters on a GPU:
 
     python -m tests.bench.checkpoint every=25 model=hybrid_1b9 model.num_layers=8 run.precision=bf16 seq_len=8192
 """
@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from tests.bench import workload
-from train.config import TrainConfig
-from train.metrics import read_records
-from train.run_directory import read_config
+from train.config.run_directory import read_config
+from train.config.schema import TrainConfig
+from train.logs.metrics import read_records
 from train.trainer import train
 
 SAVES = 3
@@ -41,7 +41,7 @@ def measure(config: TrainConfig, root: str, every: int) -> dict[str, Any]:
     result = train(dataclasses.replace(config, run=run, checkpoint=saving, logging=quiet, resume="never"))
     records = read_records(result.directory / "metrics.jsonl")
     steps = {r["step"]: r["step_seconds"] for r in records if "loss" in r}
-    # The first save allocates the host copy, the last is waited for because the run ends: both are left out.
+    # Without the first save, which allocates the host copy, and the last, for which the end of the run waits.
     saves = {r["step"]: r["checkpoint_seconds"] for r in records if "checkpoint_seconds" in r}
     stalls = [seconds for step, seconds in saves.items() if every < step < total]
     beside = [seconds for step, seconds in steps.items() if step - 1 in saves]
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
     out = next((a.removeprefix("out=") for a in arguments if a.startswith("out=")), None)
     every = next((int(a.removeprefix("every=")) for a in arguments if a.startswith("every=")), 4)
     overrides = [a for a in arguments if not a.startswith(("out=", "every="))]
-    shared = os.environ.get("BENCH_ROOT")  # several ranks need one directory
+    shared = os.environ.get("BENCH_ROOT")  # several ranks share one directory
     with tempfile.TemporaryDirectory() as own:
         found = measure(workload.configured(overrides), shared or own, every) | {"overrides": overrides}
     if os.environ.get("RANK", "0") == "0":

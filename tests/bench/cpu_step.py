@@ -1,9 +1,9 @@
-"""The default CPU run's speed.
+"""Speed of the default run on the CPU.
 
-    python -m tests.bench.cpu_step [key=value ...]    tokens/s, and the share of each operation from the torch profiler
-    python -m tests.bench.cpu_step against=COMMIT     the tokens/s of `python -m train` of a commit and of this tree
+    python -m tests.bench.cpu_step [key=value ...]    tokens/s, and each operation's time from the torch profiler
+    python -m tests.bench.cpu_step against=COMMIT     tokens/s of `python -m train` at a commit and in this tree
 
-The second takes both in turn, three times 60 steps each, and writes docs/results/cpu_step.json.
+The second command alternates between the two, three times 60 steps each, and writes docs/results/cpu_step.json.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import data_pipeline
 from tests.bench import workload
-from train import parallel, trainer
-from train.metrics import StepSums, read_records
+from train import build, trainer
+from train.distributed import groups
+from train.distributed.consensus import RankConsensus
+from train.logs.metrics import read_records
+from train.logs.step_sums import StepSums
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WARM_UP, STEPS, TURNS = 3, 8, 3
@@ -34,21 +37,21 @@ WARM_UP, STEPS, TURNS = 3, 8, 3
 def main() -> None:
     config = workload.configured(sys.argv[1:])
     data = data_pipeline.open_data(config.data)
-    config = dataclasses.replace(config, model=trainer.with_vocabulary(config.model, data.vocab_size))
-    world = parallel.initialize(config.parallel, torch.device("cpu"))
-    engine, loader = trainer.build_engine(config, world), trainer.make_loader(config, data, world)
-    sums = StepSums(world)
+    config = dataclasses.replace(config, model=build.with_vocabulary(config.model, data.vocab_size))
+    world = groups.initialize(config.parallel, torch.device("cpu"))
+    engine, loader = build.build_engine(config, world), build.make_loader(config, data, world)
+    sums, consensus = StepSums(world), RankConsensus(world)
     seconds = []
     for _ in range(WARM_UP + STEPS):
         began = time.perf_counter()
-        trainer.train_step(engine, loader.next_step(), world, sums, 1e-3)
+        trainer.train_step(engine, loader.next_step(), world, sums, consensus, 1e-3)
         seconds.append(time.perf_counter() - began)
     step = statistics.median(seconds[WARM_UP:])
     waited = loader.wait_seconds
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         for _ in range(2):
             with record_function("step"):
-                trainer.train_step(engine, loader.next_step(), world, sums, 1e-3)
+                trainer.train_step(engine, loader.next_step(), world, sums, consensus, 1e-3)
     print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
     result = {
         "command": "python -m tests.bench.cpu_step " + " ".join(sys.argv[1:]),
@@ -63,7 +66,7 @@ def main() -> None:
 
 
 def against(commit: str) -> None:
-    """Median tokens/s of a commit and of this tree, in turn: what a machine does otherwise meets both."""
+    """Median tokens/s of a commit and of this tree, measured alternately, so that other load affects both."""
     speeds: dict[str, list[float]] = {commit: [], "this tree": []}
     with tempfile.TemporaryDirectory() as scratch:
         other = Path(scratch) / "commit"
@@ -90,9 +93,9 @@ def against(commit: str) -> None:
 def tokens_per_second(tree: Path, root: Path) -> float:
     overrides = [f"run.root={root}", "run.steps=60", "run.eval_every=1000", "checkpoint.every_steps=null"]
     command = [sys.executable, "-m", "train", *overrides, "logging.progress=false"]
-    # `train` has made its choices for this process; each tree is to make its own.
-    chosen = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF")
-    environment = {key: value for key, value in os.environ.items() if key not in chosen}
+    # Importing `train` set these for this process; each tree sets its own.
+    own = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF")
+    environment = {key: value for key, value in os.environ.items() if key not in own}
     subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
     records = read_records(root / "default" / "metrics.jsonl")
     return statistics.median(r["tokens_per_second"] for r in records if "loss" in r and r["step"] > 10)

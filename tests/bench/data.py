@@ -1,7 +1,7 @@
-"""The bars of the data pipeline: `python -m tests.bench.data [packing|prepare|memory|sample|wait ...]` (default: all).
+"""Targets of the data pipeline: `python -m tests.bench.data [packing|prepare|memory|sample|wait ...]` (default: all).
 
-Each part prints its numbers and replaces its entry in docs/results/data.json. Medians; run it on an idle machine, for
-wall times mean little on a busy one (the load average is recorded).
+Each part prints its numbers, which are medians, and replaces its entry in docs/results/data.json. Run it on an idle
+machine; the load average is recorded.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import DataConfig, build_plan, open_data, prepare
-from data_pipeline.encode import num_cores
-from data_pipeline.order import derive_key, permute
-from data_pipeline.packing import pack
-from data_pipeline.shards import ShardWriter
-from data_pipeline.sources import Corpus
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline import DataConfig, build_plan, open_data
+from data_pipeline.packing.order import derive_key, permute
+from data_pipeline.packing.plan import pack
+from data_pipeline.store.shards import ShardWriter
+from data_pipeline.text.encode import num_cores
+from data_pipeline.text.prepare import prepare
+from data_pipeline.text.sources import Corpus
+from data_pipeline.text.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "docs/results/data.json"
@@ -39,7 +40,7 @@ def lognormal_lengths(count: int, mean: float, sigma: float = 1.2) -> np.ndarray
 
 
 def packing() -> dict:
-    """Fill of 131,072-token samples, documents cut although they would have fitted, time of ten million documents."""
+    """Fill of 131,072-token samples, documents cut although they fit, and the time to pack ten million documents."""
     result: dict = {"bar": ">= 99.5 % real tokens at 131,072; 0 fitting documents cut; 1e7 documents in < 60 s"}
     for alignment in (8, 128):
         lengths = lognormal_lengths(1_000_000, 10_000)
@@ -73,7 +74,7 @@ def _encode_share(arguments: tuple[str, list[str]]) -> float:
 
 
 def prepare_rate() -> dict:
-    """MB/s of a whole prepare against SentencePiece alone in as many processes, on the same texts; they take turns."""
+    """MB/s of a whole prepare and of SentencePiece alone in as many processes, timed alternately on the same texts."""
     workers = num_cores()
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
@@ -81,7 +82,7 @@ def prepare_rate() -> dict:
         size = sum(len(text.encode()) for text in texts)
         (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         train_tokenizer(texts, root / "m.model", 32_768)
-        # Shares of equal size, so that no process waits for another.
+        # Shares of equal size: no process waits for another.
         shares: list[list[str]] = [[] for _ in range(workers)]
         sizes = [0] * workers
         for text in sorted(texts, key=len, reverse=True):
@@ -122,10 +123,11 @@ def prepare_rate() -> dict:
 
 _MEMORY = """
 import json, sys, time
-from data_pipeline import DataConfig, prepare
+from data_pipeline import DataConfig
+from data_pipeline.text.prepare import prepare
 began = time.perf_counter()
 data = prepare(DataConfig(**json.loads(sys.argv[1])))
-# Not getrusage: its peak counts the process that started this one.
+# Not getrusage, whose peak includes the parent process.
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"documents": data.manifest["splits"]["train"]["documents"],
                   "tokens": data.manifest["splits"]["train"]["tokens"],
@@ -136,7 +138,7 @@ print(json.dumps({"documents": data.manifest["splits"]["train"]["documents"],
 
 
 def memory() -> dict:
-    """Peak memory of preparing a single document of 2 GB, as a text file and as a line of JSONL."""
+    """Peak memory while a single document of 2 GB is prepared, as a text file and as a line of JSONL."""
     result: dict = {"bar": "peak memory < 1500 MB with a single document of 2 GB"}
     texts = [piece.text for piece in Corpus(DataConfig()).pieces() if piece.text]
     block = "".join(texts)[:20_000_000]
@@ -166,7 +168,7 @@ def memory() -> dict:
 
 
 def sample() -> dict:
-    """Milliseconds to read one sample of a million tokens from local shards, warm."""
+    """Milliseconds to read one sample of a million tokens from local shards in the page cache."""
     with tempfile.TemporaryDirectory() as directory:
         root, rng = Path(directory), np.random.default_rng(0)
         lengths = lognormal_lengths(3_000, 21_600)
@@ -191,22 +193,24 @@ def sample() -> dict:
 
 
 def wait() -> dict:
-    """The share of a training step that the default run on the CPU waits for its data."""
+    """The share of a training step that the default CPU run waits for data."""
     import dataclasses
 
     import torch
 
     from data_pipeline import Loader
     from tests.bench import workload
-    from train import parallel, trainer
+    from train import build, trainer
     from train.batches import batch_maker
-    from train.metrics import StepSums
+    from train.distributed import groups
+    from train.distributed.consensus import RankConsensus
+    from train.logs.step_sums import StepSums
 
     config = workload.configured([])
     data = open_data(config.data)
-    config = dataclasses.replace(config, model=trainer.with_vocabulary(config.model, data.vocab_size))
-    world = parallel.initialize(config.parallel, torch.device("cpu"))
-    engine = trainer.build_engine(config, world)
+    config = dataclasses.replace(config, model=build.with_vocabulary(config.model, data.vocab_size))
+    world = groups.initialize(config.parallel, torch.device("cpu"))
+    engine = build.build_engine(config, world)
     loader = Loader(
         data.samples("train", config.seq_len, config.alignment),
         samples_per_step=config.run.samples_per_step,
@@ -215,10 +219,10 @@ def wait() -> dict:
         prefetch=config.data.prefetch_samples,
         transform=batch_maker(config.model, 0, 1),
     )
-    sums, steps = StepSums(world), []
+    sums, consensus, steps = StepSums(world), RankConsensus(world), []
     for _ in range(20):
         before, began = loader.wait_seconds, time.perf_counter()
-        trainer.train_step(engine, loader.next_step(), world, sums, 1e-3)
+        trainer.train_step(engine, loader.next_step(), world, sums, consensus, 1e-3)
         steps.append((time.perf_counter() - began, loader.wait_seconds - before))
     loader.close()
     steps = steps[5:]

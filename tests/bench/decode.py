@@ -1,13 +1,13 @@
-"""Decoding on one GPU: hybrid KSA against full attention of the same shape, random weights, bf16.
+"""Decoding on one GPU: hybrid KSA compared to full attention of the same shape, random weights, bf16.
 
     python -m tests.bench.decode [out=DIR]   the shape of Qwen3-4B on a GPU; writes docs/results/decode.json and .png
-    python -m tests.bench.decode size=toy    a small shape on any device, to see that it runs; writes nothing
+    python -m tests.bench.decode size=toy    a small shape on any device: tries the script, writes nothing
 
-For each model and mode the prompts are prefilled by the training forward, then tokens are decoded greedily. A step that
-closes chunks costs more than others, so what is timed is a window of k steps, in which each chunk position occurs once;
-tokens/s are of the median window. The floor beside it is the time to read the weights and the visible cache rows once,
-at the rate of a device-to-device copy measured here. The largest batch at the longest mode is computed from allocated
-bytes and then allocated; one request more must fail.
+For each model and mode the training forward prefills the prompts, then tokens are decoded greedily. A step that closes
+chunks costs more than others, so the timed unit is a window of k steps, which contains each chunk position once;
+tokens/s are those of the median window. The floor is the time to read the weights and the visible cache rows once, at
+the rate of a device-to-device copy measured here. The largest batch at the longest mode is computed from allocated
+bytes and then allocated; one more request must fail.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from unittest import mock
 
 import torch
 
-from ksa_model.cache import DecodingCache
 from ksa_model.config import ModelConfig
+from ksa_model.decoding.cache import DecodingCache
+from ksa_model.layers.tensor_parallel import TensorParallel
 from ksa_model.model import Decoder
-from ksa_model.tensor_parallel import TensorParallel
-from train import parallel
+from train.distributed import groups
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = {
@@ -39,12 +39,12 @@ MODES = {"4b": ((16384, 1), (16384, 8), (131072, 1)), "toy": ((128, 1), (128, 3)
 BARS = {(16384, 1): 1.1, (16384, 8): 1.5, (131072, 1): 1.6}
 MODELS = {"full": "F", "hybrid": "KKKF"}
 WINDOWS = 16
-WARM_UP_STEPS = 24  # both shapes of a step run, are recorded and replayed
+WARM_UP_STEPS = 24  # both shapes of a step are run, recorded and replayed
 SPARE_BYTES = 2 << 30  # activations of a step, logits, CUDA context and libraries
 
 
 def build(config: ModelConfig, world) -> Decoder:
-    """Random weights, drawn on the device: on the host four billion normal numbers take minutes."""
+    """A model with random weights, drawn on the device: on the host four billion normal numbers take minutes."""
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     with mock.patch("torch.nn.init.normal_", lambda weight, **_: weight):
         model = Decoder(config, TensorParallel(world.tensor_group, dtype=dtype))
@@ -75,11 +75,11 @@ def copy_rate(device: torch.device) -> float:
 
 
 def read_bytes(model: Decoder, tokens: int, batch: int) -> tuple[float, float]:
-    """Bytes of weights and of visible cache rows that an average step must read; summary weights once in k steps."""
+    """Bytes of weights and of visible cache rows that an average step reads; summary weights count once per k steps."""
     config, weights = model.config, 0.0
     for name, p in model.named_parameters():
         if name == "embedding.weight" and not config.tie_embeddings:
-            continue  # only the rows of the tokens
+            continue  # a step reads only the rows of its tokens
         weights += p.numel() * p.element_size() / (config.chunk_size if "summary" in name else 1)
     return weights, batch * config.cache_bytes(tokens, model.embedding.weight.element_size())
 
@@ -121,7 +121,7 @@ def time_mode(model: Decoder, tokens: int, batch: int, rate: float) -> dict:
 
 
 def fits(model: Decoder, batch: int, tokens: int) -> bool:
-    """Whether so many requests can decode: the room of all of them is taken and a step is done."""
+    """Whether `batch` requests can decode: allocates their caches and runs a step."""
     try:
         cache = DecodingCache(model, batch, max_tokens=tokens, graphs=False)
         logits = cache.prefill([[1]] * batch)
@@ -143,7 +143,7 @@ def release() -> None:
 
 
 def largest_batch(model: Decoder, tokens: int) -> dict:
-    """By arithmetic from what one request allocates, then by allocation."""
+    """The largest batch, computed from the bytes of one request and then confirmed by allocation."""
     one = DecodingCache(model, 1, max_tokens=tokens).allocated_bytes
     release()
     held = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -158,8 +158,8 @@ def largest_batch(model: Decoder, tokens: int) -> dict:
 
 
 def main(size: str, out: Path) -> None:
-    device = parallel.pick_device("cuda" if size == "4b" else "auto")
-    world = parallel.initialize(parallel.ParallelConfig(), device)
+    device = groups.pick_device("cuda" if size == "4b" else "auto")
+    world = groups.initialize(groups.ParallelConfig(), device)
     rate = copy_rate(device)
     results: dict = {
         "command": f"python -m tests.bench.decode size={size}",
@@ -173,7 +173,7 @@ def main(size: str, out: Path) -> None:
     for name, pattern in MODELS.items():
         model = build(ModelConfig(**SHAPES[size], layer_pattern=pattern), world)  # type: ignore[arg-type]
         warm = DecodingCache(model, 1, max_tokens=64)
-        warm.step(warm.prefill([[1] * 20]).argmax(-1))  # kernels are compiled
+        warm.step(warm.prefill([[1] * 20]).argmax(-1))  # compiles the kernels
         for tokens, batch in MODES[size]:
             measured = time_mode(model, tokens, batch, rate)
             release()
@@ -203,11 +203,11 @@ def main(size: str, out: Path) -> None:
         path.write_text(json.dumps(results, indent=1) + "\n")
         draw(results, path.with_suffix(".png"))
         print(f"wrote {path} and its picture")
-    parallel.shutdown()
+    groups.shutdown()
 
 
 def draw(results: dict, path: Path) -> None:
-    """Tokens/s of both models in every mode, the bandwidth floor as a mark above each bar."""
+    """Plot tokens/s of both models in every mode, with the bandwidth floor as a mark above each bar."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,16 +1,15 @@
-"""Does KSA remember at 1/k of the cache? `python -m tests.bench.evidence [key=value ...]`
+"""Does KSA recall as well with 1/k of the cache? `python -m tests.bench.evidence [key=value ...]`
 
-Trains the small models of `configs/evidence/`, several at a time on each device, evaluates each when it is done, writes
-docs/results/ksa_vs_full.json with pictures, and prints a table. The file is written anew after every evaluation, so
-that whatever ends the driver takes nothing evaluated with it, and keeps what it already holds of other runs and seeds.
-Started again, the driver goes on where it stopped.
+Trains the small models of `configs/evidence/`, several at a time on each device, evaluates each of them, writes
+docs/results/ksa_vs_full.json and figures, and prints a table. The file is rewritten after every evaluation, so an
+interrupted driver loses none, and keeps the results of other runs and seeds. The same command continues.
 
-    only=NAME,...      some of the runs              seeds=0,1,2       of the weights
-    phases=train,path,evaluate,report                steps=N           of each run but `path` and `scratch_extra`
-    parallel=6         processes at a time, a device minutes=5         after which a run stops and counts as it is
+    only=NAME,...      some of the runs              seeds=0,1,2       seeds of the weights
+    phases=train,path,evaluate,report                steps=N           of each run except `path` and `scratch_extra`
+    parallel=6         processes per device          minutes=5         a run stops after this time and is evaluated
     samples=16         probes of each kind           lengths=1024,2048,4096,8192
     root=runs/evidence out=docs/results
-    overrides='...'    further overrides for training, e.g. a smaller model to try the driver on a CPU
+    overrides='...'    further training overrides, e.g. a smaller model to try the driver on a CPU
 """
 
 from __future__ import annotations
@@ -33,22 +32,23 @@ import torch
 import yaml
 
 import data_pipeline
-from data_pipeline.storage import aside
+from data_pipeline.store.files import atomic_write
 from tests.bench import workload
-from train import checkpoint, evaluation_plots
-from train.metrics import read_records
-from train.signals import REQUEUE
+from train.checkpoint import locate, storage
+from train.distributed.signals import REQUEUE
+from train.evaluate import plots
+from train.logs.metrics import read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = ROOT / "configs" / "evidence"
 NAMES = [path.stem for path in sorted(CONFIGS.glob("[a-z]*.yaml"))]
 PATH_STAGES = ("0-distill", "1-anneal")
-SHORT = ("path", "scratch_extra")  # as long as each other whatever the rest is
+FIXED_STEPS = ("path", "scratch_extra")  # equally long whatever `steps` is
 DEFAULTS: dict[str, Any] = dict(
     only=None, seeds="0", phases="train,path,evaluate,report", steps=None, parallel=6, minutes=5, samples=16,
     lengths="1024,2048,4096,8192", overrides="", root="runs/evidence", out="docs/results",
 )  # fmt: skip
-# Runs that differ in one thing only, for a picture each.
+# Figures: runs that differ in one property only.
 FIGURES = {
     "mixers": ["full", "hybrid_swa", "hybrid_sca", "hybrid_delta", "swa", "pure_ksa", "hybrid_ksa"],
     "k": ["full", "hybrid_ksa_k4", "hybrid_ksa", "hybrid_ksa_k16", "hybrid_ksa_k32", "pure_ksa_k4", "pure_ksa",
@@ -74,7 +74,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """`python -m ARGUMENTS`, once the job `after` has ended well; never, if it has not."""
+    """`python -m ARGUMENTS`, started when the job `after` has succeeded; never, if it has failed."""
 
     name: str
     arguments: list[str]
@@ -82,7 +82,7 @@ class Job:
 
 
 def jobs(names: list[str], seeds: list[str], phases: list[str], options: dict[str, Any]) -> Iterator[Job]:
-    """`full` first, which `path` begins from; what is trained before what is evaluated."""
+    """Training jobs, `full` first because `path` starts from it; then the evaluations."""
     names = sorted(names, key=lambda name: (name == "path", name != "full", name))
     training = [name for name in names if ("path" if name == "path" else "train") in phases]
     for seed in seeds:
@@ -93,10 +93,10 @@ def jobs(names: list[str], seeds: list[str], phases: list[str], options: dict[st
         return
     for seed in seeds:
         for name in names:
-            for place in places(name, seed, options):
+            for directory in run_directories(name, seed, options):
                 after = f"{name}-{seed}" if name in training else None
-                if after or checkpoint.complete(place / "checkpoints"):
-                    yield Job(f"evaluate-{'-'.join(place.parts[-2:])}", evaluate_command(place, options), after)
+                if after or storage.finished(directory / "checkpoints"):
+                    yield Job(f"evaluate-{'-'.join(directory.parts[-2:])}", evaluate_command(directory, options), after)
 
 
 def _list(value: Any) -> list[str]:
@@ -104,7 +104,7 @@ def _list(value: Any) -> list[str]:
 
 
 def prepare(options: dict[str, Any]) -> None:
-    """Tokenize once, before many processes want the same."""
+    """Tokenize the corpus once, before many processes need it."""
     config = workload.configured(["+evidence=full", *shlex.split(options["overrides"])])
     data = data_pipeline.open_data(config.data, progress=True)
     data.samples("train", config.seq_len, config.alignment)
@@ -118,7 +118,7 @@ def train_command(name: str, seed: str, options: dict[str, Any]) -> list[str]:
         f"run.seed={seed}",
         f"run.max_minutes={options['minutes']}",
     ]
-    if options["steps"] is not None and name not in SHORT:
+    if options["steps"] is not None and name not in FIXED_STEPS:
         own += [f"run.steps={options['steps']}"]
     if name == "path":
         own += [f"init_from={options['root']}/full-{seed}"]
@@ -136,11 +136,13 @@ def evaluate_command(directory: Path, options: dict[str, Any]) -> list[str]:
 
 
 def run_all(waiting: list[Job], options: dict[str, Any], evaluated: Callable[[], object]) -> None:
-    """Run the jobs, on each device as many at a time as `parallel` says; one that fails is told of and what does not
-    need it goes on. `evaluated` is called after each evaluation."""
+    """Run the jobs, `parallel` at a time on each device. If one fails, the jobs that need it are skipped.
+
+    `evaluated` is called after each evaluation.
+    """
     logs = ROOT / options["root"] / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    devices = workload.visible_gpus() or [""]  # of a CPU alone: one, without a name
+    devices = workload.visible_gpus() or [""]  # without GPUs: one device without a name
     running: dict[str, tuple[subprocess.Popen, str, float]] = {}
     while waiting or running:
         pending = {job.name for job in waiting} | running.keys()
@@ -165,39 +167,39 @@ def run_all(waiting: list[Job], options: dict[str, Any], evaluated: Callable[[],
             if process.returncode == 0 and name.startswith("evaluate-"):
                 evaluated()
             if process.returncode not in (0, REQUEUE):
-                lost = [job for job in waiting if job.after == name]
+                skipped = [job for job in waiting if job.after == name]
                 waiting = [job for job in waiting if job.after != name]
-                print("".join(f"{job.name}: left out, for it needs {name}\n" for job in lost), end="", flush=True)
+                print("".join(f"{job.name}: skipped because it needs {name}\n" for job in skipped), end="", flush=True)
 
 
-def places(name: str, seed: str, options: dict[str, Any]) -> list[Path]:
+def run_directories(name: str, seed: str, options: dict[str, Any]) -> list[Path]:
     """The run directories of a name."""
     root = ROOT / options["root"]
     return [root / f"path-{seed}" / stage for stage in PATH_STAGES] if name == "path" else [root / f"{name}-{seed}"]
 
 
 def report(options: dict[str, Any]) -> None:
-    """Pictures of every evaluated run and a table in Markdown: mean and spread over seeds."""
+    """Write figures of the evaluated runs and print a table in Markdown: mean and standard deviation over seeds."""
     runs, out = collect(options), ROOT / options["out"]
     if not runs:
-        raise SystemExit(f"error: {options['root']} holds no evaluation.json: run phases=train,evaluate first")
+        raise SystemExit(f"error: {options['root']} has no evaluation.json: run phases=train,evaluate first")
     for figure, members in FIGURES.items():
         chosen = {name: runs[name] for name in members if name in runs}
         if chosen:
-            evaluation_plots.recall_by_distance(chosen, out / f"ksa_vs_full_{figure}_distance.png")
-            evaluation_plots.recall_by_cache(chosen, out / f"ksa_vs_full_{figure}_cache.png")
+            plots.recall_by_distance(chosen, out / f"ksa_vs_full_{figure}_distance.png")
+            plots.recall_by_cache(chosen, out / f"ksa_vs_full_{figure}_cache.png")
     print(markdown(runs))
 
 
 def collect(options: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Numbers of every evaluated run by name, written to a file beside what it held of others."""
+    """The results of every evaluated run by name, merged into the file, which keeps those of other runs."""
     root, out = ROOT / options["root"], ROOT / options["out"]
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(root.rglob("evaluation.json")):
         directory = path.parent
         name, _, seed = directory.relative_to(root).parts[0].rpartition("-")
         name += f"/{directory.name[2:]}" if directory.parent != root else ""
-        state = checkpoint.read_state(checkpoint.complete(directory / "checkpoints")[-1])
+        state = locate.read_state(storage.finished(directory / "checkpoints")[-1])
         speed = [r["tokens_per_second"] for r in read_records(directory / "metrics.jsonl") if "loss" in r]
         facts = {
             "seed": int(seed),
@@ -216,8 +218,8 @@ def collect(options: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     for name, earlier in (json.loads(path.read_text())["runs"] if path.exists() else {}).items():
         if earlier[0]["lengths"] != lengths:
             raise SystemExit(
-                f"error: {path} holds runs evaluated at lengths={earlier[0]['lengths']}, and these are at {lengths}: "
-                "take another out="
+                f"error: {path} has runs evaluated at lengths={earlier[0]['lengths']}, but these are at {lengths}: "
+                "choose another out="
             )
         fresh = {run["seed"] for run in runs.get(name, [])}
         found = [run for run in earlier if run["seed"] not in fresh] + runs.get(name, [])
@@ -228,17 +230,17 @@ def collect(options: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def write(path: Path, command: str, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """JSON with a run a line, whole or not at all, whenever the driver is ended."""
+    """Write JSON with one run per line, atomically."""
     found = ",\n".join(
         f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(run) for run in several) + "\n]"
         for name, several in runs.items()
     )
-    with aside(path) as file:
+    with atomic_write(path) as file:
         file.write(f'{{"command": {json.dumps(command)},\n"runs": {{\n{found}\n}}}}\n'.encode())
 
 
 def markdown(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """A row per run: tokens, held-out loss, recall by length, cache bytes at the longest; spread over seeds."""
+    """One row per run: tokens, held-out loss, recall by length, and cache bytes at the longest length."""
     lengths = [str(n) for n in next(iter(runs.values()))[0]["lengths"]]
     trained_at = lengths[min(1, len(lengths) - 1)]
     lines = [

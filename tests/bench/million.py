@@ -1,12 +1,12 @@
-"""Training steps of a million tokens in one sample, by the trainer itself, on real documents.
+"""Training steps with a million tokens in one sample, by the trainer itself, on real documents.
 
     python -m tests.bench.million [out=DIR] [steps=2] [gpus=2] [seconds=600] [key=value ...]
-        writes docs/results/million.json, for other than two GPUs million_GPUS.json
-    python -m tests.bench.million size=toy      8,192 tokens on two CPU ranks: proves the script, measures nothing
+        writes docs/results/million.json, or million_GPUS.json if gpus is not 2
+    python -m tests.bench.million size=toy      8,192 tokens on two CPU ranks: tries the script, measures nothing
 
-The preset `1b9_1m` over the sources of Python's standard library, with `key=value` on top. The order of the samples is
-chosen so that the first ones are full. What the run says of each step is kept; then it is ended as it stands, since a
-checkpoint of it is 23 GB.
+Trains the preset `1b9_1m` with `key=value` on the sources of Python's standard library. The order of the samples is
+chosen so that the first ones are full. The script keeps the records of the steps and kills the run before it saves,
+because a checkpoint takes 23 GB.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import torch
 import data_pipeline
 from tests.bench import workload
 from tests.ranks import free_port
-from train.metrics import read_records
+from train.logs.metrics import read_records
 
-SEEDS = 8  # orders of the samples that are tried
+SEEDS = 8  # number of sample orders to try
 PRESETS = {
     "full": ["+experiment=1b9_1m", "data=stdlib", "model.vocab_size=151936"],
     "toy": ["seq_len=8192", "parallel.context=2", "memory=offload", "run.device=cpu"],
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
 
 
 def fullest_order(overrides: list[str], steps: int) -> tuple[int, list[int]]:
-    """The `data.seed` under which the emptiest of the first `steps` samples is fullest, and their real tokens."""
+    """The `data.seed` that maximizes the real tokens of the emptiest of the first `steps` samples, and those counts."""
     config, found = workload.configured(overrides), {}
     for seed in range(SEEDS):
         data = data_pipeline.open_data(dataclasses.replace(config.data, seed=seed))
@@ -75,15 +75,16 @@ def fullest_order(overrides: list[str], steps: int) -> tuple[int, list[int]]:
 
 
 def first_steps(command: list[str], ranks: int, directory: Path, steps: int, seconds: float) -> list[dict]:
-    """Start the ranks, wait for the records of `steps` steps, or as many as there are after `seconds`, end them."""
+    """Start the ranks, wait for the records of `steps` steps, or those there are after `seconds`; kill the ranks."""
     began = time.monotonic()
-    place = dict(
+    rendezvous = dict(
         WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
     )
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))  # the optimizer is theirs
+    # The optimizer runs on the CPU.
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     processes = []
     for rank in range(ranks):
-        environment = os.environ | place | dict(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS=threads)
+        environment = os.environ | rendezvous | dict(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS=threads)
         processes.append(subprocess.Popen([sys.executable, *command], cwd=workload.ROOT, env=environment))
     try:
         while True:
@@ -93,7 +94,7 @@ def first_steps(command: list[str], ranks: int, directory: Path, steps: int, sec
             if len(records) >= steps or (records and time.monotonic() - began > seconds):
                 return records[:steps]
             if time.monotonic() - began > seconds:
-                raise SystemExit(f"no step ended within seconds={seconds:.0f}")
+                raise SystemExit(f"no step finished within seconds={seconds:.0f}")
             codes = [process.poll() for process in processes]
             if any(code is not None for code in codes):
                 raise SystemExit(f"a rank ended after {len(records)} of {steps} steps; exit codes {codes}")

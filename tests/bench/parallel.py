@@ -1,9 +1,9 @@
-"""What splitting one sample costs: a training step under TP=2 + SP, CP=2 and DP=2 against one rank.
+"""The cost of splitting one sample: a training step with TP=2 + SP, CP=2 and DP=2, compared to one rank.
 
     python -m tests.bench.parallel [out=DIR] [without=DP,TP]   on two GPUs: the 1.9B layer shape at 131,072 tokens, bf16
-    python -m tests.bench.parallel size=toy                    on CPU ranks (gloo): proves the script, measures nothing
+    python -m tests.bench.parallel size=toy                    on CPU ranks (gloo): tries the script, measures nothing
 
-Runs every layout in the same call, one after the other, on the same samples: first 20 steps of a small model whose
+Runs every parallel layout in one call, one after the other, on the same samples: first 20 steps of a small model, whose
 losses must agree, then timed steps of four layers of the large one. Prints a table, writes docs/results/parallel.json.
 """
 
@@ -48,14 +48,13 @@ WARM_UP, TIMED = 2, 3
 
 
 def run_layout(layout: str, size: str) -> dict:
-    """One rank's numbers for one layout."""
+    """This rank's results for one parallel layout."""
     import torch
 
-    from ksa_model.config import ModelConfig
-    from ksa_model.memory import MemoryConfig
-    from train import parallel
-    from train.config import RunConfig, TrainConfig
-    from train.parallel import ParallelConfig
+    from ksa_model.config import MemoryConfig, ModelConfig
+    from train.config.schema import TrainConfig
+    from train.config.sections import ParallelConfig, RunConfig
+    from train.distributed import groups
 
     chosen, found, world = SIZES[size], {}, None
     for part in ("equal", "timed"):
@@ -69,7 +68,7 @@ def run_layout(layout: str, size: str) -> dict:
             memory=MemoryConfig("full"),
         )
         workload.note(f"{layout}: {part} starts")
-        # One document, and several that no slice of the sample begins or ends with.
+        # One document, and several whose boundaries are at no boundary of a rank.
         cuts = [[0], [0, length // 4 // 8 * 8, length // 3 // 8 * 8]]
         world = world or workload.start(config)
         bench = workload.Bench(config, world, cuts if part == "equal" else [[0]])
@@ -82,7 +81,7 @@ def run_layout(layout: str, size: str) -> dict:
             workload.note(f"{layout}: timed steps are done")
         del bench
         workload.forget()
-    parallel.shutdown()
+    groups.shutdown()
     workload.note(f"{layout}: groups are closed")
     return found | {"device": workload.device_name(), "torch": torch.__version__}
 
@@ -101,9 +100,9 @@ def main(size: str, out: Path, without: str) -> None:
                 "speed_up": one["seconds"] / found["seconds"],
             }
             speed_up = one["seconds"] / found["seconds"]
-            print(f"{layout:<12}{found['seconds']:9.3f} s a step of two samples{speed_up:8.2f} x"
+            print(f"{layout:<12}{found['seconds']:9.3f} s per step of two samples{speed_up:8.2f} x"
                   f"   worst loss difference {worst:.1e}", flush=True)  # fmt: skip
-            if size == "full":  # after every layout, so that what was measured is kept whatever comes next
+            if size == "full":  # after every layout, so that no result is lost
                 (out / "parallel.json").write_text(json.dumps(results, indent=1) + "\n")
     if size == "full":
         print(f"wrote {out / 'parallel.json'}")

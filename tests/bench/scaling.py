@@ -1,12 +1,12 @@
-"""How training scales over the GPUs of one host, as many as there are.
+"""How training scales over the GPUs of one host.
 
     python -m tests.bench.scaling [out=DIR] [layers=8] [kinds=context,...]     writes docs/results/scaling.json and .png
-    python -m tests.bench.scaling size=toy                 on four CPU ranks: proves the script, measures nothing
+    python -m tests.bench.scaling size=toy            on four CPU ranks: tries the script, measures nothing
 
-The 1.9B layer shape in bf16. `context`: one sample of 131,072 tokens over 1, 2, 4, 8 GPUs, alone and with TP=2.
-`longer`: 131,072 tokens a GPU, one sample over all. `data`: two micro-batches a step of four samples of 8,192 tokens a
-GPU, under ZeRO-1 and ZeRO-3. Every number of GPUs is one start, the smaller ones side by side on GPUs of their own;
-losses of 20 steps of a small model must agree with one GPU's in every layout.
+The 1.9B layer shape in bf16. `context`: one sample of 131,072 tokens on 1, 2, 4, 8 GPUs, with and without TP=2.
+`longer`: one sample over all GPUs, 131,072 tokens per GPU. `data`: steps of two micro-batches of four samples of 8,192
+tokens per GPU, with ZeRO-1 and ZeRO-3. Each number of GPUs is one start of torchrun; the smaller ones run at the same
+time on their own GPUs. The losses of 20 steps of a small model must agree with one GPU's in every parallel layout.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from pathlib import Path
 
 import torch
 
-from ksa_model.config import ModelConfig
-from ksa_model.memory import MemoryConfig
+from ksa_model.config import MemoryConfig, ModelConfig
 from tests.bench import workload
 from tests.bench.step import PARTS, outside_torch
-from train import parallel
-from train.config import RunConfig, TrainConfig
-from train.metrics import peak_flops
-from train.parallel import ParallelConfig
+from train.config.schema import TrainConfig
+from train.config.sections import ParallelConfig, RunConfig
+from train.distributed import groups
+from train.logs.step_sums import peak_flops
 
 SHAPES = {
     "full": dict(hidden_size=2048, num_heads=16, num_kv_heads=16, head_dim=128, ffn_size=6144, vocab_size=32_768),
@@ -35,10 +34,13 @@ SHAPES = {
                 window_chunks=4),
 }  # fmt: skip
 SMALL = dict(hidden_size=512, num_layers=4, num_heads=8, num_kv_heads=8, head_dim=64, ffn_size=1536, vocab_size=32_768)
-LENGTHS = {"full": (131_072, 8_192, 16_384), "toy": (2_048, 512, 1_024)}  # a long sample, a short one, the losses'
+LENGTHS = {
+    "full": (131_072, 8_192, 16_384),
+    "toy": (2_048, 512, 1_024),
+}  # tokens of a long sample, a short one, and one for the losses
 STEPS = {"full": 20, "toy": 3}
 MLP_ROWS = {"full": 65_536, "toy": 128}
-# A layout's kinds of samples, its parallel settings for n GPUs, and the fewest that it exists for.
+# The kinds that a parallel layout measures, its settings for n GPUs, and its smallest number of GPUs.
 LAYOUTS = (
     (("context", "longer"), lambda n: dict(context=n), 1),
     (("context TP=2",), lambda n: dict(tensor=2, sequence=True, context=n // 2), 2),
@@ -49,7 +51,7 @@ KINDS = [kind for kinds, _, _ in LAYOUTS for kind in kinds]
 
 
 def run(ranks: int, kinds: tuple[str, ...], settings: ParallelConfig, size: str, layers: int) -> Iterator[dict]:
-    """This rank's part of a layout: a row for each kind."""
+    """This rank's results for a parallel layout, one row per kind."""
     long, short, for_losses = LENGTHS[size]
     on_gpu = torch.cuda.is_available()
     memory = MemoryConfig() if kinds[0].startswith("data") else MemoryConfig("selective", mlp_rows=MLP_ROWS[size])
@@ -88,12 +90,12 @@ def run(ranks: int, kinds: tuple[str, ...], settings: ParallelConfig, size: str,
             found["parts_ms"] = parts(bench, batches)
         yield found
     del bench, batches
-    parallel.shutdown()
+    groups.shutdown()
     workload.forget()
 
 
 def parts(bench: workload.Bench, batches: list) -> dict[str, float]:
-    """Milliseconds of a step by part; `exchange exposed` is communication while nothing else runs."""
+    """Milliseconds of a step by category; `exchange exposed` is communication during which nothing else runs."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         bench.step(batches)
         torch.cuda.synchronize()
@@ -109,7 +111,7 @@ def parts(bench: workload.Bench, batches: list) -> dict[str, float]:
 
 
 def uncovered(spans: list[tuple[float, float]], by: list[tuple[float, float]]) -> float:
-    """Length of `spans` outside of every span of `by`.
+    """Total length of `spans` outside every span of `by`.
 
     Example: [(0, 10)] by [(2, 4), (3, 6), (9, 12)] leaves 0-2 and 6-9: 5.
     """
@@ -126,12 +128,12 @@ def uncovered(spans: list[tuple[float, float]], by: list[tuple[float, float]]) -
 
 
 def plain_kind(kind: str) -> str:
-    """What stands for `kind` on one GPU, which shards nothing."""
+    """The baseline of `kind` on one GPU, where nothing is sharded."""
     return "data ZeRO-1" if kind.startswith("data") else "context"
 
 
 def efficiency(row: dict, rows: list[dict]) -> float | None:
-    """Share of ideal: tokens/s a GPU (`longer`: MFU) against one GPU's."""
+    """Tokens/s per GPU (`longer`: MFU) as a fraction of one GPU's; None without an MFU."""
     one = next(r for r in rows if r["kind"] == plain_kind(row["kind"]) and r["ranks"] == 1)
     if row["kind"] == "longer":
         return row["mfu"] / one["mfu"] if "mfu" in row else None
@@ -142,13 +144,13 @@ def main(size: str, layers: int, wanted: list[str], out: Path) -> None:
     if unknown := set(wanted) - set(KINDS):
         raise SystemExit(f"kinds={','.join(unknown)}: the kinds are {', '.join(KINDS)}")
     wanted = sorted({*wanted, *map(plain_kind, wanted)})
-    most = 4 if size == "toy" else torch.cuda.device_count()
-    numbers = [n for n in (1, 2, 4, 8) if n <= most]
+    available = 4 if size == "toy" else torch.cuda.device_count()
+    numbers = [n for n in (1, 2, 4, 8) if n <= available]
     rows: list[dict] = []
     out.mkdir(parents=True, exist_ok=True)
     path = out / "scaling.json"
     earlier = json.loads(path.read_text())["rows"] if size == "full" and path.exists() else []
-    earlier = [row for row in earlier if row["kind"] not in wanted]  # another measurement's stays
+    earlier = [row for row in earlier if row["kind"] not in wanted]  # rows of other kinds stay
 
     def keep() -> None:
         report = {"command": "python -m tests.bench.scaling", "layers": layers, "rows": rows + earlier}
@@ -161,14 +163,14 @@ def main(size: str, layers: int, wanted: list[str], out: Path) -> None:
         ):
             print(f"{row['kind']:<15}{ranks} ranks {row['seconds']:8.3f} s", flush=True)
             rows.append(row)
-            if size == "full":  # after every row, so that what was measured is kept whatever comes next
+            if size == "full":  # after every row, so that no result is lost
                 keep()
 
-    # One GPU takes place 0, two take 1 and 2, four take 3 to 6: all but the largest number fit side by side.
-    *few, all_of_them = numbers
+    # One rank takes GPU 0, two take 1 and 2, four take 3 to 6: all but the largest number fit at the same time.
+    *smaller, largest = numbers
     with ThreadPoolExecutor() as at_once:
-        list(at_once.map(start, few, [n - 1 for n in few]))
-    start(all_of_them, 0)
+        list(at_once.map(start, smaller, [n - 1 for n in smaller]))
+    start(largest, 0)
     rows.sort(key=lambda row: (row["ranks"], KINDS.index(row["kind"])))
     one = rows[0]["losses"]
     for row in rows:
@@ -184,7 +186,7 @@ def main(size: str, layers: int, wanted: list[str], out: Path) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Share of ideal against the number of GPUs, one line for each kind."""
+    """Plot efficiency against the number of GPUs, one line per kind."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,9 +209,9 @@ def draw(rows: list[dict], path: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1:] and sys.argv[1].isdigit():
         ranks, size, wanted = int(sys.argv[1]), sys.argv[2], sys.argv[4:]
-        for kinds, settings, fewest in LAYOUTS:
+        for kinds, settings, min_ranks in LAYOUTS:
             kinds = tuple(kind for kind in kinds if kind in wanted and (kind != "longer" or ranks > 1))
-            if kinds and ranks >= fewest:
+            if kinds and ranks >= min_ranks:
                 for row in run(ranks, kinds, ParallelConfig(**settings(ranks)), size, int(sys.argv[3])):
                     workload.result(row)
     else:

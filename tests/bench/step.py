@@ -1,17 +1,18 @@
-"""A training step of the 1.9B model on one GPU or two: tokens/s, MFU, memory, and where the time goes.
+"""A training step of the 1.9B model on one or two GPUs: tokens/s, MFU, memory, and where the time goes.
 
     python -m tests.bench.step [out=DIR] [cases=8k,128k,...] [kernels=]     writes docs/results/step.json
-    python -m tests.bench.step size=toy          on the CPU: proves the script, measures nothing
+    python -m tests.bench.step size=toy          on the CPU: tries the script, measures nothing
 
-MFU counts model FLOPs alone (no recomputation, the visible keys of the real documents, the summary stream's dense
-work) against the data sheet's dense bf16 peak. Peak memory stands beside what `dry_run=true` predicts, without the CUDA
-context. Every case is a start of its own, so that one which runs out of memory says so and leaves the others alone;
-hybrid, pure KSA and full attention side by side where it says so. The longest samples hold documents of 131,072 tokens
-and are timed once, without a profile. "memory" takes samples of 131,072 to 1,048,576 tokens through one model and fits
-a line to their peaks. "reference" compares the first loss of a model under the fused kernels and all that saves memory
-with the same model's under plain attention, "fp8 loss" the losses of 60 steps under perf.precision=fp8 with those of
-another start from the same weights without. Without `cases`, those that the GPUs of this host are enough for. What
-step.json holds of other cases and devices stays there.
+MFU counts model FLOPs only (no recomputation, the visible keys of the real documents, the dense work of the summary
+tokens) against the data sheet's dense bf16 peak. Peak memory is reported next to the prediction of `dry_run=true`,
+without the CUDA context. Every case runs in its own process, so that one that runs out of memory does not end the
+others. Some cases compare hybrid, pure KSA and full attention. Samples longer than 131,072 tokens contain documents of
+131,072 tokens; they are timed once and not profiled.
+
+"memory" trains one model on samples of 131,072 to 1,048,576 tokens and fits a line to the peaks. "reference" compares
+the first loss of a model with fused kernels and all memory savings to that of the same model with plain attention.
+"fp8 loss" compares the losses of 60 steps with perf.precision=fp8 to those with bf16 from the same weights. Without
+`cases`, every case that fits the number of GPUs runs. Results of other cases and devices stay in step.json.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ksa_model.config import ModelConfig
-from ksa_model.memory import GIB, HostPool, MemoryConfig
+from ksa_model.config import MemoryConfig, ModelConfig
+from ksa_model.memory import GIB, HostPool
 from tests.bench import workload
-from train import dry_run, parallel
-from train.config import RunConfig, TrainConfig
-from train.metrics import peak_flops
-from train.parallel import ParallelConfig
-from train.perf import PerfConfig
+from train import dry_run
+from train.config.schema import TrainConfig
+from train.config.sections import ParallelConfig, PerfConfig, RunConfig
+from train.distributed import groups as parallel
+from train.logs.step_sums import peak_flops
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = {
@@ -48,8 +49,8 @@ MEMORY = {
     "offload": MemoryConfig("selective", offload=True, mlp_rows=65_536),
     "offload inputs": MemoryConfig("full", offload=True, mlp_rows=65_536),
 }
-DOCUMENT = 131_072  # tokens of one in the longest samples
-LOSS_STEPS = 60  # of "fp8 loss"
+DOCUMENT = 131_072  # tokens per document in the longest samples
+LOSS_STEPS = 60  # steps of "fp8 loss"
 ONE = ParallelConfig()
 TWO = ParallelConfig(context=2, zero=2, offload="optimizer")
 ON_HOST = ParallelConfig(zero=2, offload="optimizer")
@@ -60,12 +61,12 @@ class Case:
     seq_len: int
     memory: str
     layers: int = 24
-    samples: int = 1  # of a step
-    joined: int = 1  # of these in a micro-batch
+    samples: int = 1  # per step
+    joined: int = 1  # samples per micro-batch
     patterns: tuple[str, ...] = ("KKKF",)
     parallel: ParallelConfig = ONE
-    backend: str = "auto"  # of attention
-    precision: str = "bf16"  # of the products inside blocks
+    backend: str = "auto"  # attention backend
+    precision: str = "bf16"  # of the GEMMs inside blocks
     shape: str = "full"
 
     @property
@@ -93,8 +94,8 @@ CASES = {
     "reference": Case(8_192, "offload"),
     "fp8 loss": Case(8_192, "none", layers=8, samples=4, joined=2, precision="fp8", shape="small"),
 }
-TOY_SHARE = 512  # of a case's tokens, and of its slices of the MLP, in the toy size
-PARTS = {  # words in a kernel's name: the part it is counted to; the first that fits
+TOY_SHARE = 512  # the toy size divides the tokens and the MLP slices of a case by this
+PARTS = {  # part of a kernel's name -> the category of its time; the first match counts
     "_summary_": "summaries' attention",
     "_loss_": "loss",
     "sdpa": "attention, cuDNN",
@@ -177,7 +178,7 @@ def against_bf16(name: str, pattern: str, size: str) -> dict:
 
 
 def memory_by_length(name: str, pattern: str, size: str) -> dict:
-    """One step of each length, in documents of `DOCUMENT` tokens, and the line through their peaks."""
+    """One step at each length, with documents of `DOCUMENT` tokens, and a line fitted to the peaks."""
     case = CASES[name]
     config = configuration(case, pattern, size)
     bench = workload.Bench(config, workload.start(config), [])
@@ -187,7 +188,9 @@ def memory_by_length(name: str, pattern: str, size: str) -> dict:
         tokens = bench.config.seq_len
         documents = max(1, case.seq_len // share // DOCUMENT)
         bench.cuts = [[i * tokens // documents for i in range(documents)]]
-        bench.engine.module.host_pool = HostPool(config.memory.host_gib * GIB)  # buffers of another length would stay
+        bench.engine.module.host_pool = HostPool(
+            config.memory.host_gib * GIB
+        )  # or buffers of the previous length would stay
         workload.forget()
         seconds = bench.seconds(0, 1)
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else float("nan")
@@ -241,7 +244,7 @@ def run(name: str, pattern: str, size: str) -> dict:
         "mfu": flops / seconds / (peak_flops(world.device) or float("nan")),
         "peak_gib": None if peak is None else peak / GIB, "predicted_gib": planned.total / GIB,
         "pinned_host_gib": bench.engine.module.host_pool.held_bytes / GIB,
-        "predicted_host_gib": dry_run.host_bytes(config)[0] / GIB, "outside_torch_gib": outside_torch(),
+        "predicted_host_gib": dry_run.offloaded_bytes(config)[0] / GIB, "outside_torch_gib": outside_torch(),
     }  # fmt: skip
     if not case.is_long:
         result |= profiled(bench, batches, seconds)
@@ -252,7 +255,7 @@ def run(name: str, pattern: str, size: str) -> dict:
 
 
 def outside_torch() -> float | None:
-    """GiB in use on the card that torch did not hand out: contexts, libraries, communicators, other processes."""
+    """GiB in use on the GPU outside torch's allocator: contexts, libraries, communicators, other processes."""
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()
@@ -260,7 +263,7 @@ def outside_torch() -> float | None:
 
 
 def profiled(bench: workload.Bench, batches: list, seconds: float) -> dict:
-    """Where one more step spends its time."""
+    """Profile one more step: milliseconds by category, and the 25 longest kernels."""
     device = bench.world.device
     on_gpu = device.type == "cuda"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA] if on_gpu else None) as profile:
@@ -295,7 +298,7 @@ def main(arguments: dict[str, str]) -> None:
                 (result,) = workload.ranks_results(
                     "tests.bench.step", CASES[name].ranks, name, pattern, size, threads=1 if size == "toy" else None
                 )
-            except SystemExit as error:  # the others may well fit
+            except SystemExit as error:  # the other cases may fit
                 failed.append(f"{name} {pattern}")
                 print(f"{name} {pattern} failed:\n{error}", file=sys.stderr, flush=True)
                 continue
@@ -307,7 +310,7 @@ def main(arguments: dict[str, str]) -> None:
                 print(
                     "\n".join(f"  {ms:8.2f} ms {count:5d} x {key}" for ms, count, key in result["kernels"]), flush=True
                 )
-            if size == "full":  # after every case, so that what was measured is kept whatever comes next
+            if size == "full":  # after every case, so that no result is lost
                 report = {"command": "python -m tests.bench.step", "results": results}
                 path.write_text(json.dumps(report, indent=1) + "\n")
     if failed:

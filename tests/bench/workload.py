@@ -1,4 +1,4 @@
-"""What the GPU benches train on: packed samples of drawn tokens, and timed optimizer steps through the trainer."""
+"""The workload of the benchmarks: packed samples of random tokens, and timed optimizer steps through the trainer."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from unittest import mock
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from data_pipeline import IGNORE_INDEX, PackedSample
-from data_pipeline.samples import join
-from train import parallel, trainer
+from data_pipeline.packing.samples import join
+from train import build, trainer
 from train.batches import Batch, batch_maker
-from train.config import TrainConfig, from_mapping
-from train.metrics import StepSums
-from train.parallel import World
+from train.config.compose import compose
+from train.config.conversion import from_mapping
+from train.config.schema import TrainConfig
+from train.distributed import groups
+from train.distributed.consensus import RankConsensus
+from train.distributed.groups import World
+from train.logs.step_sums import StepSums
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def configured(overrides: Sequence[str]) -> TrainConfig:
-    """What `python -m train OVERRIDES` is told."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        values = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
-    return from_mapping(TrainConfig, values)  # type: ignore[arg-type]
+    """The configuration of `python -m train OVERRIDES`."""
+    return from_mapping(TrainConfig, compose(overrides))
 
 
 def sample(seq_len: int, vocab_size: int, index: int, cuts: list[int]) -> PackedSample:
@@ -56,10 +56,10 @@ def _table() -> torch.Tensor:
 
 
 def _from_a_table(weight: torch.Tensor, mean: float = 0.0, std: float = 1.0, generator=None) -> torch.Tensor:
-    """Instead of `torch.nn.init.normal_`: one table over and over. Drawing two billion numbers takes half a minute."""
+    """Replaces `torch.nn.init.normal_` with a repeated table, because drawing two billion numbers takes 30 s."""
     with torch.no_grad():
         flat, table = weight.view(-1), (mean + std * _table()).to(weight.dtype)
-        for first in range(0, len(flat), len(table)):  # of odd length, so that no two rows are alike
+        for first in range(0, len(flat), len(table)):  # the table's length is odd, so that no two rows are equal
             part = flat[first : first + len(table)]
             part.copy_(table[: len(part)])
     return weight
@@ -75,8 +75,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         with mock.patch("torch.nn.init.normal_", _from_a_table):
-            self.engine = trainer.build_engine(self.config, self.world)
-        self.sums = StepSums(self.world)
+            self.engine = build.build_engine(self.config, self.world)
+        self.sums, self.consensus = StepSums(self.world), RankConsensus(self.world)
         context = self.world.context_group
         self._make = batch_maker(self.config.model, context.rank(), context.size())
 
@@ -92,7 +92,7 @@ class Bench:
         return [self._make(pack).to(self.world.device) for pack in packs]
 
     def step(self, batches: list[Batch], lr: float = 1e-3) -> None:
-        trainer.train_step(self.engine, batches, self.world, self.sums, lr)
+        trainer.train_step(self.engine, batches, self.world, self.sums, self.consensus, lr)
 
     def losses(self, steps: int, lr: float = 1e-3) -> list[float]:
         found = []
@@ -119,7 +119,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def start(config: TrainConfig) -> World:
-    return parallel.initialize(config.parallel, parallel.pick_device("auto"))
+    return groups.initialize(config.parallel, groups.pick_device("auto"))
 
 
 def device_name() -> str:
@@ -127,7 +127,7 @@ def device_name() -> str:
 
 
 def visible_gpus() -> list[str]:
-    """What `CUDA_VISIBLE_DEVICES` calls the GPUs that this process sees."""
+    """The names in `CUDA_VISIBLE_DEVICES` of this process's GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
@@ -135,9 +135,9 @@ def visible_gpus() -> list[str]:
 def ranks_results(
     module: str, ranks: int, *arguments: str, threads: int | None = None, devices: Sequence[int] | None = None
 ) -> Iterator[dict]:
-    """Start `python -m module RANKS ARGUMENTS...` under torchrun; what the main rank says by `result`, as it comes.
+    """Start `python -m module RANKS ARGUMENTS...` under torchrun; yields what rank 0 passes to `result`.
 
-    `devices`: the GPUs that the ranks see, of those this process sees; None for all.
+    `devices`: indices of this process's GPUs that the ranks may use; None for all.
     """
     torchrun = [
         "torch.distributed.run",
@@ -165,19 +165,19 @@ def ranks_results(
 
 
 def result(values: dict) -> None:
-    """Hand numbers to `ranks_results`; other ranks than the first say nothing."""
+    """Pass results to `ranks_results`. Only rank 0 does."""
     if os.environ.get("RANK", "0") == "0":
         print("RESULT " + json.dumps(values), flush=True)
 
 
 def note(text: str) -> None:
-    """Let whoever runs `ranks_results` see how far the first rank is."""
+    """Print rank 0's progress where `ranks_results` runs."""
     if os.environ.get("RANK", "0") == "0":
         print("NOTE " + text, flush=True)
 
 
 def forget() -> None:
-    """Give back the memory of a bench that is gone."""
+    """Free the memory of a deleted `Bench`."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

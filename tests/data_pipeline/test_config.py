@@ -3,8 +3,7 @@ import dataclasses
 import pytest
 
 from data_pipeline import DataConfig, DataError
-
-from .conftest import REPOSITORY
+from tests.data_pipeline.conftest import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -77,6 +76,6 @@ def test_every_configuration_file_of_data_is_accepted():
     needed = {"path": "a", "tokenizer": "t", "corpora": [{"name": "a", "source": "stdlib"}]}
     for path in (REPOSITORY / "configs" / "data").glob("[a-z]*.yaml"):
         values = base | yaml.safe_load(path.read_text())
-        values.pop("defaults")
+        values.pop("defaults", None)
         wanted = {"mixture": ["corpora"], "stdlib": [], "synthetic": []}.get(values["source"], ["path", "tokenizer"])
         DataConfig(**values | {name: needed[name] for name in wanted})

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from .conftest import REPOSITORY, write_corpus
+from tests.data_pipeline.conftest import REPOSITORY, write_corpus
 
 
 def run(module, *arguments, stdin=""):
@@ -53,54 +53,17 @@ def test_mixtures_and_synthetic_data_are_shown_too(corpus, tmp_path, model_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["seqlen=512"], "unknown key 'seqlen', the nearest is 'seq_len'"),
-        (["source=mixture", "corpora=[{]"], "corpora='[{]' must be a list in JSON"),
+        (["seqlen=512"], "seqlen is not a configuration key; did you mean seq_len?"),
+        (["source=mixture", "corpora=[{]"], "corpora='[{]' must be a list such as [A,B]"),
         (["part=test"], "part='test' must be one of train, validation"),
         (["verify=maybe"], "verify='maybe' must be true or false"),
-        (["source=synthetic", "tasks=5"], "data.tasks=5 must be a list of needle"),
+        (["source=synthetic", "tasks=5"], "data.tasks=('5',) must be a list of needle"),
         (
             ["source=mixture", 'corpora=[{"name":"a","source":"stdlib"}]', 'stages=[{"seq_len":"64","samples":1}]'],
-            "data.stages: seq_len='64' must be at least 1 and a whole number",
+            "stages[0].seq_len='64' must be a whole number",
         ),
     ],
 )
 def test_bad_arguments(arguments, message):
     code, out, err = run("inspect", *arguments)
     assert code == 2 and out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
-
-
-def test_the_tokenizer_command(corpus, tmp_path):
-    model = tmp_path / "own.model"
-    code, out, err = run("tokenizer", "train", *corpus[:2], "vocab_size=350", f"out={model}")
-    assert code == 0 and "SentencePiece, 350 tokens" in out and "a document ends with 1 '</s>'" in out, err
-    code, again, _ = run("tokenizer", "info", f"tokenizer={model}")
-    assert code == 0 and again == out
-    text = "attention\twindow 12\n"
-    code, out, _ = run("tokenizer", "encode", f"tokenizer={model}", stdin=text)
-    pieces = [line.split("\t", 1) for line in out.splitlines()]
-    assert code == 0 and all(number.isdigit() for number, _ in pieces)
-    assert run("tokenizer", "encode", f"tokenizer={model}", f"text={text}")[1] == out
-    assert "".join(eval(piece) for _, piece in pieces).replace("\u2581", " ") == text
-    assert run("tokenizer", "show")[0] == 2 and run("tokenizer", "train", *corpus[:2])[0] == 2
-
-
-def test_text_for_the_tokenizer_that_is_not_utf8_is_one_line(model_path):
-    for given, place in (({"stdin": b"caf\xe9"}, "standard input"), ({"text": b"text=caf\xe9"}, "text")):
-        arguments = [given["text"]] if "text" in given else []
-        code, out, err = run(
-            "tokenizer", "encode", f"tokenizer={model_path}", *arguments, stdin=given.get("stdin", b"")
-        )
-        assert (code, out) == (2, "") and err.startswith(f"error: {place}: is not UTF-8 (byte 0xe9 at 3)"), err
-        assert err.count("\n") == 1
-
-
-def test_the_place_of_a_trained_tokenizer_is_made_or_refused_before_training(corpus, tmp_path):
-    new = tmp_path / "new" / "own.model"
-    code, _, err = run("tokenizer", "train", *corpus[:2], "vocab_size=350", f"out={new}")
-    assert code == 0 and new.is_file(), err
-    (tmp_path / "file").write_text("")
-    # A vocabulary that training refuses: the place is looked at before.
-    for out, reason in (("file/own.model", "File exists"), ("new", "it is a directory")):
-        code, _, err = run("tokenizer", "train", *corpus[:2], "vocab_size=90000", f"out={tmp_path / out}")
-        assert code == 2 and err.startswith(f"error: out={tmp_path / out}: cannot be written") and reason in err, err
-        assert err.count("\n") == 1

@@ -1,7 +1,7 @@
-"""Runs that are killed, filled up and tampered with reach the same end, bit for bit, as a run that was left alone.
+"""Runs that suffer kills, full disks and damaged files end bit for bit like an undisturbed run.
 
-Ten faults by default; `FAULTS=50 python -m pytest tests/faults -s` injects fifty, half of them kills. Moments are
-drawn from a seed, which is printed; `FAULT_SEED=n` draws others.
+Ten faults by default; `FAULTS=50 python -m pytest tests/faults -s` injects fifty, half of them kills. Their moments are
+drawn from a seed, which is printed; set another with `FAULT_SEED=n`.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ import torch
 
 from tests.faults.worlds import World
 from tests.train.runs import losses, newest_tensors
-from train.checkpoint import complete
-from train.checkpoint_tools import verify
-from train.metrics import read_records
-from train.signals import REQUEUE
+from train.checkpoint.__main__ import verify
+from train.checkpoint.storage import finished
+from train.distributed.signals import REQUEUE
+from train.logs.metrics import read_records
 
 FAULTS = int(os.environ.get("FAULTS", "10"))
 SEED = int(os.environ.get("FAULT_SEED", "6"))
@@ -35,11 +35,11 @@ pytestmark = pytest.mark.slow
 
 
 def checkpoints(world):
-    return complete(world.directory / "checkpoints")
+    return finished(world.directory / "checkpoints")
 
 
 def is_saving(world):
-    """A directory that is being written exists."""
+    """Whether a checkpoint is being written."""
     with contextlib.suppress(FileNotFoundError):
         return any(p.name.endswith(".incomplete") for p in (world.directory / "checkpoints").iterdir())
     return False
@@ -49,7 +49,7 @@ def is_saving(world):
 def undisturbed(corpus, tmp_path_factory):
     root = tmp_path_factory.mktemp("undisturbed")
     world = World(RANKS, corpus, root, RUN)
-    assert world.end() == [0] * RANKS, world.said()
+    assert world.end() == [0] * RANKS, world.output()
     return losses(read_records(world.directory / "metrics.jsonl")), newest_tensors(world.directory)
 
 
@@ -62,7 +62,7 @@ def assert_same_end(directory, undisturbed):
         assert torch.equal(tensor, tensors[name]), name
 
 
-# -- faults, each given a world that trains and a random generator; the world has ended when they return ---------------
+# -- faults: each gets a training world and a random generator, and returns when the world has ended ------------------
 
 
 def kill(world, draw, ranks, seconds=None):
@@ -88,7 +88,7 @@ def kill_while_saving(world, draw):
 def stop_while_saving(world, draw):
     world.wait_until(lambda: is_saving(world), every=0.0005)
     world.signal(signal.SIGTERM)
-    assert set(world.end()) <= {REQUEUE, 0}, world.said()
+    assert set(world.end()) <= {REQUEUE, 0}, world.output()
 
 
 def two_checkpoints(world):
@@ -121,30 +121,30 @@ def remove_a_file(world, draw):
 
 KILLS = [kill_one, kill_while_saving, kill_all]
 DAMAGE = [flip_a_byte, truncate_a_file, remove_a_file]
-# Most of them kills, as in life; every kind occurs among the first seven.
+# Most are kills, as in practice; every kind occurs among the first seven.
 KINDS = [kill_one, kill_while_saving, flip_a_byte, kill_all, stop_while_saving, truncate_a_file, remove_a_file]
 
 
-def test_killed_and_tampered_with_at_random_moments(corpus, tmp_path, undisturbed):
+def test_kills_and_damage_at_random_moments(corpus, tmp_path, undisturbed):
     draw = random.Random(SEED)
     injected, recovered, steps_lost, runs, log = 0, 0, 0, 0, []
     while injected < FAULTS:
         runs += 1
         changes = RUN | dict(run__name=f"run-{runs}")
-        pending = None  # the fault that the next start has to recover from
+        pending = None  # the fault from which the next start must recover
         for _ in range(12):
             world = World(RANKS, corpus, tmp_path, changes)
             begun = world.wait_until(lambda w=world: w.has_begun)
             if pending is not None:
                 kind, before, damaged = pending
-                assert begun, world.said()
+                assert begun, world.output()
                 lost = max(0, before - world.resumed_at)
                 if damaged:
-                    assert "DAMAGED CHECKPOINT" in world.said() and "set aside as" in world.said()
+                    assert "DAMAGED CHECKPOINT" in world.output() and "set aside as" in world.output()
                 recovered, steps_lost = recovered + 1, steps_lost + lost
                 log.append(f"{kind} after step {before}: resumed at {world.resumed_at}, {lost} steps lost")
                 pending = None
-            # At most four in one run, and not so late that there is nothing left to disturb.
+            # At most four per run, and none near its end.
             if injected < FAULTS and injected < 4 * runs and world.step < STEPS - 2 * EVERY and world.alive:
                 fault = KINDS[injected] if injected < len(KINDS) else draw.choice(KINDS + KILLS)
                 moment = world.step + draw.randrange(EVERY + 1)
@@ -153,9 +153,9 @@ def test_killed_and_tampered_with_at_random_moments(corpus, tmp_path, undisturbe
                 injected += 1
                 pending = (fault.__name__, world.step, fault in DAMAGE)
                 continue
-            assert world.end() == [0] * RANKS, world.said()
+            assert world.end() == [0] * RANKS, world.output()
             break
-        assert pending is None, f"still not through after 12 starts: {log}"
+        assert pending is None, f"not finished after 12 starts: {log}"
         assert_same_end(tmp_path / changes["run__name"], undisturbed)
     print(f"\nseed {SEED}, {runs} runs of {STEPS} steps on {RANKS} ranks, a checkpoint every {EVERY} steps")
     print("\n".join(f"  {line}" for line in log))
@@ -164,30 +164,30 @@ def test_killed_and_tampered_with_at_random_moments(corpus, tmp_path, undisturbe
     assert recovered == injected == FAULTS
 
 
-# -- storage that refuses, while the run goes on -----------------------------------------------------------------------
+# -- storage that fails while the run continues -----------------------------------------------------------------------
 
 
 def mounted(*command):
-    """Whether this machine lets the test mount things."""
+    """Run `mount`; returns whether this user may."""
     return subprocess.run(["mount", *command], capture_output=True).returncode == 0
 
 
-def train_while(corpus, root, location, break_it, mend_it):
-    """A run whose storage fails from step 2 on and works again once a failure was reported."""
+def train_while(corpus, root, location, break_it, repair):
+    """Run with storage that fails from step 2 on, and that is repaired once a failure is reported."""
     changes = RUN | dict(checkpoint__dir=str(location))
     world = World(RANKS, corpus, root, changes)
     assert world.wait_until(lambda: world.step >= 2)
     break_it()
     try:
-        failed = world.wait_until(lambda: "CHECKPOINT FAILED" in world.said())
+        failed = world.wait_until(lambda: "CHECKPOINT FAILED" in world.output())
     finally:
-        mend_it()
+        repair()
     codes = world.end()
-    assert failed, world.said()
-    if codes != [0] * RANKS:  # the last save failed before the storage was mended: the run says so and can go on
-        assert "could not be saved" in world.said()
+    assert failed, world.output()
+    if codes != [0] * RANKS:  # the last save failed before the repair: the run reports it and can be continued
+        assert "could not be saved" in world.output()
         assert World(RANKS, corpus, root, changes).end() == [0] * RANKS
-    assert verify(complete(location / "default")) == 0
+    assert verify(finished(location / "default")) == 0
     return world
 
 
@@ -205,7 +205,7 @@ def test_full_disk(corpus, tmp_path, undisturbed):
                     pass
 
         world = train_while(corpus, tmp_path, disk, fill, filler.unlink)
-        assert "No space left on device" in world.said()
+        assert "No space left on device" in world.output()
         (tmp_path / "default" / "checkpoints").symlink_to(disk / "default")
         assert_same_end(tmp_path / "default", undisturbed)
     finally:
@@ -225,7 +225,7 @@ def test_read_only_directory(corpus, tmp_path, undisturbed):
             lambda: subprocess.run(["mount", "-o", "remount,ro,bind", str(disk)], check=True),
             lambda: subprocess.run(["mount", "-o", "remount,rw,bind", str(disk)], check=True),
         )
-        assert "Read-only file system" in world.said()
+        assert "Read-only file system" in world.output()
         (tmp_path / "default" / "checkpoints").symlink_to(disk / "default")
         assert_same_end(tmp_path / "default", undisturbed)
     finally:

@@ -1,4 +1,4 @@
-"""A world of real rank processes that a test can watch, signal and kill."""
+"""Ranks in real processes, which a test can watch, signal and kill."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import torch
 
 from tests.ranks import free_port, server
 from tests.train.runs import make_config
-from train.metrics import read_records
+from train.logs.metrics import read_records
 
 
 class World:
-    """`num_ranks` processes that train; what each prints is appended to `root/rank-N.txt`."""
+    """`num_ranks` processes that train; each appends its output to `root/rank-N.txt`."""
 
     def __init__(self, num_ranks: int, corpus: Path, root: Path, changes: dict[str, Any]):
         root.mkdir(parents=True, exist_ok=True)
         self.root, self.directory = root, root / changes.get("run__name", "default")
-        self._said_before = self._read_log()
+        self._earlier_output = self._read_log()
         context = server()
         port = free_port()
         self.processes = [
@@ -42,25 +42,25 @@ class World:
 
     @property
     def step(self) -> int:
-        """The last step that stands in the records."""
+        """The last step in metrics.jsonl."""
         return max((r["step"] for r in read_records(self.directory / "metrics.jsonl")), default=0)
 
-    def said(self) -> str:
-        """What rank 0 printed since this world started."""
-        return self._read_log()[len(self._said_before) :]
+    def output(self) -> str:
+        """The output of rank 0 since this world started."""
+        return self._read_log()[len(self._earlier_output) :]
 
     @property
     def has_begun(self) -> bool:
-        """Whether it says from where it starts, which is the moment before its first step."""
-        return re.search(r"^(resumed from|starting) ", self.said(), re.MULTILINE) is not None
+        """Whether rank 0 has printed where it starts, which it does just before its first step."""
+        return re.search(r"^(resumed from|starting) ", self.output(), re.MULTILINE) is not None
 
     @property
     def resumed_at(self) -> int:
-        found = re.search(r"resumed from \S+ at step (\d+)", self.said())
+        found = re.search(r"resumed from \S+ at step (\d+)", self.output())
         return int(found[1]) if found else 0
 
     def wait_until(self, happened: Callable[[], bool], seconds: float = 120, every: float = 0.002) -> bool:
-        """Whether it happened before the world ended or the time was over."""
+        """Wait until `happened()`; False if all ranks end or `seconds` pass first."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if happened():
@@ -76,7 +76,10 @@ class World:
                 os.kill(process.pid, number)
 
     def end(self, patience: float = 15) -> list[int | None]:
-        """Wait for the ranks; like a launcher, kill those that outlive another by `patience` seconds. Exit codes."""
+        """Wait for the ranks; returns their exit codes.
+
+        Like a launcher it kills the ranks that still run `patience` seconds after the first has ended.
+        """
         deadline = None
         while self.alive:
             if deadline is None and not all(process.is_alive() for process in self.processes):
@@ -104,7 +107,7 @@ def _rank_main(rank: int, size: int, port: int, corpus: str, root: str, changes:
     out = os.open(f"{root}/rank-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    from train.signals import REQUEUE
+    from train.distributed.signals import REQUEUE
     from train.trainer import train
 
     result = train(make_config(Path(corpus), Path(root), **changes))

@@ -14,9 +14,9 @@ GOLDEN = Path(__file__).with_name("default_losses.json")
 
 def first_steps(root: str, cache: str) -> tuple[str, list[dict]]:
     """The data fingerprint, and {loss, grad_norm} of the first steps of `python -m train` on one rank."""
-    import data_pipeline
+    from data_pipeline.text.prepare import prepare
     from tests.bench.workload import configured
-    from train.metrics import read_records
+    from train.logs.metrics import read_records
     from train.trainer import train
 
     overrides = [f"run.root={root}", f"data.cache_dir={cache}", "run.log_every=1", f"run.stop_at_step={STEPS}"]
@@ -24,7 +24,7 @@ def first_steps(root: str, cache: str) -> tuple[str, list[dict]]:
     config = configured(overrides)
     result = train(config)
     records = [r for r in read_records(result.directory / "metrics.jsonl") if "loss" in r]
-    fingerprint = data_pipeline.prepare(config.data).fingerprint
+    fingerprint = prepare(config.data).fingerprint
     return fingerprint, [{"loss": r["loss"], "grad_norm": r["grad_norm"]} for r in records]
 
 

@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ksa_model import layout, model, reference
-from ksa_model.attention import RotaryTables
+from ksa_model import model
 from ksa_model.config import ModelConfig, ModelConfigError
-from ksa_model.loss import IGNORE_INDEX, LOSS_ROWS
-from ksa_model.tensor_parallel import TensorParallel
-from tests.ksa_model.test_kernels import make_layout
+from ksa_model.layers.attention import RotaryTables
+from ksa_model.layers.tensor_parallel import TensorParallel
+from ksa_model.layout.sequence import build_layout
+from ksa_model.loss import IGNORE_INDEX
+from ksa_model.ops.attention import reference
+from tests.ksa_model.ops.attention.test_joint import make_layout
 
 SMALL = dict(
     hidden_size=32,
@@ -83,7 +85,8 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         if layer.mixer == "K":
             out = reference.ksa_attention(q, k, v, ks, vs, pack, layer.window_chunks)
         else:
-            out = reference.text_attention(q, k, v, pack, layer.mixer, layer.window_chunks, config.window_tokens)
+            window = config.window_tokens if layer.mixer == "S" else layer.window_chunks
+            out = reference.text_attention(q, k, v, pack, layer.mixer, window)
         x = x + out.flatten(1) @ p[a + "output.weight"].t()
         if layer.updates_summaries:
             qs = heads(sn, a + own + "query.weight", a + "query_norm.weight", rotary.summary)
@@ -181,46 +184,6 @@ def test_packing_does_not_change_a_document(world):
         row += alone.num_text
 
 
-def test_loss_keeps_no_logits(world):
-    """2,500 rows of 60,000 words would be 600 MB of logits; at most a slice of rows is kept at a time."""
-    config = small_config(vocab_size=60_000, layer_pattern="F", num_layers=1)
-    pack = make_layout([2500], 4, 1, 0)
-    decoder = build(world, config)
-    largest = 0
-
-    def see(saved):
-        nonlocal largest
-        largest = max(largest, saved.numel())
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(see, lambda x: x):
-        decoder(*random_text(pack, vocab=60_000), pack)
-    assert largest <= LOSS_ROWS * config.padded_vocab_size < 2500 * config.padded_vocab_size
-
-
-def test_rows_without_any_label_give_zero_and_finite_gradients(world):
-    pack = make_layout([10], 4, 1, 0)
-    decoder = build(world, small_config())
-    tokens, labels = random_text(pack)
-    loss = decoder(tokens, torch.full_like(labels, IGNORE_INDEX), pack)
-    loss.backward()
-    assert loss == 0 and all(p.grad is not None and (p.grad == 0).all() for p in decoder.parameters())
-
-
-def test_counts():
-    config = small_config(vocab_size=64, num_layers=4)
-    counts = config.num_parameters()
-    assert counts["embedding"] == counts["head"] == 64 * 32
-    assert counts["attention"] == 4 * (32 * (32 + 2 * 16) + 32 * 32)
-    # k/v of three K layers, q of the two whose summaries a later layer reads; the F layer on top has none
-    assert counts["summary"] == 32 + 32 * (2 * 32 + 3 * 2 * 16)
-    # the 4B shape of the report: 2.8x and more at 128k
-    shape = dict(hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=9728)
-    hybrid, full = ModelConfig(**shape), ModelConfig(**shape, layer_pattern="F")
-    assert full.cache_bytes(131_072) == 36 * 2 * 131_072 * 8 * 128 * 2
-    assert full.cache_bytes(131_072) / hybrid.cache_bytes(131_072) > 2.8
-
-
 def test_parameter_count_is_what_is_built(world):
     for pattern in ("KKKF", "F", "FKSC", "CKKK"):
         config = small_config(layer_pattern=pattern, vocab_size=64)
@@ -232,53 +195,8 @@ def test_parameter_count_is_what_is_built(world):
             assert (p.partition_dim if getattr(p, "tensor_model_parallel", False) else None) == shapes[name][1], name
 
 
-def test_last_summary_work_is_left_out():
-    layers = small_config(layer_pattern="KKKF", num_layers=8).layers
-    assert [(x.mixer, x.carries_summaries, x.updates_summaries) for x in layers] == [
-        ("K", True, True),
-        ("K", True, True),
-        ("K", True, True),
-        ("F", True, True),
-        ("K", True, True),
-        ("K", True, True),
-        ("K", True, False),
-        ("F", False, False),
-    ]
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(layer_pattern="KXF"), "model.layer_pattern='KXF' holds 'X'"),
-        (dict(layer_pattern="KKF"), "has 3 letters and does not divide model.num_layers=4"),
-        (dict(num_kv_heads=3), "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
-        (dict(window_chunks=(1, 2)), "one for each of the 4 letters"),
-        (dict(chunk_size=0), "model.chunk_size=0 must be at least 1"),
-        (dict(head_dim=7), "model.head_dim=7 must be even"),
-        (dict(init_std=-1.0), "model.init_std=-1.0 must be above 0 and finite"),
-        (dict(init_std=float("inf")), "model.init_std=inf must be above 0"),
-        (dict(norm_eps=-1.0), "model.norm_eps=-1.0 must be above 0"),
-        (dict(norm_eps=float("nan")), "model.norm_eps=nan must be above 0"),
-        (dict(window_chunks=10**19), "model.window_chunks=10000000000000000000 must not be negative, and at most"),
-        (dict(window_chunks=(1, 2, 3, -1)), "model.window_chunks=(1, 2, 3, -1) must not be negative"),
-        (dict(window_chunks=[1]), "model.window_chunks=[1] must be one number, or one for each of the 4 letters"),
-        (dict(hidden_size=2**31), "model.hidden_size=2147483648 must be at least 1 and at most 2147483647"),
-        (dict(vocab_size=2**31), "model.vocab_size=2147483648 must be at least 2 and at most 2147483647"),
-    ],
-)
-def test_bad_shapes_are_named(changes, message):
-    with pytest.raises(ModelConfigError) as error:
-        small_config(**changes)
-    assert message in str(error.value)
-
-
-def test_windows_may_be_a_list():
-    config = small_config(window_chunks=[1, 2, 3, 4])
-    assert config == small_config(window_chunks=(1, 2, 3, 4)) and hash(config)
-
-
 def test_wrong_layout_is_named(world):
     decoder = build(world, small_config())
-    pack = layout.build(np.array([0]), np.array([8]), 8, chunk_size=8)
+    pack = build_layout(np.array([0]), np.array([8]), 8, chunk_size=8)
     with pytest.raises(ModelConfigError, match="the layout has chunk_size=8"):
         decoder(torch.zeros(8, dtype=torch.long), torch.zeros(8, dtype=torch.long), pack)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import runpy
 import subprocess
@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from launch.config import Launch, parse
 from tests.ranks import run_on_ranks
 from tests.train.runs import write_corpus
+from train.logs.metrics import read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STEPS = 150  # enough that a run still trains when Slurm gets round to taking its nodes away
+STEPS = 150  # enough that the run still trains when Slurm takes its nodes away
 LOCAL_STEPS = 60
 MODEL = (
     "seq_len=256 model.hidden_size=32 model.num_layers=4 model.num_heads=2 model.num_kv_heads=2 model.head_dim=16 "
@@ -27,21 +29,50 @@ MODEL = (
 ).split()
 
 
+SLURM = ["target=slurm", "launch.partition=gpu"]
+NASTY = 'it\'s; touch pwned $(touch pwned) `touch pwned` & "x" *'  # characters that shells interpret
+
+
+def nasty_launch(target: list[str], directory: Path) -> Launch:
+    """A launch whose environment and overrides contain `NASTY`."""
+    return dataclasses.replace(
+        parse([*target, f"launch.env.NOTE={NASTY}", "--", f"data.text_key={NASTY}"]), directory=directory
+    )
+
+
+def words_of(script: str, folder: Path, tail: str) -> list[str]:
+    """Run `script` and then `tail` in bash; returns the NUL-separated words that it prints."""
+    path = folder / "script"
+    path.write_text(script + tail)
+    done = subprocess.run(["bash", str(path)], capture_output=True, text=True, cwd=folder, env={"SLURM_JOB_ID": "7"})
+    assert not list(folder.rglob("pwned")), done.stderr
+    return done.stdout.split("\0")[:-1]
+
+
+def put_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch, **commands: str) -> None:
+    """Write shell scripts to `folder` and put it first in PATH: they replace the real commands."""
+    folder.mkdir(exist_ok=True)
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> list[str]:
-    """Overrides of a run that takes milliseconds a step; its data is prepared once a session."""
+    """Overrides of a run that takes milliseconds per step; its data is prepared once per session."""
     home = tmp_path_factory.mktemp("launch-data")
     write_corpus(home / "corpus.jsonl")
     return [*MODEL, f"data.path={home / 'corpus.jsonl'}", f"data.cache_dir={home / 'cache'}"]
 
 
 def two_ranks(small: list[str], steps: int) -> list[str]:
-    """The training of two ranks that tests disturb in several ways."""
+    """Overrides of a run on two ranks, which tests disturb in several ways."""
     return [*small, "run.samples_per_step=2", f"run.steps={steps}", "checkpoint.every_steps=20"]
 
 
 def undisturbed(overrides: list[str], root: Path) -> Path:
-    """Run the same on two ranks that nobody disturbs; its losses are those that the others must end with."""
+    """Run the same on two ranks without disturbance; the disturbed runs must end with the same losses."""
     run_on_ranks(2, _train, [*overrides, f"run.root={root}", "run.name=quiet"])
     return root / "quiet"
 
@@ -52,36 +83,24 @@ def _train(overrides: list[str]) -> None:
 
 
 def python(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """`python -m ARGUMENTS` in the project, to its end."""
+    """Run `python -m ARGUMENTS` in the project and wait for it."""
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280,
                           env={**os.environ, **(environment or {})})  # fmt: skip
 
 
 def start(*arguments: str, log: Path) -> subprocess.Popen:
-    """The same, in the background."""
+    """Start `python -m ARGUMENTS` in the background, with its output in `log`."""
     with open(log, "w", encoding="utf-8") as out:
         return subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, stdout=out, stderr=out)
 
 
 def losses(run: Path) -> dict[int, float]:
-    """step -> training loss, exactly as written."""
-    found = {}
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # being written
-            continue
-        if "loss" in record:
-            found[record["step"]] = record["loss"]
-    return found
+    """Step -> training loss, exactly as written."""
+    return {r["step"]: r["loss"] for r in read_records(run / "metrics.jsonl") if "loss" in r}
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout: float = 240, every: float = 0.05) -> None:
-    """Look every `every` seconds; raise after `timeout` seconds."""
+    """Check the condition every `every` seconds; raise after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout:.0f} s for {what}"

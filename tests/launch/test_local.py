@@ -1,31 +1,31 @@
-"""target=local on real processes: restarts, requests to stop, exit codes, and nobody left behind."""
+"""target=local on real processes: restarts, requests to stop, exit codes, and no process left behind."""
 
 import os
+import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from launch.agent import exit_code
+from launch import local
+from launch.agent import FINAL
+from launch.config import parse
 from launch.processes import descendants
-from tests.launch.conftest import LOCAL_STEPS, losses, python, start, two_ranks, undisturbed, wait_for
-
-
-@pytest.mark.parametrize(
-    "codes, stopped, expected",
-    [
-        ([75, 75], False, 75),
-        ([75, -15], False, 75),  # torchrun ends the others once one rank has left
-        ([2, -15], False, 2),
-        ([1, 75], False, 75),  # who says 75 says it after every rank has saved
-        ([1], False, 1),
-        ([-9], False, 1),
-        ([-15, 143], True, 75),  # ended by the request itself, before there was anything to save
-        ([1], True, 1),
-    ],
+from launch.settings import CONFIGS
+from tests.launch.conftest import (
+    LOCAL_STEPS,
+    NASTY,
+    ROOT,
+    losses,
+    nasty_launch,
+    python,
+    start,
+    two_ranks,
+    undisturbed,
+    wait_for,
 )
-def test_agent_exit_code(codes, stopped, expected):
-    assert exit_code(codes, stopped) == expected
 
 
 def agents_of(launcher: int) -> list[int]:
@@ -75,7 +75,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_continues(small, tmp_path):
     wait_for(lambda: max(losses(tmp_path / "r"), default=0) >= 5, "five steps")
 
     refused = python(*command[:2], "launch.grace_seconds=1", *command[2:])
-    assert refused.returncode == 2 and "held by another launch" in refused.stderr
+    assert refused.returncode == 2 and "locked by another launch" in refused.stderr
 
     stopped = python("launch", "cancel", str(tmp_path / "r"))
     assert stopped.returncode == 0, stopped.stderr
@@ -109,6 +109,49 @@ def test_metacharacters_in_the_run_name_are_a_name(small, tmp_path):
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
 
 
-def test_status_of_a_run_that_is_not_there(tmp_path):
-    done = python("launch", "status", str(tmp_path / "nothing"))
-    assert done.returncode == 2 and done.stderr.startswith("error:")
+def test_no_shell_interprets_the_command(tmp_path):
+    launch = nasty_launch(["target=local", "nodes=2", "ranks_per_node=3"], tmp_path)
+    first, second = local.commands(launch, 0, 29400)
+    assert first == second and first[-1] == f"data.text_key={NASTY}" and "--nproc-per-node=3" in first
+    assert shlex.split(local.describe(launch, tmp_path).splitlines()[0].split("   #")[0])[-1] == first[-1]
+
+
+def test_the_python_path_of_the_launch_is_kept(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/outer")
+    path = local.child_environment(parse(["target=local", "launch.env.PYTHONPATH=/my/plugins"]))["PYTHONPATH"]
+    assert path.split(":") == [str(CONFIGS.parent), "/my/plugins"]  # the same order as in the scripts of Slurm and ssh
+    assert local.child_environment(parse(["target=local"]))["PYTHONPATH"].split(":") == [str(CONFIGS.parent), "/outer"]
+
+
+SUPERVISE = """
+import subprocess, sys
+from launch.local import supervise
+codes = {codes}
+def start(attempt):
+    print("attempt", attempt)
+    return [subprocess.Popen(["sh", "-c", f"exit {{code}}"]) for code in codes[attempt]]
+sys.exit(supervise(start, restarts=len(codes) - 1, grace_seconds=5))
+"""
+
+
+@pytest.mark.parametrize(
+    "codes, expected, attempts",
+    [([[1, 0], [0, 0]], 0, 2), ([[1], [1]], 1, 2), ([[75, 0], [0]], 75, 1), *(([[c, c], [0]], c, 1) for c in FINAL)],
+)
+def test_which_exit_codes_start_another_attempt(codes, expected, attempts):
+    """`codes`: of the agents of each attempt."""
+    line = [sys.executable, "-u", "-c", SUPERVISE.format(codes=codes)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("attempt")) == (expected, attempts), done.stderr
+
+
+def test_an_ignored_signal_stays_ignored():
+    """nohup ignores SIGHUP, so that a run outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with local.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.count == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)

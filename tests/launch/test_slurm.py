@@ -1,234 +1,125 @@
-"""Training on a real Slurm: preempted, a node lost, out of time, cancelled, as an array. See slurm/cluster.py."""
+"""target=slurm: the batch script and the queue, with Slurm's commands replaced by scripts on PATH."""
 
-import json
+import dataclasses
 import os
-import re
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import ROOT, STEPS, losses, two_ranks, undisturbed, wait_for
-from tests.launch.slurm.cluster import Cluster, install, missing
-
-pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    why_not = missing()
-    if why_not:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why_not)
-    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as cluster:
-        yield cluster
+from launch import runs, slurm
+from launch.agent import FINAL
+from launch.config import parse
+from launch.errors import LaunchError
+from launch.runs import Run
+from tests.launch.conftest import NASTY, SLURM, nasty_launch, put_on_path, words_of
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """Where the runs are: a folder whose name is hard on shells and on Slurm's file patterns."""
-    return tmp_path_factory.mktemp("runs") / "it's %j; touch pwned $(touch pwned) & x"
+def test_the_script_quotes_what_it_is_given(tmp_path):
+    launch = nasty_launch(SLURM, tmp_path)
+    run = tmp_path / f"runs/{NASTY.replace('/', '')}%j"
+    text = slurm.script(launch, [Run("r", launch.overrides, run)])
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    head = text.split("cd --")[0]
+    got = words_of(head, tmp_path, '\nprintf "%s\\0" "$run_directory" "$log" "$NOTE" "${overrides[@]}"\n')
+    assert got == [str(run), str(run).replace("%", "%%") + "/launch/logs/%j-%N.log", NASTY, f"data.text_key={NASTY}"]
+    name = slurm.job_name(run)
+    assert name.replace("-", "").replace(".", "").replace("_", "").isalnum()
+    assert name != slurm.job_name(tmp_path / "other" / run.name)  # equal names elsewhere do not wait for each other
 
 
-@pytest.fixture(scope="module")
-def two_nodes(small, root) -> list[str]:
-    """Training overrides of the two-node job that the tests disturb."""
-    return [*two_ranks(small, STEPS), f"run.root={hydra(root)}"]
+def test_a_backslash_in_the_log_path_is_refused(tmp_path):
+    launch = parse(SLURM)
+    with pytest.raises(LaunchError, match="backslash"):
+        slurm.submit(launch, [Run("r", [], tmp_path / "a\\b")], tmp_path, [])
 
 
-@pytest.fixture(scope="module")
-def undisturbed_run(small, tmp_path_factory) -> Path:
-    return undisturbed(two_ranks(small, STEPS), tmp_path_factory.mktemp("undisturbed"))
+SETUPS = {
+    "conda": ('PATH_BEFORE="$CONDA_PREFIX$NOBODY_SET_THIS"\nexport FROM_SETUP=yes\nset -e', 0),
+    "fails": ("export FROM_SETUP=yes\nmodule load x 2>/dev/null", 127),
+    "leaves": ("exit 9", 9),
+    "stops": ("set -e\nfalse\necho not reached", 1),
+}
 
 
-def hydra(text: object) -> str:
-    """A value quoted for Hydra's override grammar."""
-    return '"' + str(text).replace('"', '\\"') + '"'
-
-
-def slurm_settings() -> list[str]:
-    keys = "partition=low time=30 cpus_per_rank=1 env.NCCL_SOCKET_IFNAME=null wait_seconds=20"
-    return ["target=slurm", *(f"launch.{key}" for key in keys.split())]
-
-
-UNCHECKED = "launch.check=false"  # spares what only the first test needs to show: seconds of the trainer's imports
-
-
-def launch(cluster: Cluster, *arguments: str, module: str = "launch"):
-    target = [] if arguments[0] in ("status", "logs", "cancel") else slurm_settings()
-    return cluster.run(sys.executable, "-m", module, *target, *arguments, cwd=ROOT)
-
-
-def job_of(run: Path) -> str:
-    return json.loads((run / "launch/launch.json").read_text())["jobs"][-1]
-
-
-def state(cluster: Cluster, job: str) -> str:
-    shown = cluster.run("scontrol", "show", "job", job).stdout
-    return re.search(r"JobState=(\w+)", shown)[1]
-
-
-def wait_for_end(cluster: Cluster, run: Path, timeout: float = 300) -> str:
-    """The state in which the run's job has ended."""
-    job, final = job_of(run), ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-    try:
-        wait_for(lambda: state(cluster, job) in final, f"the end of job {job}", timeout, every=0.5)
-    except AssertionError as error:
-        raise AssertionError(f"{error}\n{told(run)}") from None
-    return state(cluster, job)
-
-
-def wait_for_empty_queue(cluster: Cluster, timeout: float = 240) -> None:
-    wait_for(lambda: not cluster.run("squeue", "-h").stdout, "the queue to empty", timeout, every=0.5)
-
-
-def told(run: Path) -> str:
-    """Everything a run wrote about its jobs, for a failing test."""
-    files = [run / "launch/history.log", *sorted((run / "launch/logs").glob("*"))]
-    return "\n".join(f"== {f.name}\n{f.read_text(errors='replace')[-2500:]}" for f in files if f.is_file())
-
-
-def history(run: Path) -> str:
-    return (run / "launch/history.log").read_text()
-
-
-def test_preempted_requeued_and_resumed_bitwise(cluster, two_nodes, undisturbed_run, root):
-    """A job of higher priority takes the nodes; the run saves, makes way, comes back and ends with the same losses."""
-    run = root / "preempted"
-    launch(cluster, "nodes=2", "--", *two_nodes, "run.name=preempted")
-    wait_for(lambda: max(losses(run), default=0) >= 10, "10 steps")
-    assert "RUNNING" in launch(cluster, "status", str(run)).stdout
-    urgent = cluster.run(
-        "sbatch", "--parsable", "-p", "high", "-N", "3", "-c", "2", "--output=/dev/null", "--wrap", "sleep 1"
+@pytest.mark.parametrize("name", SETUPS)
+def test_setup_script(name, tmp_path, monkeypatch):
+    """It is sourced without `set -u` and not looked up in PATH; a failure is noted and ends the job with 2."""
+    text, code = SETUPS[name]
+    decoy = "touch decoy"
+    put_on_path(
+        tmp_path / "bin", monkeypatch, srun='echo "ranks: $FROM_SETUP"', scontrol="echo node1", **{"setup.sh": decoy}
     )
-    assert wait_for_end(cluster, run) == "COMPLETED", told(run)
-    assert state(cluster, urgent.stdout.strip()) == "COMPLETED"
-    said = history(run)
-    assert "asked to stop" in said and "ended with 75" in said and "start 1.0" in said, said
-    saved = int(re.search(r"saved step (\d+)", launch(cluster, "logs", str(run)).stdout)[1])
-    assert 10 <= saved < STEPS and saved % 20, "it stopped where it was told to, not at a periodic checkpoint"
-    assert losses(run) == losses(undisturbed_run) and len(losses(run)) == STEPS
-    assert {p.name.split("-")[-1] for p in (run / "launch/logs").glob("*-node*.log")} >= {"node1.log", "node2.log"}
-    assert "finished of" in launch(cluster, "status", str(run)).stdout
-
-
-def test_a_node_crashes_the_job_comes_back_on_those_left(cluster, two_nodes, undisturbed_run, root):
-    run = root / "crashed"
-    launch(cluster, UNCHECKED, "nodes=2", "--", *two_nodes, "run.name=crashed")
-    wait_for(lambda: max(losses(run), default=0) >= 30, "30 steps")
-    lost = re.search(r"start 0\.0 on node\[(\d)", history(run))[1]
-    cluster.crash(f"node{lost}")
-    try:
-        assert wait_for_end(cluster, run) == "COMPLETED", told(run)
-    finally:
-        cluster.boot(f"node{lost}")
-    again = re.search(r"start 1\.0 on (\S+)", history(run))
-    assert again and lost not in again[1], history(run)
-    assert losses(run) == losses(undisturbed_run)
-    cluster.wait_idle(3)
-
-
-def test_out_of_time_the_chain_goes_on(cluster, small, root):
-    """One-minute links, asked to save 30 s before their end (by Slurm up to a minute earlier)."""
-    run = root / "long"
-    chain = ["launch.continuation=chain", "launch.chain_jobs=4", "launch.time=1", "launch.signal_seconds=30"]
-    launch(cluster, UNCHECKED, *chain, "--", *small, f"run.root={hydra(root)}", "run.name=long", "run.steps=1000000")
-    log = run / "launch/history.log"
-    wait_for(lambda: log.exists() and len(set(re.findall(r"job (\d+): start", log.read_text()))) == 3, "the third link")
-    launch(cluster, "cancel", str(run))
-    jobs = json.loads((run / "launch/launch.json").read_text())["jobs"]
-    assert len(jobs) == 4
-    first, second = (re.findall(rf"job {job}: (.*)", history(run)) for job in jobs[:2])
-    for said in (first, second):
-        assert [line.split(" on ")[0] for line in said[:-1]] == ["start 0.0", "asked to stop; the ranks save"]
-        # 138 is SIGUSR1 that came before Python ran: Slurm may give a link a few seconds only.
-        assert len(said) == 3 and said[-1] in ("ended with 75", "ended with 138")
-    logs = launch(cluster, "logs", str(run)).stdout
-    saved = [int(step) for step in re.findall(r"saved step (\d+)", logs)]
-    resumed = [int(step) for step in re.findall(r"resumed from .* at step (\d+)", logs)]
-    assert len(saved) >= 1 and saved == sorted(saved) and resumed[: len(saved)] == saved[: len(resumed)], told(run)
-    assert list(losses(run)) == list(range(1, len(losses(run)) + 1))
-    wait_for_empty_queue(cluster, 90)
-    assert {state(cluster, job) for job in jobs[2:]} == {"CANCELLED"}
-
-
-def test_the_link_that_finishes_takes_the_rest_away(cluster, small, root):
-    chain = ["launch.continuation=chain", "launch.chain_jobs=3"]
-    launch(cluster, UNCHECKED, *chain, "--", *small, f"run.root={hydra(root)}", "run.name=short", "run.steps=3")
-    wait_for_empty_queue(cluster)
-    jobs = json.loads((root / "short/launch/launch.json").read_text())["jobs"]
-    assert [state(cluster, job) for job in jobs] == ["COMPLETED", "CANCELLED", "CANCELLED"], told(root / "short")
-    assert sorted(losses(root / "short")) == [1, 2, 3]
-
-
-@pytest.mark.parametrize("when", ["starting", "training"])
-def test_cancelled_jobs_stay_away(when, cluster, two_nodes, root):
-    """Cancelling signals the ranks too; that they say "run me again" must not bring the job back."""
-    run = root / f"cancelled-{when}"
-    launch(cluster, UNCHECKED, "nodes=2", "--", *two_nodes, "run.steps=100000", f"run.name=cancelled-{when}")
-    again = cluster.run(sys.executable, "-m", "launch", *slurm_settings(), UNCHECKED, "--", *two_nodes,
-                        f"run.name=cancelled-{when}", cwd=ROOT, check=False)  # fmt: skip
-    assert again.returncode == 2 and "still in the queue" in again.stderr
-    if when == "training":
-        wait_for(lambda: max(losses(run), default=0) >= 3, "three steps")
+    work = tmp_path / "it's work"
+    work.mkdir()
+    (work / "setup.sh").write_text(f"{text}\n")
+    run = tmp_path / "run"
+    (run / "launch/logs").mkdir(parents=True)
+    launch = dataclasses.replace(parse([*SLURM, "launch.setup_script=setup.sh"]), directory=work)
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NAME": "x"}
+    job = slurm.script(launch, [Run("r", [], run)])
+    done = subprocess.run(["bash"], input=job, text=True, capture_output=True, env=environment)
+    history = (run / "launch/history.log").read_text()
+    assert not (work / "decoy").exists()
+    if code == 0:
+        assert done.returncode == 0 and "ranks: yes" in done.stdout and "ended with 0" in history, done.stderr
     else:
-        wait_for(lambda: state(cluster, job_of(run)) == "RUNNING", "the job to run", 60)
-    assert "cancelled job" in launch(cluster, "cancel", str(run)).stdout
-    wait_for_empty_queue(cluster, 90)
-    assert state(cluster, job_of(run)) == "CANCELLED", told(run)
-    assert "requeued" not in (history(run) if (run / "launch/history.log").exists() else "")
-    assert "start 1.0" not in (history(run) if (run / "launch/history.log").exists() else "")
-    cluster.wait_idle(3)
+        assert done.returncode == 2 and "ranks" not in done.stdout, done.stderr
+        assert f"launch.setup_script={work}/setup.sh ended with {code}" in history
 
 
-def test_sweep_as_an_array(cluster, small, root):
-    """One array; a point that cannot run ends with 2 and is not tried again, the others finish."""
-    home = root / "a"
-    spoiled = home / "chunk_size=8"
-    spoiled.mkdir(parents=True)
-    (spoiled / "config.yaml").write_text("seq_len: 99\n")  # another run's directory
-    command = ["sweep=a", f"run.root={hydra(root)}", *[o for o in small if "chunk_size" not in o], "run.steps=4"]
-    cluster.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # the array waits until it was asked for twice
-    launch(cluster, *command, "model.chunk_size=4,8", module="launch.sweep")
-    job = job_of(home)
-    refused = cluster.run(sys.executable, "-m", "launch.sweep", *command, "model.chunk_size=4,8", "target=slurm",
-                          "launch.partition=low", cwd=ROOT, check=False)  # fmt: skip
-    assert refused.returncode == 2 and "still in the queue" in refused.stderr
-    cluster.run("scontrol", "update", "PartitionName=low", "State=UP")
-    wait_for_empty_queue(cluster)
-    assert sorted(losses(home / "chunk_size=4")) == [1, 2, 3, 4], told(home / "chunk_size=4")
-    assert "ended with 2" in history(spoiled) and "start 0.1" not in history(spoiled)
-    assert (state(cluster, f"{job}_0"), state(cluster, f"{job}_1")) == ("COMPLETED", "FAILED")
-    status = launch(cluster, "status", str(home)).stdout
-    assert "chunk_size=4: finished" in status and "chunk_size=8: checkpoint at step 0" in status
+def test_status_reports_a_queue_that_does_not_answer(tmp_path, monkeypatch):
+    """A queue that does not answer is not the same as a job that has left the queue."""
+    record = runs.Record("slurm", [], ["41", "42"], "")
+    queue = (
+        'echo "41 41 41 RUNNING None node1 0:10/1:00"; echo "99 42 42_3 PENDING Priority  0:00/1:00"; echo "7 7 7 X"'
+    )
+    put_on_path(tmp_path, monkeypatch, squeue=queue, sacct="exit 1")
+    assert slurm.status(record).splitlines() == [
+        "job 41 RUNNING None node1 0:10/1:00",
+        "job 42_3 PENDING Priority  0:00/1:00",
+    ]
+    assert slurm.is_queued(record)
+    put_on_path(tmp_path, monkeypatch, squeue="exit 0", sacct="exit 1")
+    assert "job 42: no longer in the queue" in slurm.status(record)
+    put_on_path(tmp_path, monkeypatch, squeue='echo "Unable to contact slurm controller" >&2; exit 1')
+    with pytest.raises(LaunchError, match=r"squeue exited with 1 \(Unable to contact.*41, 42"):
+        slurm.status(record)
 
 
-def test_nothing_in_a_name_was_executed(root):
-    """After all the tests above, whose run directory asks for it in its name."""
-    assert root.is_dir()
-    assert not (ROOT / "pwned").exists() and not list(root.parent.rglob("pwned"))
+def test_a_chain_that_is_refused_half_way_leaves_no_job_behind(tmp_path, monkeypatch):
+    """A queue limit accepts the first job and refuses the second: no record would name the first."""
+    commands = {
+        "sbatch": f'[ -e {tmp_path}/full ] && {{ echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }}\n'
+        f"touch {tmp_path}/full\necho 41",
+        "scancel": f'echo "$@" >> {tmp_path}/cancelled',
+    }
+    put_on_path(tmp_path, monkeypatch, **commands)
+    launch = parse([*SLURM, "launch.continuation=chain", "launch.chain_jobs=3", "--", "run.steps=1"])
+    with pytest.raises(LaunchError, match="sbatch refused the job: sbatch: error: QOSMaxSubmitJobPerUserLimit"):
+        slurm.submit(launch, [Run("r", launch.overrides, tmp_path / "run")], tmp_path / "run", [])
+    assert (tmp_path / "cancelled").read_text() == "41\n"
+    assert not (tmp_path / "run/launch/launch.json").exists()
 
 
-def test_ssh_target_over_pdsh(cluster, small, tmp_path):
-    """DeepSpeed's launcher starts ranks on two nodes; `ssh` is a script that enters the node's namespaces."""
-    if shutil.which("pdsh") is None:
-        install(["pdsh"])
-    if shutil.which("pdsh") is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no pdsh, and it cannot be installed here")
-    (tmp_path / "bin").mkdir()
-    cases = "".join(f'  {n}) set -- {cluster.pid(n)} "$@" ;;\n' for n in ("node1", "node2"))
-    shim = tmp_path / "bin/ssh"
-    shim.write_text(
-        '#!/bin/bash\nwhile [[ $1 == -* ]]; do case $1 in -o|-l|-p) shift 2;; *) shift;; esac; done\n'
-        'host=${1#*@}; shift\ncase $host in\n' + cases + '  *) exit 255 ;;\nesac\npid=$1; shift\n'
-        'exec nsenter --target="$pid" --net --uts --mount --pid -- bash -c "$*"\n')  # fmt: skip
-    shim.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    target = ["target=ssh", "launch.hosts=[node1,node2]", "launch.restarts=0", UNCHECKED]
-    training = [*small, f"run.root={tmp_path}", "run.name=r", "run.samples_per_step=2", "run.steps=4"]
-    command = [sys.executable, "-m", "launch", *target, "--", *training]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(losses(tmp_path / "r")) == [1, 2, 3, 4]
-    assert "node1 slots=1\nnode2 slots=1" in (tmp_path / "r/launch/hostfile").read_text()
+@pytest.mark.parametrize("code", FINAL)
+def test_a_final_exit_code_ends_the_job_and_its_chain(code, tmp_path, monkeypatch):
+    """Neither another attempt nor a requeue follows, and the waiting jobs of the chain are cancelled."""
+    put_on_path(
+        tmp_path / "bin",
+        monkeypatch,
+        srun=f"echo started >> {tmp_path}/attempts; exit {code}",
+        scontrol=f'[ "$1" = requeue ] && touch {tmp_path}/requeued; echo node1',
+        scancel=f'echo "$@" >> {tmp_path}/cancelled',
+        squeue="echo RUNNING",
+    )
+    run = tmp_path / "run"
+    (run / "launch/logs").mkdir(parents=True)
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NAME": "x"}
+    chain = ["launch.continuation=chain", "launch.chain_jobs=3"]
+    for settings in ([], chain):
+        job = slurm.script(parse([*SLURM, *settings]), [Run("r", [], run)])
+        done = subprocess.run(["bash"], input=job, text=True, capture_output=True, env=environment)
+        assert done.returncode == code, done.stderr
+        assert (tmp_path / "cancelled").exists() == (settings is chain)
+    assert (tmp_path / "attempts").read_text() == "started\n" * 2 and not (tmp_path / "requeued").exists()
+    assert "--state=PENDING" in (tmp_path / "cancelled").read_text()

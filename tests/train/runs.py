@@ -45,7 +45,8 @@ def write_corpus(path: Path) -> Path:
 
 def make_config(corpus: Path, root: Path, **changes: Any):
     """`changes` are dotted keys with dots as double underscores: `run__steps=20`."""
-    from train.config import TrainConfig, from_mapping
+    from train.config.conversion import from_mapping
+    from train.config.schema import TrainConfig
 
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in BASE.items()}
     values["data"].update(path=str(corpus), cache_dir=str(corpus.parent / "cache"))
@@ -61,7 +62,7 @@ def make_config(corpus: Path, root: Path, **changes: Any):
 
 def run_training(corpus: str, root: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
     """Train on this rank; returns the records of metrics.jsonl as they stand afterwards."""
-    from train.metrics import read_records
+    from train.logs.metrics import read_records
     from train.trainer import train
 
     config = make_config(Path(corpus), Path(root), **changes)
@@ -77,9 +78,9 @@ def newest_tensors(run_directory: Path) -> dict[str, torch.Tensor]:
     """The weights and moments of the newest checkpoint, whole, read by DCP itself and without any process group."""
     import torch.distributed.checkpoint as dcp
 
-    from train import checkpoint
+    from train.checkpoint import storage
 
-    newest = checkpoint.complete(run_directory / "checkpoints")[-1]
+    newest = storage.finished(run_directory / "checkpoints")[-1]
     metadata = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("rng/", "optimizer/"))}

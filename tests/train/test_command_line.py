@@ -17,8 +17,8 @@ import yaml
 from tests import commands
 from tests.train.runs import BASE, losses
 from train.__main__ import main
-from train.metrics import read_records
-from train.signals import BAD_INPUT, REQUEUE
+from train.distributed.signals import BAD_INPUT, DIVERGED, REQUEUE
+from train.logs.metrics import read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -68,11 +68,11 @@ def refused(monkeypatch, capsys, *arguments):
         (["model.chnk_size=4"], "model.chnk_size is not a configuration key; did you mean model.chunk_size?"),
         (["+model.chnk_size=4"], "model.chnk_size is not a configuration key; did you mean model.chunk_size?"),
         (["run.recompute=true"], "run.recompute is not a configuration key; did you mean memory.recompute?"),
-        (["memory.offload=true"], "memory.recompute=none re-runs nothing; use memory.recompute=selective or full"),
+        (["memory.offload=true"], "memory.recompute=none recomputes nothing; use memory.recompute=selective or full"),
         (["memory=some"], "Could not find 'memory/some' Available options in 'memory'"),
         (["sequence_length=4096"], "sequence_length is not a configuration key"),
         (["model=tinny"], "Could not find 'model/tinny' Available options in 'model'"),
-        (["model.layer_pattern=KKXF"], "model.layer_pattern='KKXF' holds 'X'"),
+        (["model.layer_pattern=KKXF"], "model.layer_pattern='KKXF' contains 'X'"),
         (["model.layer_pattern=KKF"], "has 3 letters and does not divide model.num_layers=4"),
         (["parallel.tensor=3"], "the world of 1 ranks is not a multiple of parallel.tensor=3"),
         (["run.samples_per_step=0"], "run.samples_per_step=0 must be at least 1"),
@@ -81,7 +81,7 @@ def refused(monkeypatch, capsys, *arguments):
             "seq_len=4100 is not a multiple of 8 (document alignment 8); the nearest that fit are 4096 and 4104",
         ),
         (["document_alignment=12"], "document_alignment=12 is not a multiple of model.chunk_size=8"),
-        (["model.chunk_size=eight"], "model.chunk_size='eight' is not of type integer"),
+        (["model.chunk_size=eight"], "model.chunk_size='eight' must be a whole number"),
         (["optim.betas=[0.9]"], "optim.betas=[0.9] must be a list of 2 values"),
         (["data=jsonl"], "data.source=jsonl needs data.path"),
         (["data=jsonl", "data.path=/no/such/corpus.jsonl"], "data.path=/no/such/corpus.jsonl"),
@@ -147,7 +147,7 @@ def test_a_run_directory_of_another_configuration(monkeypatch, capsys, tmp_path,
     directory = tmp_path / "default"
     directory.mkdir()
     from tests.train.runs import make_config
-    from train.config import to_mapping
+    from train.config.conversion import to_mapping
 
     before = to_mapping(make_config(corpus, tmp_path))
     (directory / "config.yaml").write_text(yaml.safe_dump(before))
@@ -158,8 +158,9 @@ def test_a_run_directory_of_another_configuration(monkeypatch, capsys, tmp_path,
 def test_a_run_of_an_earlier_version_goes_on(tmp_path, corpus):
     """Its configuration says run.recompute, which has become memory.recompute."""
     from tests.train.runs import make_config
-    from train import run_directory
-    from train.config import from_saved, to_mapping
+    from train.config import run_directory
+    from train.config.conversion import to_mapping
+    from train.config.schema import from_saved
 
     config = make_config(corpus, tmp_path, memory__recompute="full")
     before = to_mapping(config)
@@ -214,7 +215,7 @@ def test_closing_words_are_commands_that_go_on(corpus, tmp_path):
     last = replace(result, directory=first.with_name("1-b"), step=4)
     assert "All 2 stages are done" in closing_words(chained, last, [])
     anneal = replace(config, stage=replace(config.stage, kind="anneal"))
-    assert "go on from" not in closing_words(anneal, result, [])
+    assert "for more steps" in words and "for more steps" not in closing_words(anneal, result, [])
 
 
 def test_help_and_cfg_are_useful():
@@ -284,6 +285,24 @@ def test_time_limit_does_the_same(corpus, tmp_path):
     assert code == REQUEUE and "asked to stop (run.max_minutes)" in err
 
 
+def test_a_run_that_diverges_has_an_exit_code_of_its_own(corpus, tmp_path):
+    """It was started, so it is not bad input; its checkpoints are kept, and the error is one line."""
+    arguments = small_overrides(
+        corpus,
+        tmp_path,
+        run__steps=20,
+        optim__lr=1e30,
+        run__max_bad_steps=2,
+        checkpoint__every_steps=1,
+        checkpoint__keep_last=9,
+    )
+    code, _, err = commands.run("train", *arguments)
+    assert code == DIVERGED, err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "was not finite in each of the steps" in error and "run.skip_samples=[[" in error
+    assert (tmp_path / "default" / "checkpoints" / "step-00000001" / "manifest.json").is_file()
+
+
 def test_torchrun(corpus, tmp_path, undisturbed):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launcher = (
@@ -339,7 +358,7 @@ def test_generate_refuses_bad_input(undisturbed, tmp_path):
         ([undisturbed[1], "promt=x"], "promt is not a configuration key; did you mean prompt?"),
         ([tmp_path, "prompt=x"], "is not the directory of a run"),
         ([undisturbed[1], "prompt=x", "top_p=0"], "top_p=0.0 above 0"),
-        ([undisturbed[1], "prompt=x", "temperature=["], "temperature=[ cannot be read"),
+        ([undisturbed[1], "prompt=x", "temperature=["], "temperature='[' must be a number"),
         ([undisturbed[1], "prompt=x", "seed=99999999999999999999"], "below 2^63"),
         ([undisturbed[1], "prompt=\udcff"], "holds bytes that are not UTF-8"),
     ]:

@@ -1,4 +1,4 @@
-"""The dry run's arithmetic against what is really built, kept and sent."""
+"""The arithmetic of the dry run against what a run allocates, offloads and receives."""
 
 from pathlib import Path
 
@@ -6,86 +6,32 @@ import pytest
 import torch
 
 from ksa_model.config import ModelConfigError
+from ksa_model.layers.activation_bytes import block_bytes
 from tests import commands
 from tests.bench.workload import configured
 from tests.ranks import run_on_ranks
 from tests.train.runs import make_config
 from train import dry_run
-from train.config import ConfigError
+from train.config.errors import ConfigError
 
-# Wide enough that rows of features outweigh the odd per-row number.
+# Wide enough that rows of features dominate numbers stored once per row.
 WIDE = dict(
     model__hidden_size=128, model__head_dim=32, model__ffn_size=320, model__num_kv_heads=2, model__vocab_size=400,
     model__window_chunks=4, seq_len=1024,
 )  # fmt: skip
 
 
-def kept_bytes_on_a_rank(changes: dict) -> float:
-    """Bytes of distinct tensors that the blocks' forward keeps for backward, weights and tables left out."""
-    import numpy as np
-
-    from ksa_model import layout
-    from ksa_model.collectives import ContextParallel
-    from train import parallel
-    from train.trainer import build_engine
-
-    config = make_config(Path("corpus.jsonl"), Path("runs"), **changes)
-    world = parallel.initialize(config.parallel, torch.device("cpu"))
-    model = build_engine(config, world).module
-    k = config.model.chunk_size
-    pack = layout.build(np.array([0]), np.array([config.seq_len]), config.seq_len, k, config.model.summary_tokens)
-    tokens = torch.zeros(config.seq_len, dtype=torch.long)
-    context = ContextParallel(world.context_group)
-    if context.size > 1:
-        pack = layout.ShardedLayout(pack, context.rank, context.size)
-        tokens = tokens[: pack.num_text]
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known and tensor.dtype != torch.int64:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.hidden(tokens, pack)
-    rotary = 2 * 4 * (pack.num_text + pack.num_summary) * config.model.head_dim // 2
-    return sum(storage.nbytes() for storage in storages.values()) - rotary
-
-
-@pytest.mark.parametrize("ranks, changes", [
-    (1, dict(model__layer_pattern="F")),
-    (1, dict(model__layer_pattern="KKKF")),
-    (1, dict(model__layer_pattern="KSCK", run__precision="bf16")),
-    (1, dict(model__layer_pattern="GKGG")),
-    (1, dict(model__layer_pattern="G", run__precision="bf16")),
-    (2, dict(model__layer_pattern="KGFG", parallel__tensor=2, parallel__sequence=True)),
-    (1, dict(model__layer_pattern="KKKF", model__qk_norm=False, model__summary_tokens=2)),
-    (2, dict(model__layer_pattern="KKFK", parallel__tensor=2, parallel__sequence=True)),
-    (2, dict(model__layer_pattern="KKFK", parallel__context=2, run__precision="bf16")),
-    (1, dict(model__layer_pattern="KKKF", memory__mlp_rows=256)),
-    (2, dict(model__layer_pattern="KKFK", parallel__tensor=2, parallel__sequence=True, memory__mlp_rows=256)),
-], ids=str)  # fmt: skip
-def test_activations_are_what_autograd_keeps(ranks, changes):
-    changes = WIDE | dict(run__samples_per_step=4) | changes
-    kept = run_on_ranks(ranks, kept_bytes_on_a_rank, changes)[0]
-    config = make_config(Path("corpus.jsonl"), Path("runs"), **changes)
-    counted = sum(dry_run.block_bytes(config.model, layer, config).saved for layer in config.model.layers)
-    assert counted == pytest.approx(kept, rel=0.1), counted / kept
-
-
 def moved_bytes_on_a_rank(changes: dict) -> tuple[int, int, int]:
-    """What one forward holds in host memory until its backward, and what backward's end has left of it in use there."""
+    """Bytes of host memory held after forward and after backward, and how many of them backward has freed."""
     import numpy as np
 
     from tests.bench.workload import sample
-    from train import parallel
     from train.batches import batch_maker
-    from train.trainer import build_engine
+    from train.build import build_engine
+    from train.distributed import groups
 
     config = make_config(Path("corpus.jsonl"), Path("runs"), **changes)
-    world = parallel.initialize(config.parallel, torch.device("cpu"))
+    world = groups.initialize(config.parallel, torch.device("cpu"))
     model = build_engine(config, world).module
     make = batch_maker(config.model, world.context_group.rank(), world.context_group.size())
     batch = make(sample(config.seq_len, config.model.vocab_size, 0, [0, 3 * config.seq_len // 4]))
@@ -99,31 +45,31 @@ def moved_bytes_on_a_rank(changes: dict) -> tuple[int, int, int]:
 @pytest.mark.parametrize("ranks, changes", [
     (1, dict(memory__recompute="full")),
     (1, dict(memory__recompute="selective", run__precision="bf16", model__summary_tokens=2)),
-    (1, dict(memory__recompute="selective", memory__host_gib=0.001)),  # some fits, some does not
+    (1, dict(memory__recompute="selective", memory__host_gib=0.001)),  # some tensors fit, some do not
     (2, dict(memory__recompute="selective", parallel__tensor=2, parallel__sequence=True)),
     (2, dict(memory__recompute="selective", parallel__context=2, model__layer_pattern="KSCF")),
 ], ids=str)  # fmt: skip
-def test_kept_tensors_are_counted_to_the_byte(ranks, changes):
+def test_offloaded_tensors_are_counted_to_the_byte(ranks, changes):
     changes = WIDE | dict(model__layer_pattern="KKFS", run__samples_per_step=4, memory__offload=True) | changes
     config = make_config(Path("corpus.jsonl"), Path("runs"), **changes)
-    counted, left = dry_run.host_bytes(config)
+    counted, left = dry_run.offloaded_bytes(config)
     assert (left > 0) == (config.memory.host_gib < 1)
     for held, held_later, free in run_on_ranks(ranks, moved_bytes_on_a_rank, changes):
         assert counted == held == held_later == free
 
 
 def peak_bytes(changes: dict) -> tuple[int, float]:
-    """The most that forward and backward of a model's blocks allocate on the CPU, and what is counted for it."""
-    from ksa_model import layout
-    from train import parallel
-    from train.trainer import build_engine
+    """Peak bytes that forward and backward of the blocks allocate on the CPU: measured, and counted."""
+    from ksa_model.layout.sequence import build_layout
+    from train.build import build_engine
+    from train.distributed import groups
 
     config = make_config(Path("corpus.jsonl"), Path("runs"), **changes)
-    world = parallel.initialize(config.parallel, torch.device("cpu"))
+    world = groups.initialize(config.parallel, torch.device("cpu"))
     model = build_engine(config, world).module
-    pack = layout.build([0], [config.seq_len], config.seq_len, config.model.chunk_size)
+    pack = build_layout([0], [config.seq_len], config.seq_len, config.model.chunk_size)
     tokens = torch.zeros(config.seq_len, dtype=torch.long)
-    model.hidden(tokens, pack).sum().backward()  # gradients and host buffers are there already
+    model.hidden(tokens, pack).sum().backward()  # allocates gradients and host buffers before the measurement
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model.hidden(tokens, pack).sum().backward()
     changes_of = [
@@ -133,9 +79,9 @@ def peak_bytes(changes: dict) -> tuple[int, float]:
     for _, change in sorted(changes_of, key=lambda event: event[0]):
         now += change
         most = max(most, now)
-    blocks = [dry_run.block_bytes(config.model, layer, config) for layer in config.model.layers]
+    blocks = [block_bytes(config.model, layer, dry_run.rank_shape(config)) for layer in config.model.layers]
     memory = dry_run.plan(config, 1).memory
-    return most, memory["activations"] + max(block.passing(config.memory.recompute) for block in blocks)
+    return most, memory["activations"] + max(block.transient_bytes(config.memory.recompute) for block in blocks)
 
 
 PRESETS = {
@@ -147,9 +93,9 @@ PRESETS = {
 }
 
 
-def test_presets_take_what_is_counted():
-    """Every preset's peak on the CPU against the plan's. The CPU's kernels make some copies that the plan's do not,
-    hence the tolerance; the order of the presets has none."""
+def test_peak_memory_of_every_preset():
+    """Measured on the CPU, whose kernels make copies that the plan does not count, hence the tolerance. The order of
+    the presets is exact."""
     base = WIDE | dict(model__layer_pattern="KKKF", model__num_layers=12, model__ffn_size=1024, run__samples_per_step=4)
     found = {name: run_on_ranks(1, peak_bytes, base | settings)[0] for name, settings in PRESETS.items()}
     for name, (measured, counted) in found.items():
@@ -161,7 +107,7 @@ def test_presets_take_what_is_counted():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_activations_grow_with_the_sample_alone(name):
-    """Twice the tokens, twice the bytes, but for what a window looks back and a slice takes."""
+    """Twice the tokens take twice the bytes."""
     totals = []
     for seq_len in (65536, 131072):
         config = make_config(Path("c"), Path("r"), **WIDE | PRESETS[name] | dict(seq_len=seq_len))
@@ -176,24 +122,24 @@ EXPERIMENTS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_fit_their_cards(name):
     config = configured([f"+experiment={name}", "model.vocab_size=151936"])
-    said = dry_run.describe(config, config.dry_run_ranks or 1, "h100-80gb")
-    assert "does NOT fit" not in said and "on h100-80gb: fits" in said
+    text = dry_run.describe(config, config.dry_run_ranks or 1, "h100-80gb")
+    assert "does NOT fit" not in text and "on h100-80gb: fits" in text
     assert config.seq_len == {"8k": 8192, "32k": 32768, "128k": 131072, "1m": 1048576}[name.split("_")[1]]
 
 
 def received_on_a_rank(changes: dict) -> dict[str, int]:
-    """What the context exchanges of one forward and backward really received on this rank."""
+    """Bytes that the context exchanges of one forward and backward received on this rank."""
     import numpy as np
 
-    from ksa_model import layout
-    from train import parallel
-    from train.trainer import build_engine
+    from ksa_model.layout.sequence import ShardedLayout, build_layout
+    from train.build import build_engine
+    from train.distributed import groups
 
     config = make_config(Path("corpus.jsonl"), Path("runs"), **changes)
-    world = parallel.initialize(config.parallel, torch.device("cpu"))
+    world = groups.initialize(config.parallel, torch.device("cpu"))
     model = build_engine(config, world).module
-    pack = layout.build(np.array([0]), np.array([config.seq_len]), config.seq_len, config.model.chunk_size)
-    shard = layout.ShardedLayout(pack, world.context_group.rank(), world.context_group.size())
+    pack = build_layout(np.array([0]), np.array([config.seq_len]), config.seq_len, config.model.chunk_size)
+    shard = ShardedLayout(pack, world.context_group.rank(), world.context_group.size())
     rows = torch.zeros(shard.num_text, dtype=torch.long)
     model(rows, rows, shard).backward()
     return dict(model.blocks[0].attention.context.received_bytes)
@@ -205,11 +151,11 @@ def test_exchanges_are_what_collectives_count():
     received = run_on_ranks(4, received_on_a_rank, changes)
     assert all(rank["summaries"] == counted["summaries"] for rank in received)
     assert all(rank["text"] == counted["text keys"] for rank in received)
-    # The ends of the chain have one neighbour, the middle two; the plan counts the fullest rank.
+    # The first and the last rank have one neighbour, the others two. The plan counts the rank with the most.
     assert max(rank["halo"] for rank in received) == counted["halo"]
 
 
-def test_zero_shards_what_it_says():
+def test_zero_stages_shard_the_state():
     sizes = {}
     for zero in (1, 2, 3):
         config = make_config(
@@ -219,9 +165,9 @@ def test_zero_shards_what_it_says():
         sizes[zero], p = counted.memory, counted.parameters_per_rank
     assert sizes[1]["weights"] == 2 * p and sizes[3]["weights"] == 2 * p / 8
     assert sizes[1]["optimizer"] == sizes[3]["optimizer"] == 12 * p / 8
-    vocabulary = sizes[1]["gradients"] - 4 * p  # whose gradients come in bf16 before they are added up in fp32
+    vocabulary = sizes[1]["gradients"] - 4 * p  # whose gradients arrive in bf16 before they are summed in fp32
     assert vocabulary == 2 * config.model.padded_vocab_size * config.model.hidden_size * 2
-    assert sizes[2]["gradients"] == sizes[3]["gradients"] == 4 * p / 8  # sums in fp32, and a bucket to reduce in
+    assert sizes[2]["gradients"] == sizes[3]["gradients"] == 4 * p / 8  # fp32 sums, and a bucket for the reduction
     assert sizes[2]["gradient bucket"] == 2 * p and "gradient bucket" not in sizes[1]
     plain = make_config(Path("c"), Path("r"), **WIDE, parallel__zero=0, run__samples_per_step=8)
     found = dry_run.plan(plain, 8).memory
@@ -250,7 +196,7 @@ def test_too_large_and_wrong_inputs():
         dry_run.plan(make_config(Path("c"), Path("r")), 1)
 
 
-def test_gated_delta_nets_are_refused_where_samples_are_cut():
+def test_gated_delta_nets_need_whole_samples():
     config = make_config(Path("c"), Path("r"), **WIDE, model__layer_pattern="GF", parallel__context=2)
     with pytest.raises(ModelConfigError, match=r"layer_pattern='GF' has gated delta net layers .* parallel.context=2"):
         dry_run.plan(config, 2)

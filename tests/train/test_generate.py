@@ -10,24 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from ksa_model import cache
+from ksa_model.decoding.generate import generate as continue_tokens
 from tests.ksa_model.test_model import small_config
-from tests.train.interop import make_run, our_logits
+from tests.train.hf.interop import make_run, our_logits
 from train import export, generate
-from train.config import ConfigError
+from train.config.errors import ConfigError
+from train.distributed.signals import BAD_INPUT
 from train.generate import GenerateConfig
-from train.signals import BAD_INPUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GREEDY = GenerateConfig(max_tokens=30, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def places(world, tmp_path_factory, corpus):
+def sources(world, tmp_path_factory, corpus):
     """A run of a random model and its export."""
-    from data_pipeline.tokenizer import train_tokenizer
+    from data_pipeline.text.tokenizer import train_tokenizer
 
-    root = tmp_path_factory.mktemp("speaking")
+    root = tmp_path_factory.mktemp("generate")
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     train_tokenizer(texts, root / "tokenizer.model", 400)
     make_run(world, root / "run", small_config(vocab_size=400), root / "tokenizer.model", seq_len=128)
@@ -35,57 +35,57 @@ def places(world, tmp_path_factory, corpus):
     return root / "run", root / "hf"
 
 
-def said(speaker, prompts, config, capsys):
+def printed(session, prompts, config, capsys):
     capsys.readouterr()
-    generate.answer(speaker, prompts, config)
+    generate.answer(session, prompts, config)
     return capsys.readouterr()
 
 
-def test_an_export_says_what_the_run_says(world, places, capsys):
-    run, hf = (generate.load(place, world, "fp32") for place in places)
+def test_an_export_continues_texts_as_its_run_does(world, sources, capsys):
+    run, hf = (generate.load(source, world, "fp32") for source in sources)
     assert run.stop_tokens == hf.stop_tokens and run.max_positions == hf.max_positions == 128
     for prompts in (["def f("], ["def f(", "class Point:\n"]):
-        one, other = (said(speaker, prompts, GREEDY, capsys) for speaker in (run, hf))
+        one, other = (printed(session, prompts, GREEDY, capsys) for session in (run, hf))
         assert one.out == other.out and len(one.out) > len("".join(prompts)) + 10
         assert "tokens/s; cache" in one.err and "MB" in one.err
 
 
-def test_half_precision(world, places, capsys):
-    speaker = generate.load(places[0], world, "bf16")
-    assert speaker.model.embedding.weight.dtype == torch.bfloat16
-    assert said(speaker, ["def f("], GREEDY, capsys).out.startswith("def f(")
+def test_half_precision(world, sources, capsys):
+    session = generate.load(sources[0], world, "bf16")
+    assert session.model.embedding.weight.dtype == torch.bfloat16
+    assert printed(session, ["def f("], GREEDY, capsys).out.startswith("def f(")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_gated_delta_nets_speak(world, places, tmp_path, capsys, dtype):
+def test_gated_delta_nets(world, sources, tmp_path, capsys, dtype):
     config = small_config(vocab_size=400, layer_pattern="GKGF")
-    make_run(world, tmp_path / "run", config, places[0] / "tokenizer.model", seq_len=128)
-    speaker = generate.load(tmp_path / "run", world, dtype)
-    one, alone = (said(speaker, prompts, GREEDY, capsys) for prompts in (["def f(", "class Point:\n"], ["def f("]))
+    make_run(world, tmp_path / "run", config, sources[0] / "tokenizer.model", seq_len=128)
+    session = generate.load(tmp_path / "run", world, dtype)
+    one, alone = (printed(session, prompts, GREEDY, capsys) for prompts in (["def f(", "class Point:\n"], ["def f("]))
     assert alone.out.startswith("def f(") and len(alone.out) > len("def f(") + 10
     assert dtype == "bf16" or alone.out.strip() in one.out  # what stands beside a request changes nothing
 
 
-def test_stop_tokens_end_the_answer(world, places, capsys):
-    speaker = generate.load(places[0], world, "fp32")
-    tokens = speaker.tokenizer.encode("def f(").tolist()
-    (whole,), _ = cache.generate(speaker.model, [tokens], GREEDY.sampling(()))
+def test_stop_tokens_end_the_answer(world, sources, capsys):
+    session = generate.load(sources[0], world, "fp32")
+    tokens = session.tokenizer.encode("def f(").tolist()
+    (whole,), _ = continue_tokens(session.model, [tokens], GREEDY.sampling(()))
     stop = whole[7]
     until = whole[: whole.index(stop)]
-    shown = said(speaker, ["def f("], dataclasses.replace(GREEDY, stop_tokens=(stop,)), capsys)
-    assert shown.out.rstrip("\n") == ("def f(" + speaker.tokenizer.decode(until)).rstrip("\n")
+    shown = printed(session, ["def f("], dataclasses.replace(GREEDY, stop_tokens=(stop,)), capsys)
+    assert shown.out.rstrip("\n") == ("def f(" + session.tokenizer.decode(until)).rstrip("\n")
 
 
-def test_positions_are_not_exceeded(world, places):
-    speaker = generate.load(places[1], world, "fp32")
+def test_positions_are_not_exceeded(world, sources):
+    session = generate.load(sources[1], world, "fp32")
     with pytest.raises(ConfigError, match="max_tokens=30 are more than the model's 128 positions"):
-        generate.answer(speaker, ["x y " * 100], GREEDY)
+        generate.answer(session, ["x y " * 100], GREEDY)
     with pytest.raises(ConfigError, match="at least one character"):
-        generate.answer(speaker, [""], GREEDY)
+        generate.answer(session, [""], GREEDY)
 
 
-def test_the_command(places):
-    command = [sys.executable, "-m", "train.generate", str(places[1])]
+def test_the_command(sources):
+    command = [sys.executable, "-m", "train.generate", str(sources[1])]
     options = ["max_tokens=12", "temperature=0", "stop_tokens=[3, 5]"]
     asked = subprocess.run(command + options, cwd=ROOT, text=True, capture_output=True, input="def f(\nclass A\n")
     assert asked.returncode == 0, asked.stderr
@@ -111,7 +111,7 @@ metric_list:
 
 
 @pytest.mark.slow
-def test_the_kept_harness_runs_on_an_export(world, places, tmp_path):
+def test_the_kept_harness_runs_on_an_export(world, sources, tmp_path):
     """The command of docs/interop.md, on a task made here; its likelihoods are our model's."""
     pytest.importorskip("lm_eval")
     questions = [
@@ -125,7 +125,7 @@ def test_the_kept_harness_runs_on_an_export(world, places, tmp_path):
     (tmp_path / "tasks/ours.yaml").write_text(LM_EVAL_TASK.format(data=data))
     command = [
         *(sys.executable, "-m", "lm_eval", "--model", "hf"),
-        *("--model_args", f"pretrained={places[1]},trust_remote_code=True,dtype=float32"),
+        *("--model_args", f"pretrained={sources[1]},trust_remote_code=True,dtype=float32"),
         *("--tasks", "arithmetic_of_ours", "--include_path", str(tmp_path / "tasks")),
         *("--device", "cpu", "--batch_size", "2", "--log_samples", "--output_path", str(tmp_path / "out")),
     ]
@@ -138,16 +138,16 @@ def test_the_kept_harness_runs_on_an_export(world, places, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "arithmetic_of_ours" in done.stdout
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    speaker = generate.load(places[0], world, "fp32")
+    session = generate.load(sources[0], world, "fp32")
     compared = 0
     for line in samples.read_text().splitlines():
         sample = json.loads(line)
         for choice, response in zip(sample["doc"]["choices"], sample["filtered_resps"]):
-            context = speaker.tokenizer.encode(sample["doc"]["question"]).tolist()
-            tokens = speaker.tokenizer.encode(sample["doc"]["question"] + choice).tolist()
+            context = session.tokenizer.encode(sample["doc"]["question"]).tolist()
+            tokens = session.tokenizer.encode(sample["doc"]["question"] + choice).tolist()
             if tokens[: len(context)] != context:
                 continue
-            scores = our_logits(speaker.model, tokens).log_softmax(-1)
+            scores = our_logits(session.model, tokens).log_softmax(-1)
             want = sum(float(scores[i - 1, tokens[i]]) for i in range(len(context), len(tokens)))
             assert float(response[0]) == pytest.approx(want, abs=1e-2)
             compared += 1

@@ -7,10 +7,11 @@ import torch
 
 from tests.ranks import run_on_ranks
 from tests.train.runs import losses, make_config, newest_tensors
-from train import checkpoint, checkpoint_tensors
-from train.config import ConfigError, RunConfig
-from train.health import SpikeDetector, bad_norm, next_sample, not_finite
-from train.metrics import read_records
+from train.checkpoint import locate, storage, tensors
+from train.config.errors import ConfigError
+from train.config.sections import RunConfig
+from train.health import SpikeDetector, TrainingDiverged, bad_norm, next_sample, not_finite
+from train.logs.metrics import read_records
 
 RUN = dict(run__steps=16, checkpoint__every_steps=5, optim__decay_steps=8)
 
@@ -28,9 +29,10 @@ class NanGradient(torch.autograd.Function):
 def train_with_bad_samples(corpus, root, changes, bad, harm, rank_only=None):
     """A run in which the samples `bad` have a loss that is NaN, five-fold, or has gradients of NaN."""
     from ksa_model.model import Decoder
-    from train import parallel, trainer
+    from train import build, trainer
+    from train.distributed import groups
 
-    poisoned, make, forward = set(), trainer.batch_maker, Decoder.forward
+    poisoned, make, forward = set(), build.batch_maker, Decoder.forward
 
     def batch_maker(*arguments):
         inner = make(*arguments)
@@ -44,17 +46,17 @@ def train_with_bad_samples(corpus, root, changes, bad, harm, rank_only=None):
 
     def poisoned_forward(self, tokens, *rest):
         loss = forward(self, tokens, *rest)
-        here = rank_only is None or parallel.environment_world()[0] == rank_only
+        here = rank_only is None or groups.environment_world()[0] == rank_only
         if self.training and here and tokens.data_ptr() in poisoned:
             return {"loss": loss * float("nan"), "gradient": NanGradient.apply(loss), "jump": loss * 5}[harm]
         return loss
 
-    trainer.batch_maker, Decoder.forward = batch_maker, poisoned_forward
+    build.batch_maker, Decoder.forward = batch_maker, poisoned_forward
     config = make_config(Path(corpus), Path(root), **changes)
     error = None
     try:
         trainer.train(config)
-    except ConfigError as problem:
+    except TrainingDiverged as problem:
         error = str(problem)
     return read_records(Path(root) / "default" / "metrics.jsonl"), error
 
@@ -85,11 +87,11 @@ def test_a_bad_step_changes_nothing_anywhere(corpus, tmp_path, ranks, harm, rank
     assert [r["step"] for r in records if "skipped_steps" in r] == [3]
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 4, 5, 6]
     own = tmp_path / "default" / "checkpoints"
-    before, after, end = (checkpoint.complete(own)[step - 1] for step in (2, 3, 6))
-    for name in checkpoint_tensors.shapes(before):
+    before, after, end = (storage.finished(own)[step - 1] for step in (2, 3, 6))
+    for name in tensors.shapes(before):
         if not name.startswith("rng/"):
-            assert torch.equal(*(checkpoint_tensors.copy_of(place, name) for place in (before, after))), name
-    assert checkpoint_tensors.copy_of(end, "optimizer/steps").item() == 5
+            assert torch.equal(*(tensors.read_tensor(place, name) for place in (before, after))), name
+    assert tensors.read_tensor(end, "optimizer/steps").item() == 5
     assert all(torch.isfinite(tensor).all() for tensor in newest_tensors(tmp_path / "default").values())
 
 
@@ -123,7 +125,7 @@ def test_a_jump_right_after_a_start_goes_back_too(corpus, tmp_path):
 
 
 def stopped_in_step_11(corpus, root, *arguments):
-    from train.signals import StopRequest
+    from train.distributed.signals import StopRequest
 
     asked = iter(range(1, 100))
     StopRequest.is_due = property(lambda self: next(asked) >= 11)
@@ -134,9 +136,9 @@ def test_a_jump_in_the_step_of_a_stop_leaves_the_checkpoint_from_before(corpus, 
     arguments = RUN | dict(run__spike_factor=2.5), set(range(40, 48)), "jump"
     ((records, error),) = run_on_ranks(1, stopped_in_step_11, str(corpus), str(tmp_path), *arguments)
     assert error is None and losses(records)[-1] == losses(records)[9] and len(losses(records)) == 10
-    newest = checkpoint.complete(tmp_path / "default" / "checkpoints")[-1]
-    assert newest.name == "step-00000010" and checkpoint.read_state(newest)["step"] == 10
-    assert checkpoint_tensors.copy_of(newest, "optimizer/steps").item() == 10
+    newest = storage.finished(tmp_path / "default" / "checkpoints")[-1]
+    assert newest.name == "step-00000010" and locate.read_state(newest)["step"] == 10
+    assert tensors.read_tensor(newest, "optimizer/steps").item() == 10
 
 
 def test_a_jump_that_keeps_coming_back_stops_the_run(corpus, tmp_path):
@@ -155,10 +157,10 @@ def test_next_sample():
 
 def test_spike_detector():
     off = SpikeDetector(None, [1.0] * 9)
-    assert not off.sees(100.0)
+    assert not off.is_spike(100.0)
     watch = SpikeDetector(2.0)
-    assert not any(watch.sees(loss) for loss in (9.0, 4.0, 3.0, 3.0))  # too few to judge by
-    assert not watch.sees(6.9) and watch.sees(8.1)
+    assert not any(watch.is_spike(loss) for loss in (9.0, 4.0, 3.0, 3.0))  # too few to judge by
+    assert not watch.is_spike(6.9) and watch.is_spike(8.1)
     assert watch.recent[-1] == 6.9  # a jump is no measure for the next
 
 

@@ -24,9 +24,11 @@ def learn(root: str) -> dict:
     """Train, evaluate before and after on needles of 64 to 128 tokens, at depths beyond the text window of 36."""
     import torch
 
-    from train import evaluate, parallel
-    from train.config import TrainConfig, from_mapping
-    from train.evaluate import EvaluateConfig
+    from train.config.conversion import from_mapping
+    from train.config.schema import TrainConfig
+    from train.distributed import groups
+    from train.evaluate import evaluation
+    from train.evaluate.evaluation import EvaluateConfig
     from train.trainer import train
 
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in CONFIG.items()}
@@ -34,10 +36,10 @@ def learn(root: str) -> dict:
     began = time.process_time()
     result = train(from_mapping(TrainConfig, values))
     seconds = time.process_time() - began
-    world = parallel.initialize(parallel.ParallelConfig(), torch.device("cpu"))
-    model, tokenizer, run = evaluate.load(result.directory, world)
+    world = groups.initialize(groups.ParallelConfig(), torch.device("cpu"))
+    model, tokenizer, run = evaluation.load(result.directory, world)
     config = EvaluateConfig(tasks=("needle",), lengths=(64, 128), samples=20, depths=5)
-    return {"seconds": seconds, "tasks": evaluate.evaluate(model, tokenizer, run, config, world.device)["tasks"]}
+    return {"seconds": seconds, "tasks": evaluation.evaluate(model, tokenizer, run, config, world.device)["tasks"]}
 
 
 @pytest.mark.slow

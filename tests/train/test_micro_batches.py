@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from ksa_model.layers.tensor_parallel import TensorParallel
 from ksa_model.model import Decoder
-from ksa_model.tensor_parallel import TensorParallel
 from tests.ranks import run_on_ranks
 from tests.train.runs import make_config, write_corpus
-from train import trainer
+from train import build
 from train.batches import batch_maker
-from train.metrics import read_records
+from train.logs.metrics import read_records
 from train.trainer import train
 
 
@@ -45,8 +45,8 @@ def test_bf16_gradients_add_up_in_fp32(corpus, tmp_path, world):
 
     config = make_config(corpus, tmp_path, run__precision="bf16", run__samples_per_step=4)
     data = open_data(config.data)
-    config = dataclasses.replace(config, model=trainer.with_vocabulary(config.model, data.vocab_size))
-    engine = trainer.build_engine(config, world)
+    config = dataclasses.replace(config, model=build.with_vocabulary(config.model, data.vocab_size))
+    engine = build.build_engine(config, world)
     samples, make = data.samples("train", config.seq_len, config.alignment), batch_maker(config.model)
     batches = [make(samples.at(i)) for i in range(3)]
     plain = Decoder(config.model, TensorParallel(world.tensor_group, dtype=torch.bfloat16))

@@ -7,7 +7,7 @@ import torch
 
 from tests.ranks import run_on_ranks
 from tests.train.runs import losses, newest_tensors, run_training
-from train.checkpoint import complete
+from train.checkpoint.storage import finished
 
 STEPS = dict(run__steps=20, checkpoint__every_steps=5, optim__decay_steps=8, run__eval_every=10)
 
@@ -115,12 +115,22 @@ def test_every_change_of_layout_continues(chain, corpus, tmp_path, straight):
 def test_steps_lost_in_a_crash_run_again_without_double_records(corpus, tmp_path, straight):
     """Stopped at 13 with its last checkpoint gone: goes on from 10, and each step stands in the records once."""
     run(1, corpus, tmp_path, run__stop_at_step=13)
-    newest = complete(tmp_path / "default" / "checkpoints")[-1]
+    newest = finished(tmp_path / "default" / "checkpoints")[-1]
     assert newest.name == "step-00000013"
     newest.remove()
     got = run(1, corpus, tmp_path)
     assert losses(got) == losses(straight[0])
     assert [r["step"] for r in got if "loss" in r] == list(range(1, 21))
+
+
+def test_a_checkpoint_whose_replacement_was_cut_short_is_resumed(corpus, tmp_path, straight):
+    """The process died between two renames, so no rank finds a checkpoint until the start has restored it."""
+    first = run(1, corpus, tmp_path, run__stop_at_step=5)
+    own = tmp_path / "default" / "checkpoints"
+    (own / "step-00000005").rename(own / "step-00000005.replaced")
+    got = run(1, corpus, tmp_path)
+    assert losses(got) == losses(straight[0])
+    assert got[: len(first)] == first  # with their times: the first steps did not run again
 
 
 def test_a_validation_that_was_lost_is_made_up_for(corpus, tmp_path, straight):
@@ -159,7 +169,7 @@ def test_starting_afresh_in_a_used_directory_is_not_undone_by_the_next_start(cor
 
 def test_keeps_what_it_is_told_to_keep(corpus, tmp_path):
     run(1, corpus, tmp_path, checkpoint__keep_last=2, checkpoint__keep_every=6, checkpoint__every_steps=3)
-    kept = [p.name for p in complete(tmp_path / "default" / "checkpoints")]
+    kept = [p.name for p in finished(tmp_path / "default" / "checkpoints")]
     assert kept == [f"step-{step:08d}" for step in (6, 12, 18, 20)]
 
 
@@ -193,7 +203,7 @@ def test_checkpoints_behind_a_url(corpus, tmp_path, straight):
 
 def test_state_says_where_it_came_from(corpus, tmp_path, straight):
     run(2, corpus, tmp_path, run__stop_at_step=5)
-    newest = complete(tmp_path / "default" / "checkpoints")[-1]
+    newest = finished(tmp_path / "default" / "checkpoints")[-1]
     state = json.loads((newest / "state.json").read())
     assert state["step"] == 5 and state["layout"] == {"ranks": 2, "tensor": 1}
     assert {"torch", "python", "deepspeed", "megatron-core"} <= state["versions"].keys()

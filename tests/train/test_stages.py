@@ -29,7 +29,7 @@ def run_chain(corpus: str, root: str, changes: dict) -> dict:
     from pathlib import Path
 
     from train import chain
-    from train.metrics import read_records
+    from train.logs.metrics import read_records
 
     config = make_config(Path(corpus), Path(root), **changes)
     result = chain.run(config)
@@ -38,7 +38,7 @@ def run_chain(corpus: str, root: str, changes: dict) -> dict:
 
 
 def train_it(config) -> int | str:
-    from train.config import ConfigError
+    from train.config.errors import ConfigError
     from train.trainer import train
 
     try:
@@ -120,17 +120,18 @@ def test_extension_changes_what_it_says_and_nothing_else(chain, corpus, tmp_path
 
 
 def test_what_an_extension_takes_over_is_said(corpus, tmp_path):
-    from train.config import flatten, to_mapping
-    from train.stages import StageConfig, what_is_inherited
+    from train.config.conversion import flatten, to_mapping
+    from train.config.stage import StageConfig
+    from train.stages import describe_initialization
 
     plain, scaled = (make_config(corpus, tmp_path, model__rope_scaling=scaling) for scaling in (None, SCALED))
     for before, now, words in (
         (plain, scaled, "model.rope_scaling.factor None -> 2.0"),
         (scaled, plain, "'factor': 2.0"),
-        (scaled, scaled, "all else as there"),
+        (scaled, scaled, "same settings"),
     ):
         state = {"step": 3, "config": to_mapping(before)}
-        assert words in what_is_inherited(StageConfig("extend"), "there", state, flatten(to_mapping(now)))
+        assert words in describe_initialization(StageConfig("extend"), "there", state, flatten(to_mapping(now)))
 
 
 def one_run(corpus: str, root: str, changes: dict):
@@ -174,7 +175,7 @@ def test_an_annealed_model_is_loaded_as_it_was_saved(chain, world):
 
     root, _ = chain
     model, _ = load_run(root / "2-anneal", world)
-    assert not model.config.independent_qkv and model.blocks[0].attention.own_share is None
+    assert not model.config.independent_qkv and model.blocks[0].attention.summary_projection_weight is None
 
 
 def test_an_annealed_run_is_not_brought_back(chain, corpus, tmp_path):
@@ -187,7 +188,7 @@ def test_an_annealed_run_is_not_brought_back(chain, corpus, tmp_path):
     (finished,) = run_on_ranks(1, train_it, config(5))
     assert finished == 5
     (refused,) = run_on_ranks(1, train_it, config(9))
-    assert "annealed away at step 5, and with run.steps=9 they would have a share of 0.44" in refused
+    assert "annealed away at step 5, and with run.steps=9 they would have a weight of 0.44" in refused
 
 
 def test_some_keys_of_a_group_leave_the_others(corpus, tmp_path):
@@ -204,8 +205,8 @@ def test_some_keys_of_a_group_leave_the_others(corpus, tmp_path):
 
 def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
     from train import chain as chains
-    from train.config import ConfigError, validate
-    from train.stages import StageError
+    from train.config.errors import ConfigError
+    from train.config.schema import validate
     from train.trainer import train
 
     root, _ = chain
@@ -214,23 +215,23 @@ def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
         return make_config(corpus, tmp_path, **changes)
 
     for changes, message in (
-        (dict(stage__kind="extend"), "stage.kind=extend goes on from an earlier run: give init_from=runs/NAME"),
+        (dict(stage__kind="extend"), "stage.kind=extend continues an earlier run: give init_from=runs/NAME"),
         (dict(stage__kind="distill", init_from="x", model__layer_pattern="F"), "'F' has no K layer"),
         (dict(stage__kind="anneal", init_from="x", model__independent_qkv=False), "nothing to anneal away"),
         (dict(stage__kind="anneal", init_from="x", stage__anneal_from=5), "no step of run.steps=5"),
-        (dict(stage__train="summary"), "stage.train=summary leaves the other weights"),
+        (dict(stage__train="summary"), "stage.train=summary does not train the other weights"),
     ):
-        with pytest.raises(StageError, match=message):
+        with pytest.raises(ConfigError, match=message):
             validate(config(**changes), 1)
-    with pytest.raises(StageError, match=r"stage.kind='melt' is not one of scratch, distill"):
+    with pytest.raises(ConfigError, match=r"stage.kind='melt' is not one of scratch, distill"):
         config(stage__kind="melt")
     extend = dict(stage__kind="extend", init_from=str(root / "3-extend"), model__layer_pattern="KKKF")
-    with pytest.raises(StageError, match=r"model.chunk_size was 4 in .* and is now 8"):
+    with pytest.raises(ConfigError, match=r"model.chunk_size was 4 in .* and is now 8"):
         train(config(**extend, model__rope_base=2.0, model__independent_qkv=False, model__chunk_size=8))
     own = dict(init_from=str(root / "1-distill"), stage__kind="extend", model__layer_pattern="KKKF")
-    with pytest.raises(StageError, match=r"has summary projections of its own .* anneal them first"):
+    with pytest.raises(ConfigError, match=r"has summary projections .* anneal them away first"):
         train(config(**own, model__independent_qkv=False))
-    with pytest.raises(StageError, match=r"model.window_chunks was 2 in the stage before b and is now 4"):
+    with pytest.raises(ConfigError, match=r"model.window_chunks was 2 in the stage before b and is now 4"):
         b = {"name": "b", "stage": "extend", "run.steps": 1, "model.window_chunks": 4}
         chains.links(config(stages=[{"name": "a", "run.steps": 9}, b]))
     with pytest.raises(ConfigError, match=r"init_from=nowhere: neither a checkpoint"):
@@ -246,5 +247,5 @@ def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             chains.links(config(stages=stages))
-    with pytest.raises(ConfigError, match="resume=runs/x cannot say which of 1 stages"):
+    with pytest.raises(ConfigError, match="resume=runs/x does not tell which of the 1 stages"):
         chains.links(config(stages=CHAIN[:1], resume="runs/x"))

@@ -1,10 +1,13 @@
-"""config.json in our words: patterns parsed without being evaluated, published layers, refusals."""
+"""Reading config.json: patterns are parsed and never evaluated, and the layers of published checkpoints."""
+
+import math
 
 import pytest
 
-from ksa_model.config import ModelConfigError
-from ksa_model.hf.configs import parse_pattern, read_config
-from tests.train.interop import PUBLISHED
+from ksa_model.config import ModelConfigError, RopeScaling
+from ksa_model.hf.configs import exported_config, parse_pattern, read_config
+from tests.ksa_model.test_model import small_config
+from tests.train.hf.interop import PUBLISHED
 
 
 def test_patterns_are_parsed_not_evaluated():
@@ -19,7 +22,7 @@ def test_patterns_are_parsed_not_evaluated():
     ):  # fmt: skip
         with pytest.raises(ModelConfigError, match="key"):
             parse_pattern(bad, "key", 3)
-    with pytest.raises(ModelConfigError, match="names 3 layers, num_hidden_layers=4"):
+    with pytest.raises(ModelConfigError, match="has 3 layers, and num_hidden_layers=4"):
         parse_pattern([1, 2, 3], "key", 4)
 
 
@@ -47,3 +50,36 @@ def test_published_patterns(keys, expected):
             )
         ).layers
     )
+
+
+@pytest.mark.parametrize(
+    "rope, message",
+    [
+        (dict(rope_type="dynamic", factor=2.0), "supported are rope_type default, linear, yarn, llama3"),
+        (dict(type="longrope", short_factor=[1.0]), "'longrope'"),
+        (dict(rope_type="default", partial_rotary_factor=0.5), "for all features of a head"),
+        (dict(full_attention=dict(rope_type="default")), "the same in every layer"),
+        (dict(rope_type="yarn", factor=2.0, truncate=False), r"\{'truncate': False\} for rope_type='yarn'"),
+        (dict(rope_type="linear"), "without a factor"),
+    ],
+    ids=str,
+)
+def test_checkpoints_with_other_positions_are_refused(rope, message):
+    written = exported_config(small_config(layer_pattern="F"), 64, None, "float32")
+    with pytest.raises(ModelConfigError, match=message):
+        read_config(written | {"rope_parameters": rope})
+
+
+def test_checkpoints_of_earlier_releases_are_read():
+    """The keys of transformers 4: `rope_theta` beside `rope_scaling`, whose kind may be called `type`."""
+    written = exported_config(small_config(layer_pattern="F"), 128, None, "float32")
+    del written["rope_parameters"]
+    written |= dict(rope_theta=5e5, rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=32))
+    found = read_config(written).config
+    assert (found.rope_base, found.rope_scaling) == (5e5, RopeScaling("yarn", 4.0, 32))
+    written |= dict(rope_scaling=dict(rope_type="yarn", factor=None, mscale=1.0, mscale_all_dim=0.5),
+                    original_max_position_embeddings=32)  # fmt: skip
+    found = read_config(written).config.rope_scaling
+    log = 0.1 * math.log(4)
+    assert (found.factor, found.original_max_positions) == (4.0, 32)
+    assert found.attention_factor == pytest.approx((log + 1) / (0.5 * log + 1))

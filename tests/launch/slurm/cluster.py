@@ -1,13 +1,13 @@
 """A real Slurm cluster on one machine, for tests: every node is a set of namespaces with its own slurmd.
 
-    python tests/launch/slurm/cluster.py DIRECTORY [NODES]     start, say what was started, stop on Enter or Ctrl-C
+    python tests/launch/slurm/cluster.py DIRECTORY [NODES]     start, print the nodes, stop on Enter or Ctrl-C
 
-What it starts: one namespace set (network, hostname, mounts, processes) called `login` with slurmctld and a bridge, and
-one for each of node1, node2, ... with slurmd and a cable to the bridge. Addresses 10.77.0.x exist only inside them. All
-files are in DIRECTORY; nothing is written elsewhere, and the machine's own network, /etc and services stay as they are.
-`down` kills the first process of each set, and the kernel ends the rest with it.
+It starts one set of namespaces (network, hostname, mounts, processes) called `login` with slurmctld and a bridge, and
+one for each of node1, node2, ... with slurmd and a cable to the bridge. The addresses 10.77.0.x exist only inside them.
+All files are in DIRECTORY; the machine's own network, /etc and services stay unchanged. `down` kills the first process
+of each set, and the kernel ends the others with it.
 
-Needs root and Debian's slurmctld, slurmd, slurm-client, slurm-wlm-basic-plugins and iproute2, which `install` fetches.
+Needs root and Debian's slurmctld, slurmd, slurm-client, slurm-wlm-basic-plugins and iproute2; `install` installs them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ PartitionName=low  Nodes=ALL PriorityTier=1  PreemptMode=REQUEUE GraceTime=60 Ma
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP
 """
 
-# The first process of a node: waits for its cable, then runs the daemon and reaps what the node's processes leave.
+# The first process of a node waits for its cable, then runs the daemon and reaps orphaned processes.
 FIRST_PROCESS = """
 name=$1 home=$2; shift 2
 hostname "$name"
@@ -73,7 +73,7 @@ until [ -e "$home/wired.$name" ]; do sleep .02; done
 
 
 class Cluster:
-    """Slurm with nodes node1 ... nodeN in namespaces; a context manager, so that nothing outlives a test."""
+    """Slurm with nodes node1 ... nodeN in namespaces. A context manager: no process outlives it."""
 
     def __init__(self, home: Path, nodes: int = 2):
         self.home, self.nodes = home, nodes
@@ -103,7 +103,7 @@ class Cluster:
         return done
 
     def crash(self, node: str) -> None:
-        """The node and everything on it are gone at once."""
+        """Kill the node and every process on it at once."""
         os.kill(self.pid(node), signal.SIGKILL)
         self._first.pop(node).wait()
 
@@ -125,7 +125,7 @@ class Cluster:
                 self._first.pop(name, None)
 
     def logs(self) -> str:
-        """The daemons' last words, for a failing test."""
+        """The ends of the daemons' logs, for the message of a failing test."""
         return "\n".join(
             f"== {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted((self.home / "log").iterdir())
         )
@@ -191,7 +191,7 @@ class Cluster:
         log.close()
 
     def pid(self, name: str) -> int:
-        """The first process of the host, as this machine numbers it."""
+        """The process id, on this machine, of the host's first process."""
         outer = self._first[name].pid
         for _ in range(250):
             inner = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
@@ -213,7 +213,7 @@ class Cluster:
         ]
 
     def _ip(self, host: str, line: str) -> None:
-        for _ in range(100):  # until the namespace is its own
+        for _ in range(100):  # until the process has entered its own namespace
             inside = os.readlink(f"/proc/{self.pid(host)}/ns/net")
             if inside != os.readlink("/proc/self/ns/net"):
                 break
@@ -222,7 +222,7 @@ class Cluster:
 
 
 def missing() -> str:
-    """Why there can be no cluster here, or an empty text; installs the packages where that is possible."""
+    """Why no cluster can run here, or an empty string. Installs the packages if possible."""
     if os.geteuid():
         return "Slurm's test cluster needs root, for namespaces"
     if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
@@ -232,7 +232,7 @@ def missing() -> str:
 
 
 def install(packages: list[str]) -> None:
-    """Debian packages, where root and apt-get are there; no service is started: the policy file says so meanwhile."""
+    """Install Debian packages, as root and with apt-get. The policy file keeps their services from starting."""
     if os.geteuid() or shutil.which("apt-get") is None:
         return
     policy = Path("/usr/sbin/policy-rc.d")

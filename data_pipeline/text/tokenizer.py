@@ -1,0 +1,283 @@
+"""Tokenizers: SentencePiece models, trained here or given, and Hugging Face tokenizer.json files.
+
+A model trained here is lossless: `decode(encode(text))` returns every text exactly, because text is not normalised,
+unknown characters fall back to their UTF-8 bytes and white space is kept. U+2581 needs special care: SentencePiece
+writes a space as U+2581 and would decode a real U+2581 as a space, so that character is always encoded as three bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataError
+from data_pipeline.packing.order import mix64
+from data_pipeline.store.files import atomic_write, build_once, write_json
+from data_pipeline.text.cut import PIECE_CHARACTERS, cut_text
+
+SPACE_SYMBOL = "\u2581"
+TRAINING_CHARACTERS = 8_000_000
+"""Characters of text that a tokenizer is trained on. Training needs 15 (bpe) to 26 (unigram) times as many bytes."""
+CHUNK_CHARACTERS = 32768
+"""Long documents are encoded in sections of about this size, cut after a newline."""
+_TRAINING_LINE = 4096
+_TRAINING_THREADS = 2  # a constant: unigram sums floats per thread, and the model must not depend on the machine
+_HF_END_TOKENS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
+
+
+def train_tokenizer(texts: Iterable[str], model_path: str | Path, vocab_size: int, tokenizer_type: str = "bpe") -> None:
+    """Train a lossless tokenizer and write its model. The same texts give the same bytes.
+
+    Trains on at most `TRAINING_CHARACTERS` characters: lines drawn evenly from all texts in one pass. Digits are split;
+    newline and tab are tokens of their own; id 0 is `<unk>` (never produced), id 1 is `</s>`.
+
+    Args:
+        texts: the documents of the training split.
+        model_path: file to write.
+        vocab_size: number of tokens: at least 260 (bytes, specials, newline, tab) plus the characters of the corpus.
+        tokenizer_type: `bpe` or `unigram`.
+
+    Raises:
+        DataError: there is no text, or `vocab_size` is more than the text supports or less than it needs.
+    """
+    import sentencepiece
+
+    lines = _sample_lines(texts, TRAINING_CHARACTERS)
+    if not lines:
+        raise DataError("a tokenizer cannot be trained: the training split holds no text; set data.tokenizer")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=tokenizer_type,
+            normalization_rule_name="identity",
+            byte_fallback=True,
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n", "\t"],
+            max_sentence_length=8 * _TRAINING_LINE,
+            num_threads=_TRAINING_THREADS,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        raise DataError(_explain(str(error), vocab_size, sum(map(len, lines)))) from error
+    with atomic_write(Path(model_path)) as file:
+        file.write(model.getvalue())
+
+
+def train_tokenizer_once(directory: Path, texts: Callable[[], Iterable[str]], config: DataConfig) -> str:
+    """Train a tokenizer in `directory` by `config` on `texts()`, or find it there; returns the path of the model."""
+
+    def build(target: Path) -> None:
+        train_tokenizer(texts(), target / "tokenizer.model", config.vocab_size, config.tokenizer_type)
+        write_json(target / "finished.json", {"vocab_size": config.vocab_size})
+
+    build_once(directory, "finished.json", build)
+    return str(directory / "tokenizer.model")
+
+
+class Tokenizer:
+    """A SentencePiece model or a Hugging Face tokenizer.json, distinguished by content. Safe to use from threads.
+
+    Attributes:
+        kind: `SentencePiece` or `Hugging Face`.
+        vocab_size: number of token ids.
+        eos_id: the token that ends a document.
+        fingerprint: sha256 (hex) of the file.
+
+    Raises:
+        DataError: the file is missing, is not a tokenizer, or has no token that ends a document.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be used as a SentencePiece model or tokenizer.json ({error})") from error
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        is_json = content.lstrip()[:1] == b"{"
+        self._model: _SentencePiece | _HuggingFace = (_HuggingFace if is_json else _SentencePiece)(path, content)
+        self.kind = self._model.kind
+        self.vocab_size: int = self._model.vocab_size
+        self.eos_id: int = self._model.eos_id
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, int32 [num_tokens], without an end token.
+
+        A long text is encoded in the pieces of `cut_text`. With a BPE model trained here, the ids are those of the
+        whole text if pieces end after a newline, because no token contains one. If a piece ends after a space, or with
+        other tokenizers, ids at the cut may differ; the decoded text does not.
+        """
+        if len(text) <= PIECE_CHARACTERS:
+            return self._model.encode(text)
+        return np.concatenate([self._model.encode(piece) for piece in cut_text((text,))])
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids. End tokens are dropped; bytes that form no character become U+FFFD."""
+        return self._model.decode([int(token) for token in ids])
+
+    def token(self, token_id: int) -> str:
+        """The tokenizer's own spelling of a token."""
+        return self._model.token(token_id)
+
+
+class _SentencePiece:
+    kind = "SentencePiece"
+
+    def __init__(self, path: str | Path, content: bytes) -> None:
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise DataError(f"{path}: cannot be used as a SentencePiece model ({error})") from error
+        self.vocab_size: int = self._model.vocab_size()
+        if not self.vocab_size:
+            raise DataError(f"{path}: cannot be used as a SentencePiece model (it holds no pieces)")
+        self.eos_id: int = self._model.eos_id()
+        if self.eos_id < 0:
+            raise DataError(f"{path}: the tokenizer has no end-of-sentence token, which must end every document")
+        self._splits_exactly = self._newline_stands_alone()
+        space_symbol = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
+        has_bytes = all(self._model.is_byte(piece) for piece in space_symbol)
+        self._space_symbol = np.array(space_symbol, dtype=np.int32) if has_bytes and self._splits_exactly else None
+
+    def encode(self, text: str) -> np.ndarray:
+        # Sections cut after a newline are several times faster on megabytes. For BPE the ids are the same; unigram may
+        # break a tie differently at a cut.
+        if not self._splits_exactly:
+            return self._model.encode_as_numpy(text)
+        parts: list[np.ndarray] = []
+        for number, run in enumerate(text.split(SPACE_SYMBOL) if self._space_symbol is not None else (text,)):
+            if number and self._space_symbol is not None:
+                parts.append(self._space_symbol)
+            parts.extend(self._model.encode_as_numpy(section) for section in _sections(run))
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+    def token(self, token_id: int) -> str:
+        return self._model.id_to_piece(token_id)
+
+    def _newline_stands_alone(self) -> bool:
+        """Whether the ids stay the same when a text is cut after a newline: true of BPE models trained here."""
+        newline = self._model.piece_to_id("\n")
+        pieces = (self._model.id_to_piece(piece) for piece in range(self.vocab_size))
+        return self._model.encode("\n") == [newline] and all(piece == "\n" or "\n" not in piece for piece in pieces)
+
+
+class _HuggingFace:
+    kind = "Hugging Face"
+
+    def __init__(self, path: str | Path, content: bytes) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise DataError(
+                f"{path}: a tokenizer.json needs the package `tokenizers`: pip install 'ksa-train[hf]' ({error})"
+            ) from error
+        try:
+            self._model = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library's errors have no common class
+            raise DataError(f"{path}: cannot be used as a Hugging Face tokenizer.json ({error})") from error
+        # Text that looks like a special token is text: a document must not be able to end itself.
+        self._model.encode_special_tokens = True
+        self._model.no_truncation()
+        self._model.no_padding()
+        self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        ends = [self._model.token_to_id(token) for token in _HF_END_TOKENS]
+        if all(end is None for end in ends):
+            raise DataError(
+                f"{path}: the tokenizer has none of the tokens that end a document ({', '.join(_HF_END_TOKENS)})"
+            )
+        self.eos_id: int = next(end for end in ends if end is not None)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._model.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=True)
+
+    def token(self, token_id: int) -> str:
+        return self._model.id_to_token(token_id) or ""
+
+
+def _sections(text: str) -> Iterator[str]:
+    """The text in sections of at least `CHUNK_CHARACTERS` that end after a newline; the last is the rest."""
+    start = 0
+    while start < len(text):
+        newline = text.find("\n", start + CHUNK_CHARACTERS)
+        end = len(text) if newline < 0 else newline + 1
+        yield text[start:end]
+        start = end
+
+
+def _sample_lines(texts: Iterable[str], max_characters: int) -> list[str]:
+    """Lines drawn evenly from all texts, at most `max_characters` in total, in the order of the corpus.
+
+    Each line gets a pseudo-random priority from its number, and the lines of lowest priority are kept. Lines above the
+    current limit are dropped at once; the limit is halved whenever twice the wanted characters have been kept.
+    """
+    kept: list[tuple[int, str]] = []
+    num_kept, number, limit = 0, 0, 2**64 - 1
+    for text in texts:
+        lines = [part for line in re.split(f"[\n{SPACE_SYMBOL}]+", text) for part in _split_line(line)]
+        priorities = mix64(np.arange(number, number + len(lines), dtype=np.uint64))
+        number += len(lines)
+        for index in np.flatnonzero(priorities <= np.uint64(limit)):
+            kept.append((int(priorities[index]), lines[index]))
+            num_kept += len(lines[index])
+        while num_kept > 2 * max_characters:
+            limit //= 2
+            kept = [entry for entry in kept if entry[0] <= limit]
+            num_kept = sum(len(line) for _, line in kept)
+    room, chosen = max_characters, set()
+    for priority, line in sorted(kept):
+        room -= len(line)
+        if room < 0:
+            break
+        chosen.add(priority)
+    return [line for priority, line in kept if priority in chosen]
+
+
+def _split_line(line: str) -> Iterator[str]:
+    # SentencePiece skips lines that are too long; it can learn from their parts.
+    for start in range(0, len(line), _TRAINING_LINE):
+        yield line[start : start + _TRAINING_LINE]
+
+
+def _explain(error: str, vocab_size: int, num_characters: int) -> str:
+    """A message for an error of SentencePiece's trainer."""
+    if found := re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", error):
+        return (
+            f"vocab_size={vocab_size} is more than the corpus supports: its {num_characters} characters of training "
+            f"text give at most {found[1]} tokens; set data.vocab_size={found[1]} or less, or add text"
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return (
+            f"vocab_size={vocab_size} is less than the corpus needs for its characters alone; set data.vocab_size "
+            f"above {found[1]}"
+        )
+    return f"a tokenizer of vocab_size={vocab_size} cannot be trained on {num_characters} characters of text: {error}"

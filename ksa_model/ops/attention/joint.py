@@ -1,0 +1,149 @@
+"""Attention over key ranges, in parts that share one softmax.
+
+Legend: T text rows, S summary rows, H query heads, G key/value heads, d head dimension.
+
+A part is one set of keys (near text, far summaries) with its key ranges. Each part can be computed on its own and
+merged with the others by its log-sum-exp. The backward pass gives every part the *merged* output and log-sum-exp; then
+the gradients of the parts add up exactly (the identity behind ring attention, arXiv 2310.01889): with the joint weights
+P = exp(s - lse), dS = P * (dP - rowsum(dO * O)) depends on the other parts through lse and O only.
+
+Three modules compute parts, with the same names: `blocked` in plain torch on any device, `cpu`, and `cuda`. All
+accumulate in fp32 and keep nothing larger than their operands. `ksa_model.ops.backend` chooses one for each model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ksa_model.layout.ranges import KeyRanges
+from ksa_model.layout.sequence import SequenceLayout
+from ksa_model.memory import SavedOutput
+from ksa_model.ops.attention import reference
+from ksa_model.ops.attention.parts import Part, Softmax
+from ksa_model.parallel.context import ContextParallel, Exchange, Gather, Halo, PendingGradients, gather_exchange
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the keys and values of one part come from, and which of them each row attends to."""
+
+    ranges: KeyRanges
+    exchange: Exchange  # brings them from the ranks that hold them
+    pair: int = 0  # index into the attention's pairs of keys and values: 0 text, 1 summaries
+
+
+def ksa_attention(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    layout: SequenceLayout,
+    window_chunks: int,
+    kernels: ModuleType,
+    context: ContextParallel | None = None,
+    kept: SavedOutput | None = None,
+) -> torch.Tensor:
+    """KSA of text rows: near text and far summaries under one softmax. Twin: `reference.ksa_attention`.
+
+    inputs: q_text [T, H, d]; k_text, v_text [T, G, d]; k_summary, v_summary [S, G, d] -> [T, H, d] in q's dtype. Rows
+    of padding give 0. `kernels`: `Backend.attention`. With `context`, the rows and `layout` are this rank's share of
+    the sample. `kept` holds the result for a second run on the same inputs (the dense reference computes it again).
+    """
+    if kernels is reference:
+        return reference.ksa_attention(*inputs, layout, window_chunks)
+    near = _text_sources(layout, layout.near_ranges(window_chunks), context, window_chunks * layout.chunk_size)
+    far = Source(layout.far_ranges(window_chunks), gather_exchange(context, "summaries"), pair=1)
+    return _JointAttention.apply((far, *near), kernels, kept, *inputs)
+
+
+def text_attention(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    layout: SequenceLayout,
+    mixer: str,
+    window: int,
+    kernels: ModuleType,
+    context: ContextParallel | None = None,
+    kept: SavedOutput | None = None,
+) -> torch.Tensor:
+    """Attention of text over text alone, for the mixers `F`, `S` and `C`. Twin: `reference.text_attention`.
+
+    inputs: q [T, H, d]; k, v [T, G, d] -> [T, H, d]. `window`: of `S` in tokens, of `C` in chunks, of `F` unused. The
+    other arguments are those of `ksa_attention`.
+    """
+    if kernels is reference:
+        return reference.text_attention(*inputs, layout, mixer, window)
+    if mixer == "F":
+        sources = _text_sources(layout, layout.full_ranges(), context, None)
+    elif mixer == "S":
+        sources = _text_sources(layout, layout.sliding_ranges(window), context, window - 1)
+    else:
+        sources = _text_sources(layout, layout.near_ranges(window), context, window * layout.chunk_size)
+    return _JointAttention.apply(sources, kernels, kept, *inputs)
+
+
+def _text_sources(
+    layout: SequenceLayout, ranges: KeyRanges, context: ContextParallel | None, rows_back: int | None
+) -> tuple[Source, ...]:
+    """The parts of text keys, for rows that attend to up to `rows_back` rows before them (None: the whole sample)."""
+    if context is None or context.size == 1:
+        return (Source(ranges, Exchange()),)
+    own = Source(layout.local_keys(ranges), Exchange())
+    if rows_back is None:
+        return own, Source(layout.remote_prefix(ranges), Gather(context, "text"))
+    if rows_back == 0:
+        return (own,)
+    return own, Source(layout.halo_keys(ranges, rows_back), Halo(context, rows_back))
+
+
+class _JointAttention(torch.autograd.Function):
+    """One softmax over several parts of one or two pairs of keys and values.
+
+    Keys from other ranks are requested first and awaited last; local parts are computed in the meantime. Backward goes
+    in the opposite order, so that gradients for other ranks are sent while the rest is computed. Local parts are
+    computed in one call and remote parts in another, because the CUDA kernels join the parts of a call in one pass.
+
+    When a block is recomputed, `kept` holds the result and nothing is computed, but keys are exchanged again: backward
+    needs them.
+    """
+
+    @staticmethod
+    def forward(ctx, sources: tuple[Source, ...], kernels: ModuleType, kept: SavedOutput | None, q, *keys_and_values):
+        own = list(zip(keys_and_values[::2], keys_and_values[1::2]))
+        pending = [source.exchange.start(*own[source.pair]) for source in sources]
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = [own[source.pair] for source in sources]
+        found = None if kept is None else kept.take()
+        softmax: Any = None if found is None else Softmax(*found)
+        for group in _groups(sources):
+            for i in group:
+                pairs[i] = pending[i].wait()
+            if found is None:
+                softmax = kernels.attend(q, [Part(*pairs[i], sources[i].ranges) for i in group], softmax)
+        if kept is not None and found is None:
+            kept.put(softmax.out, softmax.lse)
+        ctx.sources, ctx.kernels, ctx.num_pairs = sources, kernels, len(own)
+        ctx.save_for_backward(q, softmax.out, softmax.lse, *(x for pair in pairs for x in pair))
+        return softmax.out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, out, lse, *keys_and_values = ctx.saved_tensors
+        sources, pairs = ctx.sources, list(zip(keys_and_values[::2], keys_and_values[1::2]))
+        gradient = ctx.kernels.Gradient(grad_out, q, Softmax(out, lse))
+        totals: list[Any] = [None] * ctx.num_pairs
+        pending: list[tuple[int, PendingGradients]] = []
+        for group in reversed(_groups(sources)):
+            found = gradient.add([Part(*pairs[i], sources[i].ranges) for i in group])
+            pending += [(sources[i].pair, sources[i].exchange.start_backward(*grads)) for i, grads in zip(group, found)]
+            del found  # with a million remote rows these are gigabytes, beside those of the next group
+        for pair, returning in reversed(pending):  # a halo returns few rows of the gradient computed here
+            totals[pair] = returning.add_to(totals[pair])
+        return None, None, None, gradient.grad_q, *(grad for both in totals for grad in both)
+
+
+def _groups(sources: tuple[Source, ...]) -> list[list[int]]:
+    """Indices of the parts to compute together: local ones, then remote ones."""
+    groups = (
+        [i for i, source in enumerate(sources) if source.exchange.communicates == remote] for remote in (False, True)
+    )
+    return [group for group in groups if group]

@@ -1,0 +1,47 @@
+"""What a signal does before the first step, during the steps, and the second time."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from train.distributed.signals import REQUEUE, StopRequest
+
+TWICE = """
+import os, signal
+from train.distributed.signals import StopRequest
+with StopRequest() as request:
+    request.begin_steps()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_before_the_first_step_there_is_nothing_to_save(number):
+    with pytest.raises(SystemExit) as ended, StopRequest():
+        os.kill(os.getpid(), number)
+    assert ended.value.code == REQUEUE
+
+
+def test_during_the_steps_it_is_a_request():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as request:
+        request.begin_steps()
+        assert not request.is_due
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.is_due and request.reason == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_one_ends_the_process():
+    assert subprocess.run([sys.executable, "-c", TWICE]).returncode == 128 + signal.SIGUSR1
+
+
+def test_the_time_limit_counts_from_the_first_step():
+    request = StopRequest(max_minutes=1e-9)
+    assert not request.is_due
+    request.begin_steps()
+    assert request.is_due and request.reason == "run.max_minutes"

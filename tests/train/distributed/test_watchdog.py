@@ -1,0 +1,61 @@
+"""A rank that dies, hangs or waits for data for ever ends the job, and the message names it."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_on_ranks
+from tests.train.runs import make_config
+
+TIMEOUT_SECONDS = 4
+
+
+def train_with_a_fault(corpus: str, root: str, fault: str, num_ranks: int, context: int):
+    """Rank 1 suffers `fault` once its run has done some steps. What a rank prints goes to `root/rank-N.txt`."""
+    from data_pipeline import Loader
+    from train import trainer
+    from train.distributed import groups
+    from train.logs.metrics import read_records
+
+    rank = groups.environment_world()[0]
+    Path(root).mkdir(exist_ok=True)
+    os.dup2(os.open(f"{root}/rank-{rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
+    config = make_config(
+        Path(corpus), Path(root), run__steps=100_000, parallel__timeout_minutes=TIMEOUT_SECONDS / 60,
+        parallel__context=context, checkpoint__every_steps=100_000, run__eval_every=100_000,
+    )  # fmt: skip
+
+    def strike():
+        while len(read_records(Path(root) / "default" / "metrics.jsonl")) < 3:
+            time.sleep(0.05)
+        if fault == "data":
+
+            def for_ever(self):
+                time.sleep(1000)
+
+            Loader.next_step = for_ever
+        else:
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}[fault])
+
+    if rank == 1:
+        threading.Thread(target=strike, daemon=True).start()
+    trainer.train(config)
+
+
+@pytest.mark.parametrize("fault, context", [("kill", 1), ("hang", 2), ("data", 1)])
+def test_the_message_names_the_rank(fault, context, corpus, tmp_path):
+    with pytest.raises(AssertionError) as ended:
+        run_on_ranks(2, train_with_a_fault, str(corpus), str(tmp_path), fault, 2, context, timeout=240)
+    assert "said nothing" not in str(ended.value)  # rank 0 ended by itself, not after the ten minutes of the default
+    said = (tmp_path / "rank-0.txt").read_text()
+    first = next(line for line in said.splitlines() if " failed at step " in line)
+    assert first.startswith("rank 0 on ")
+    likely = next(line for line in said.splitlines() if line.startswith("likely cause: "))
+    if fault == "data":
+        assert "rank 1 on " in likely and "waiting for data" in likely
+    elif fault == "hang":
+        assert "rank 1 on " in likely and "was last heard of" in likely and "at step " in likely

@@ -1,0 +1,311 @@
+"""Checkpoints: everything a run needs to continue as if it had never stopped, on any parallel layout.
+
+    step-00000020/
+        .metadata  __0_0.distcp ...   tensors in torch.distributed.checkpoint's format: `master/NAME`, `exp_avg/NAME`,
+                                      `exp_avg_sq/NAME` (fp32, full shape), `optimizer/steps`, `rng/RANK/GENERATOR`
+        state.json                    step, tokens, loader state, health, configuration, parallel layout, versions
+        manifest.json                 size and sha256 of every file above; written last
+
+Nothing in a checkpoint depends on how many ranks wrote it. Saving copies this rank's part of the state to host memory,
+which is all that training waits for; a thread then writes and commits it. `python -m train.checkpoint` lists, verifies,
+reshapes and averages checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from train.checkpoint import loading, locate, parameters, storage, tensors
+from train.checkpoint.collective import CheckpointGroup, describe_error
+from train.checkpoint.locate import read_state
+from train.checkpoint.storage import STATE, CheckpointError, CheckpointPath
+from train.checkpoint.tensors import Pieces
+from train.distributed.groups import World
+
+if TYPE_CHECKING:  # the commands do without DeepSpeed, whose import takes seconds
+    from train.config.sections import CheckpointConfig
+    from train.distributed.engine import Engine
+
+_CLOSE_TIMEOUT = 60.0  # seconds for a save in flight when the run ends in an error
+
+
+class SaveError(RuntimeError):
+    """The last checkpoint of a run could not be written; the message says why."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: everything in a checkpoint that is not a tensor."""
+
+    step: int  # optimizer steps done, skipped ones included
+    tokens: int  # text tokens of all ranks so far, without padding
+    loader: dict[str, Any]
+    health: dict[str, Any] = field(default_factory=dict)
+
+
+SkipParameter = Callable[[str], bool]  # the name of a parameter -> whether to leave it out of a checkpoint
+
+
+def _skip_none(name: str) -> bool:
+    return False
+
+
+class Checkpoints:
+    """The checkpoints of one run: writes them, at most one at a time, and chooses the one to continue from.
+
+    Collective: every rank makes the same calls in the same order. While it saves it holds a host copy of this rank's
+    part of the state (12 bytes per parameter), in memory that is kept between saves.
+    """
+
+    def __init__(
+        self,
+        directory: CheckpointPath,
+        engine: Engine,
+        world: World,
+        config: CheckpointConfig,
+        log: Callable[[str], object],
+    ):
+        """`log` takes a line for the user; a thread may call it."""
+        self.directory = directory
+        self.on_wait: Callable[[], None] = lambda: None  # called every few seconds while training waits for a save
+        self._engine, self._world, self._config, self._log = engine, world, config, log
+        self._group = CheckpointGroup(world)
+        self._host = tensors.HostMemory(pinned=world.device.type == "cuda")
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+        if world.is_main:
+            for name in storage.tidy(directory):
+                log(f"removed {directory / name}: a save that was interrupted")
+        self._group.barrier()
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def save(self, progress: Progress, facts: dict[str, Any], skip: SkipParameter = _skip_none) -> float:
+        """Start to save; returns the seconds that training waited, also for an earlier save.
+
+        `facts` are added to state.json. Parameters whose name `skip` accepts are left out. With
+        `checkpoint.asynchronous=false` the checkpoint is written before this returns. A failure is logged and training
+        continues: the next save is the next attempt.
+        """
+        began = time.perf_counter()
+        self.wait()
+        state = self._describe(progress, facts)
+        if self._config.asynchronous:
+            staged = self._stage(skip, copy=True)
+            self._thread = threading.Thread(
+                target=self._write, args=(progress.step, staged, state), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._write(progress.step, self._stage(skip, copy=False), state)
+        return time.perf_counter() - began
+
+    def save_last(self, progress: Progress, facts: dict[str, Any], skip: SkipParameter = _skip_none) -> float:
+        """Save and wait until it is written, in at most two attempts. Raises `SaveError` on every rank."""
+        began = time.perf_counter()
+        for _ in range(2):
+            self.save(progress, facts, skip)
+            if self.wait() is None:
+                return time.perf_counter() - began
+        raise SaveError(f"step {progress.step} could not be saved below {self.directory}: {self._error}")
+
+    def wait(self) -> str | None:
+        """Wait for the save in flight, if any; returns why the last one failed, or None."""
+        while self._thread is not None:
+            self._thread.join(5)
+            self.on_wait()
+            if not self._thread.is_alive():
+                self._thread = None
+        return self._error
+
+    def close(self) -> None:
+        """Give a save in flight up to a minute to finish."""
+        if self._thread is not None:
+            self._thread.join(_CLOSE_TIMEOUT)
+
+    def _describe(self, progress: Progress, facts: dict[str, Any]) -> dict[str, Any]:
+        """state.json."""
+        return {
+            "format": locate.FORMAT,
+            **asdict(progress),
+            "contains": ["master", "exp_avg", "exp_avg_sq"],
+            "layout": {"ranks": self._world.size, "tensor": self._world.tensor_group.size()},
+            "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": _versions(),
+            **facts,
+        }
+
+    def _stage(self, skip: SkipParameter, copy: bool) -> dict[str, Pieces]:
+        """This rank's part of the state, in host memory. With `copy` training may change the original at once."""
+        staged: dict[str, Pieces] = {}
+        group = self._world.data_context_group
+        self._host.rewind()
+        for i, owned in enumerate(self._engine.owned_state()):
+            if skip(owned.name) or (owned.replicated and i % group.size() != group.rank()):
+                continue
+            for kind, flat in owned.state.items():
+                on_host = self._host.copy(flat) if copy or flat.device.type != "cpu" else flat
+                staged[f"{kind}/{owned.name}"] = parameters.owned_pieces(owned, on_host, self._world)
+        self._host.wait()
+        steps = self._engine.optimizer_steps().to("cpu", torch.float32, copy=True)
+        staged["optimizer/steps"] = parameters.whole(steps)
+        for name, generator in tensors.generators(self._world.device).items():
+            staged[f"rng/{self._world.rank}/{name}"] = parameters.whole(generator)
+        return staged
+
+    def _write(self, step: int, staged: dict[str, Pieces], state: dict[str, Any]) -> None:
+        """Write and commit on all ranks or on none; stores why it failed in `_error`. Collective over `_group`."""
+        began, incomplete = time.perf_counter(), None
+        try:
+            incomplete = CheckpointPath(self._group.on_main(lambda: str(storage.begin(self.directory, step))))
+            written = tensors.write(incomplete, staged, self._group.group)
+            fingerprints = {name: found for part in self._group.gather(written) for name, found in part.items()}
+            self._group.on_main(lambda: self._commit(incomplete, fingerprints, state, began))
+            self._error = None
+        except BaseException as error:
+            self._error = describe_error(error)
+            if self._world.is_main:
+                self._log(
+                    f"CHECKPOINT FAILED: step {step} could not be saved below {self.directory}: {self._error}; "
+                    "training goes on, the next save point tries again"
+                )
+                if incomplete is not None:
+                    with contextlib.suppress(OSError):
+                        incomplete.remove()  # it may be what fills the disk
+
+    def _commit(
+        self, incomplete: CheckpointPath, fingerprints: dict[str, Any], state: dict[str, Any], began: float
+    ) -> str:
+        fingerprints[STATE] = (incomplete / STATE).write(json.dumps(state, indent=1).encode())
+        seconds = {"write_seconds": round(time.perf_counter() - began, 3)}
+        final = storage.commit(incomplete, self.directory, fingerprints, seconds)
+        try:
+            storage.prune(self.directory, self._config.keep_last, self._config.keep_every)
+        except OSError as error:  # the new checkpoint is finished all the same
+            self._log(f"an old checkpoint below {self.directory} could not be removed: {describe_error(error)}")
+        return str(final)
+
+    # -- choosing ------------------------------------------------------------------------------------------------------
+
+    def choose(self, resume: str, before: int | None = None) -> CheckpointPath | None:
+        """The verified checkpoint that `resume` (auto, never or a path) means; None: start from scratch.
+
+        A path is used only while the run has no checkpoint that was written under the same `resume`, so that the same
+        command continues where it was interrupted. Damaged checkpoints of the run are quarantined and the one before
+        is used; with `checkpoint.on_damage=fail` they are an error. `before`: only checkpoints of at most that step.
+        """
+        if resume == "never":
+            return None
+        own = [c for c in self._finished() if before is None or c.step <= before]
+        if resume != "auto" and not self._began_with(own, resume):
+            found = locate.find(resume, self.directory)
+            assert found is not None
+            self.verify(found)
+            return found
+        damaged: list[tuple[CheckpointPath, CheckpointError]] = []
+        while own:
+            checkpoint = own.pop()
+            try:
+                self.verify(checkpoint)
+            except CheckpointError as error:
+                if self._config.on_damage == "fail":
+                    raise CheckpointError(
+                        f"{error}; checkpoint.on_damage=fallback quarantines it and uses the one before"
+                    ) from error
+                damaged.append((checkpoint, error))
+                continue
+            read_state(checkpoint)  # an unknown format is an error, not damage
+            for bad, reason in damaged:
+                name = self._quarantine(bad, "damaged")
+                self._log(f"DAMAGED CHECKPOINT: {reason}; set aside as {name}, going on from {checkpoint}")
+            return checkpoint
+        if damaged:  # starting from scratch must be the user's decision
+            raise CheckpointError(
+                f"no checkpoint below {self.directory} can be used: {'; '.join(str(e) for _, e in damaged)}; "
+                "use resume=never to start from scratch, or resume=PATH to continue another run"
+            )
+        return None
+
+    def verify(self, checkpoint: CheckpointPath) -> None:
+        """Check sizes and hashes; every rank reads some of the files. Raises `CheckpointError` on all ranks."""
+        error = None
+        try:
+            storage.verify(checkpoint, self._world.rank, self._world.size)
+        except CheckpointError as problem:
+            error = problem
+        self._group.raise_together(error)
+
+    def quarantine_after(self, step: int) -> None:
+        """Quarantine the run's checkpoints beyond `step`, from which it now continues differently."""
+        self.wait()
+        for checkpoint in self._finished():
+            if checkpoint.step > step:
+                self._log(f"set aside {self._quarantine(checkpoint, 'abandoned')}: the run goes on from step {step}")
+
+    def _quarantine(self, checkpoint: CheckpointPath, reason: str) -> str:
+        return self._group.on_main(lambda: storage.quarantine(checkpoint, reason))
+
+    def _finished(self) -> list[CheckpointPath]:
+        """The run's checkpoints as the main rank lists them, oldest first."""
+        names = self._group.on_main(lambda: json.dumps([c.name for c in storage.finished(self.directory)]))
+        return [self.directory / name for name in json.loads(names)]
+
+    def _began_with(self, own: list[CheckpointPath], resume: str) -> bool:
+        """Whether the newest readable checkpoint in `own` was written by a run with the same `resume`."""
+
+        def written_under() -> str:
+            for checkpoint in reversed(own):
+                try:
+                    return json.loads((checkpoint / STATE).read())["config"]["resume"]
+                except (OSError, ValueError, KeyError, TypeError):
+                    continue  # damaged: `choose` will report it
+            return ""
+
+        return self._group.on_main(written_under) == resume
+
+    # -- loading -------------------------------------------------------------------------------------------------------
+
+    def load(self, checkpoint: CheckpointPath, seed: int = 0) -> tuple[Progress, dict[str, Any]]:
+        """Load weights, moments, random generators and progress; also returns state.json.
+
+        A rank that the checkpoint has no generators for (the parallel layout changed) seeds its own from `seed`.
+        """
+        state = read_state(checkpoint)
+        if not _has_moments(state):
+            raise CheckpointError(
+                f"{checkpoint} holds weights alone ({state.get('made_by', 'no optimizer state')}): it can be sampled "
+                "and exported, and a run can begin with it (init_from=PATH); to resume, it takes one that a run wrote"
+            )
+        loading.load_engine(checkpoint, self._engine, self._world, self._group, moments=True, seed=seed)
+        known = {key: state[key] for key in ("step", "tokens", "loader")}
+        return Progress(**known, health=state.get("health", {})), state
+
+    def inherit(self, checkpoint: CheckpointPath) -> None:
+        """Verify and load the weights of another run of the same model, and AdamW's moments if it has them."""
+        self.verify(checkpoint)
+        moments = _has_moments(read_state(checkpoint))
+        loading.load_engine(checkpoint, self._engine, self._world, self._group, moments=moments, seed=None)
+
+
+def _has_moments(state: dict[str, Any]) -> bool:
+    return "exp_avg" in state.get("contains", ["exp_avg"])
+
+
+def _versions() -> dict[str, str]:
+    """Versions of Python and the libraries; one that is not installed as a package is left out."""
+    found = {"python": platform.python_version()}
+    for name in ("ksa-train", "torch", "deepspeed", "megatron-core", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

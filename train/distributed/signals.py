@@ -1,0 +1,64 @@
+"""Ending early on request: the contract between the trainer and whatever starts it. Imports nothing heavy.
+
+SIGTERM or SIGUSR1 (a scheduler's preemption, a time limit near) asks the run to finish its step, save a checkpoint and
+exit with `REQUEUE`; a second signal ends it at once. A launcher starts a run that ended with `REQUEUE` again: it finds
+its run directory and continues.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run saved its state and wants to be started again
+BAD_INPUT = 2  # the configuration or the data cannot be used; nothing was started
+DIVERGED = 65  # EX_DATAERR: the run trained and cannot go on as configured; starting it again would end the same way
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether this process was asked to stop, by a signal or by its own time limit. A context manager around a run.
+
+    Until `begin_steps` there is nothing to save: a signal ends the process at once, with `REQUEUE`. `max_minutes`
+    counts from there; None means no limit.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self.reason: str | None = None
+        self._max_minutes = max_minutes
+        self._deadline: float | None = None
+        self._stepping = False
+        self._previous: dict[signal.Signals, object] = {}
+
+    def begin_steps(self) -> None:
+        """From here on a signal asks the loop to stop instead of stopping the process."""
+        self._stepping = True
+        if self._max_minutes is not None:
+            self._deadline = time.monotonic() + 60 * self._max_minutes
+
+    @property
+    def is_due(self) -> bool:
+        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.reason = "run.max_minutes"
+        return self.reason is not None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if not self._stepping:
+            raise SystemExit(REQUEUE)
+        if self.reason is not None:
+            os._exit(128 + number)
+        self.reason = signal.Signals(number).name

@@ -1,0 +1,104 @@
+"""Names the rank that makes a job stand still.
+
+When a rank dies or hangs, the others wait inside a collective until a timeout that names nobody. So a thread of every
+rank writes to the job's store, every few seconds, where the rank runs and what it is doing. When a rank fails, or makes
+no progress for the configured time, it reads these notes and names the ranks that fell silent or behind.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+STALLED = 70  # exit code (EX_SOFTWARE): no progress for parallel.timeout_minutes
+
+
+class Watchdog:
+    """Ends the process after `timeout_seconds` without progress; a context manager around the training loop.
+
+    `store` is shared by the ranks of the job.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout_seconds: float):
+        self._store = dist.PrefixStore("watchdog", store)
+        self._rank, self._size, self._timeout = rank, size, timeout_seconds
+        self._note_every = min(5.0, timeout_seconds / 5)
+        self._host = socket.gethostname()
+        self._step, self._doing = 0, "starting"
+        self._progressed = time.monotonic()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def progress(self, step: int, doing: str) -> None:
+        """Note that this rank made progress, and what it does next."""
+        self._step, self._doing = step, doing
+        self._progressed = time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
+        self._stop.set()
+        self._thread.join(timeout=1)
+        if isinstance(error, Exception) and self._size > 1:
+            print(
+                self._message(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"),
+                file=sys.stderr,
+            )
+
+    def _watch(self) -> None:
+        self._note()
+        while not self._stop.wait(self._note_every):
+            self._note()
+            if time.monotonic() - self._progressed > self._timeout:
+                print(self._message(f"no progress for {self._timeout:.0f} s"), file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(STALLED)
+
+    def _note(self) -> None:
+        note = {"host": self._host, "step": self._step, "doing": self._doing, "time": time.time()}
+        try:
+            with self._lock:
+                self._store.set(str(self._rank), json.dumps(note))
+        except Exception:  # the store is gone: this rank will notice by itself
+            pass
+
+    def _message(self, what: str) -> str:
+        own = f"rank {self._rank} on {self._host} failed at step {self._step} ({self._doing}): {what}"
+        suspects = self._suspects()
+        return own + (f"\nlikely cause: {'; '.join(suspects)}" if suspects else "")
+
+    def _suspects(self) -> list[str]:
+        """Descriptions of the ranks whose notes stopped; if none did, of those behind this rank."""
+        notes: dict[int, dict] = {}
+        try:
+            with self._lock:
+                for rank in range(self._size):
+                    if rank != self._rank and self._store.check([str(rank)]):
+                        notes[rank] = json.loads(self._store.get(str(rank)))
+        except Exception:
+            return ["the rank that hosts the job's store (rank 0) does not answer"]
+        now, silent_after = time.time(), 3 * self._note_every
+        silent = [
+            f"rank {rank} on {note['host']} was last heard of {now - note['time']:.0f} s ago, at step {note['step']} "
+            f"({note['doing']})"
+            for rank, note in notes.items() if now - note["time"] > silent_after
+        ]  # fmt: skip
+        silent += [
+            f"rank {rank} was never heard of" for rank in range(self._size) if rank not in notes and rank != self._rank
+        ]
+        behind = [
+            f"rank {rank} on {note['host']} is at step {note['step']} ({note['doing']})"
+            for rank, note in notes.items() if note["step"] < self._step or note["doing"] == "waiting for data"
+        ]  # fmt: skip
+        return (silent or behind)[:8]

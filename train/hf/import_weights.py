@@ -1,0 +1,264 @@
+"""Weights of Hugging Face checkpoints, and of other runs, as the parameters of a model on any parallel layout.
+
+`init_from=hf:DIR` reads them directly, each rank its own slices; `python -m train.import_hf` makes a run directory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+
+from ksa_model.config import ModelConfig
+from ksa_model.hf import naming
+from ksa_model.hf.configs import CheckpointSpec, check_same_shape, read_config
+from ksa_model.model import Decoder
+from train.checkpoint import locate, rewrite
+from train.checkpoint import tensors as checkpoint_tensors
+from train.checkpoint.storage import CheckpointPath
+from train.checkpoint.tensors import Pieces, boxes
+from train.config.conversion import to_mapping
+from train.config.errors import ConfigError
+from train.config.schema import TrainConfig, from_saved
+from train.config.sections import RunConfig
+from train.distributed.groups import World
+from train.hf.files import HfDirectory, HfError
+
+MEAN = "mean"
+HF_PREFIX = "hf:"
+_MEAN_ROWS = 8192  # rows of the embedding in memory at a time
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # in the order in which they are taken
+
+
+class Tensors(Protocol):
+    """Tensors under their Hugging Face names, any box of them as fp32."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor: ...
+
+
+class RunTensors:
+    """The weights of a checkpoint of ours under their Hugging Face names, with vocabulary padding.
+
+    During annealing, `read` returns summary projections blended with text's by `summary_projection_weight`, which is
+    what the model computes with (`ksa_model.model.Decoder.anneal`).
+    """
+
+    def __init__(self, checkpoint: CheckpointPath, summary_projection_weight: float = 1.0):
+        self._checkpoint, self._summary_projection_weight = checkpoint, summary_projection_weight
+        held = checkpoint_tensors.shapes(checkpoint)
+        ours = [name.removeprefix("master/") for name in held if name.startswith("master/")]
+        self._ours = {naming.hf_name(name): f"master/{name}" for name in ours}
+        self._shapes = {theirs: held[name] for theirs, name in self._ours.items()}
+
+    def names(self) -> list[str]:
+        return sorted(self._ours)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        own = self._stored(name, offset, size)
+        if self._summary_projection_weight == 1 or "_proj_summary" not in name:
+            return own
+        base = self._stored(name.replace("_proj_summary", "_proj"), offset, size)
+        return self._summary_projection_weight * own + (1 - self._summary_projection_weight) * base
+
+    def _stored(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        box = torch.empty(tuple(size))
+        pieces = Pieces(self._shapes[name], box.view(-1), shape=tuple(size), offset=tuple(offset))
+        checkpoint_tensors.read(self._checkpoint, {self._ours[name]: pieces})
+        return box
+
+
+class Weights:
+    """Every parameter of `model`, computed from the tensors of a checkpoint, in boxes of our full tensors.
+
+    The constructor raises one of `USER_ERRORS` that names a shape that does not fit, or a missing or extra tensor.
+    """
+
+    def __init__(self, tensors: Tensors, source: CheckpointSpec, model: ModelConfig, summary_row: int | None = None):
+        check_same_shape(source, model)
+        self.source, self._tensors = source, tensors
+        if summary_row is not None and not 0 <= summary_row < (model.vocab_size or 0):
+            raise ConfigError(f"summary token {summary_row} is not in the vocabulary of {model.vocab_size}")
+        self._origins = naming.origins(source, model, set(tensors.names()), summary_row)
+        self._means: dict[str, torch.Tensor] = {}
+        self.shapes = {name: shape for name, (shape, _) in model.parameter_shapes().items()}
+        for name, origin in self._origins.items():
+            self._check(origin, self.shapes[name])
+
+    def box(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        """The fp32 box of our parameter `name` at `offset`, of `size`."""
+        origin = self._origins[name]
+        if origin.mean_rows is not None or origin.repeated_row is not None:
+            row = self._row(origin)[offset[1] : offset[1] + size[1]]
+            return row.expand(tuple(size))
+        filled = (
+            size[0] if origin.rows is None else max(0, min(size[0], origin.rows - offset[0]))
+        )  # the rest is padding
+        box = torch.zeros(tuple(size))
+        if filled:
+            at, taken = (offset[0] + origin.first_row, *offset[1:]), (filled, *size[1:])
+            parts = [weight * self._tensors.read(name, at, taken) for weight, name in origin.terms]
+            box[:filled] = sum(parts[1:], start=parts[0])
+        return box
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self.box(name, [0] * len(self.shapes[name]), self.shapes[name])
+
+    def _row(self, origin: naming.Origin) -> torch.Tensor:
+        ((_, name),) = origin.terms
+        columns = self._tensors.shape(name)[1]
+        if origin.repeated_row is not None:
+            return self._tensors.read(name, (origin.repeated_row, 0), (1, columns))[0]
+        assert origin.mean_rows is not None
+        if name not in self._means:
+            total = torch.zeros(columns, dtype=torch.float64)
+            for first in range(0, origin.mean_rows, _MEAN_ROWS):
+                rows = min(_MEAN_ROWS, origin.mean_rows - first)
+                total += self._tensors.read(name, (first, 0), (rows, columns)).sum(0, dtype=torch.float64)
+            self._means[name] = (total / origin.mean_rows).float()
+        return self._means[name]
+
+    def _check(self, origin: naming.Origin, shape: tuple[int, ...]) -> None:
+        single = origin.mean_rows is not None or origin.repeated_row is not None
+        for _, name in origin.terms:
+            held = self._tensors.shape(name)
+            rows = origin.mean_rows or (origin.repeated_row or 0) + 1 if single else origin.rows or shape[0]
+            enough = held[0] >= origin.first_row + rows if single or origin.rows or origin.first_row else held == shape
+            if not enough or held[1:] != shape[1:]:
+                wanted = (origin.first_row + rows, *shape[1:])
+                raise HfError(f"{name} is of shape {held}, this model needs {wanted}: config.json and tensors differ")
+
+
+def open_source(directory: str | Path, allow_pickle: bool = False) -> tuple[Tensors, CheckpointSpec]:
+    """The tensors of a Hugging Face directory, and which model they belong to."""
+    held = HfDirectory(directory, allow_pickle)
+    return held, read_config(held.config)
+
+
+def check(config: TrainConfig) -> None:
+    """Raise one of `USER_ERRORS` if the model does not fit `init_from=hf:...`; reads no tensor."""
+    if config.init_from is not None and config.init_from.startswith(HF_PREFIX):
+        _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
+
+
+def initialise(engine: Any, world: World, config: TrainConfig, run: CheckpointPath | None = None) -> str:
+    """Fill the fp32 weights that this rank owns, on any parallel layout; AdamW's moments stay zero. Collective.
+
+    They come from `init_from=hf:...`, or from `run`, a verified checkpoint. Returns a line for the log.
+    """
+    assert config.init_from is not None
+    if run is None:
+        weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
+    else:
+        weights = _weights_of_run(run, config)
+    dims = {name: dim for name, (_, dim) in config.model.parameter_shapes().items()}
+    for owned in engine.owned_state():
+        shift, dim = [0] * len(owned.shape), dims[owned.name]
+        if dim is not None:
+            shift[dim] = owned.shape[dim] * world.tensor_rank
+        flat, taken = owned.state["master"], 0
+        for at, size in boxes(owned.shape, owned.start, owned.start + flat.numel()):
+            count = torch.Size(size).numel()
+            part = weights.box(owned.name, [a + s for a, s in zip(at, shift)], size)
+            flat[taken : taken + count].copy_(part.reshape(-1))
+            taken += count
+    engine.finish_loading(engine.optimizer_steps())
+    note = "".join(
+        f"; model.{name}={getattr(config.model, name)} here, {getattr(weights.source.config, name)} there"
+        for name in ("rope_base", "rope_scaling")
+        if getattr(config.model, name) != getattr(weights.source.config, name)
+    )
+    return f"weights from {config.init_from}, {weights.source.kind}{note}"
+
+
+def load_model(model: Decoder, weights: Weights, world: World) -> None:
+    """Fill a bare model, or this tensor rank's shard of one."""
+    dims = {name: dim for name, (_, dim) in model.config.parameter_shapes().items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            offset, dim = [0] * parameter.ndim, dims[name]
+            if dim is not None:
+                offset[dim] = parameter.shape[dim] * world.tensor_rank
+            parameter.copy_(weights.box(name, offset, parameter.shape))
+
+
+def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle: bool = False) -> Weights:
+    tensors, source = open_source(directory, allow_pickle)
+    return Weights(tensors, source, model, _summary_row(summary_from, directory))
+
+
+def _weights_of_run(checkpoint: CheckpointPath, config: TrainConfig) -> Weights:
+    state = locate.read_state(checkpoint)
+    saved = from_saved(state["config"])
+    source = CheckpointSpec("a run", saved.model, saved.seq_len)
+    tensors = RunTensors(checkpoint, state.get("own_share", 1.0))
+    return Weights(tensors, source, config.model, _summary_row(config.init_summary_from, str(checkpoint)))
+
+
+def _summary_row(summary_from: str, directory: str) -> int | None:
+    """`mean`, a token id, or a token's text -> the row of the embedding, or None for mean."""
+    if summary_from == MEAN:
+        return None
+    if summary_from.isdigit():
+        return int(summary_from)
+    path = Path(directory) / "tokenizer.json"
+    if path.is_file():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = held.get("model", {}).get("vocab", {})
+        ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+        ids |= {token["content"]: token["id"] for token in held.get("added_tokens", [])}
+        if summary_from in ids:
+            return ids[summary_from]
+    raise ConfigError(
+        f"init_summary_from={summary_from!r} is neither mean, nor a token id, nor a token of {path}; give one of them"
+    )
+
+
+def import_run(
+    hf_directory: str, out: Path, model: ModelConfig, summary_from: str, allow_pickle: bool
+) -> CheckpointPath:
+    """Write a run directory at step 0 with the weights of `hf_directory`; one tensor is in memory at a time."""
+    weights = _weights(hf_directory, model, summary_from, allow_pickle)
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"out={out} is not empty: choose a directory that does not exist yet")
+    seq_len = max(model.chunk_size, weights.source.max_positions // model.chunk_size * model.chunk_size)
+    run = RunConfig(name=out.name, root=str(out.parent))
+    config = TrainConfig(model=model, seq_len=seq_len, run=run)
+    state = {
+        "format": locate.FORMAT,
+        "step": 0,
+        "tokens": 0,
+        "loader": {},
+        "contains": ["master"],
+        "made_by": f"python -m train.import_hf, from {weights.source.kind}",
+        "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "config": to_mapping(config),
+    }
+    stored = {f"master/{name}": _stored(weights, name) for name in weights.shapes}
+    checkpoint = rewrite.write(CheckpointPath(out / "checkpoints"), state, stored, 1)
+    (out / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+    tokenizer = find_tokenizer(Path(hf_directory))
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, out / "tokenizer.model")
+    return checkpoint
+
+
+def _stored(weights: Weights, name: str) -> rewrite.StoredTensor:
+    return rewrite.StoredTensor(weights.shapes[name], torch.float32, lambda: weights.whole(name).contiguous())
+
+
+def find_tokenizer(directory: Path) -> Path | None:
+    """The tokenizer file of a Hugging Face directory that `data_pipeline.Tokenizer` reads."""
+    return next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
