@@ -243,7 +243,7 @@ if [ {continuation} = requeue ] && [[ $state == RUNNING || $state == SIGNALING ]
   note "requeued to continue"
   if scontrol requeue "$job"; then sleep 120; exit {requeue_code}; fi  # Slurm ends this script during the sleep
 fi
-[ {continuation} = chain ] || note "not requeued by this script: the job is ${{state:-gone}}"
+[ {continuation} = chain ] || note "this script starts no new attempt: the job is ${{state:-gone}}"
 exit {requeue_code}
 """
 
