@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.config import SPLITS, DataConfig
-from data_pipeline.corpora.probe_tasks import FILLER, TASKS, KeyedRandom, holds_answer
+from data_pipeline.corpora.probe_tasks import FILLER, TASKS, KeyedRandom, is_needed
 from data_pipeline.errors import DataError
 from data_pipeline.packing.order import derive_key
 from data_pipeline.packing.samples import IGNORE_INDEX, PackedSample, Samples, TrainingData
@@ -23,6 +23,8 @@ from data_pipeline.text.tokenizer import Tokenizer, train_tokenizer_once
 
 _SAMPLE, _EVALUATION = 7, 8  # the purposes of random keys
 _ALGORITHM = 2
+# The tasks whose texts train the tokenizer. A longer list would change every tokenizer that was trained before.
+_TOKENIZER_TASKS = ("needle", "multikey", "multiquery", "multivalue", "variables", "common", "frequent")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +70,8 @@ class ProbeWriter:
         encoded_questions: list[np.ndarray] = []
         spans: list[tuple[int, int]] = []  # from the beginning of the questions
         size = 0
-        for question, answer in questions:
-            parts = [encode(question), encode(answer), encode("\n")]
+        for question in questions:
+            parts = [encode(question.text), encode(question.answer), encode("\n")]
             spans.append((size + parts[0].size, size + parts[0].size + parts[1].size))
             size += sum(part.size for part in parts)
             encoded_questions += parts
@@ -84,8 +86,8 @@ class ProbeWriter:
         first = text.size - 1 - size
         answers = [(first + begin, first + end) for begin, end in spans]
         distances = []
-        for (begin, _), (_, answer) in zip(answers, questions):
-            needed = [end for end, fact in zip(ends, facts) if holds_answer(fact, answer)]
+        for (begin, _), question in zip(answers, questions):
+            needed = [end for end, fact in zip(ends, facts) if is_needed(fact, question)]
             distances.append(begin - min(needed))
         return Probe(text, answers, distances)
 
@@ -198,16 +200,16 @@ class SyntheticSamples(Samples):
 
 
 def _train_tokenizer(config: DataConfig) -> str:
-    """Train a tokenizer on texts of all tasks, or find it in the cache; returns its path."""
+    """Train a tokenizer on texts of `_TOKENIZER_TASKS`, or find it in the cache; returns its path."""
     request = [_ALGORITHM, config.tokenizer_type, config.vocab_size]
     directory = Path(config.cache_dir) / f"tokenizer-synthetic-{fingerprint_of(request)[:16]}"
 
     def texts() -> Iterator[str]:
         yield "".join(FILLER)
         for number in range(300):
-            for task in TASKS.values():
-                facts, questions = task(KeyedRandom(derive_key(_SAMPLE, number)), 1024)
+            for task in _TOKENIZER_TASKS:
+                facts, questions = TASKS[task](KeyedRandom(derive_key(_SAMPLE, number)), 1024)
                 statements = ["".join(fact) for fact in facts]
-                yield "".join([*statements, *(f"{question}{answer}\n" for question, answer in questions)])
+                yield "".join([*statements, *(f"{question.text}{question.answer}\n" for question in questions)])
 
     return train_tokenizer_once(directory, texts, config)

@@ -33,14 +33,14 @@ class Scorer:
         """
         if task != "needle":
             probes = evaluation_probes(self._tokenizer, task, length, samples, seed)
-            return _scores(self.ask(probes))
+            return summarize(self.ask(probes))
         all_answers, by_depth = [], []
         for number in range(depths):
             depth = number / max(1, depths - 1)
             answers = self.ask(evaluation_probes(self._tokenizer, task, length, samples, seed + number, depth))
-            by_depth.append([round(depth, 4), _scores(answers)["token_accuracy"]])
+            by_depth.append([round(depth, 4), summarize(answers)["token_accuracy"]])
             all_answers += answers
-        return _scores(all_answers) | {"by_depth": by_depth}
+        return summarize(all_answers) | {"by_depth": by_depth}
 
     @torch.no_grad()
     def ask(self, probes: list[Probe]) -> list[tuple[int, np.ndarray]]:
@@ -77,7 +77,8 @@ class Scorer:
         yield group
 
 
-def _scores(answers: list[tuple[int, np.ndarray]]) -> dict[str, Any]:
+def summarize(answers: list[tuple[int, np.ndarray]]) -> dict[str, Any]:
+    """Accuracies of answers, each given as its distance and which of its tokens are right (bool [tokens])."""
     by_distance: dict[int, list[np.ndarray]] = {}
     for distance, right in answers:
         by_distance.setdefault(1 << (distance.bit_length() - 1) if distance > 0 else 0, []).append(right)
