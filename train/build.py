@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from data_pipeline import Loader, TrainingData
+from data_pipeline import Loader, Tokenizer, TrainingData
 from ksa_model.config import ModelConfig
 from ksa_model.layers.tensor_parallel import TensorParallel
 from ksa_model.model import Decoder
@@ -17,6 +17,7 @@ from train.config.schema import TrainConfig
 from train.distributed.engine import Engine
 from train.distributed.groups import World
 from train.evaluate.held_out import HeldOut
+from train.evaluate.in_loop import InLoopProbes
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -68,3 +69,10 @@ def make_held_out(config: TrainConfig, data: TrainingData, world: World) -> Held
     """The validation set; empty with `run.eval_samples=0`, or where the data have no held-out documents."""
     samples = data.samples("validation", config.seq_len, config.alignment) if config.run.eval_samples else None
     return HeldOut(samples, config.model, world, config.run.eval_samples)
+
+
+def make_probes(config: TrainConfig, data: TrainingData, world: World) -> InLoopProbes | None:
+    """The probes of `run.probe_every`, or None where it is null."""
+    if config.run.probe_every is None:
+        return None
+    return InLoopProbes(config, Tokenizer(data.tokenizer_path), world)

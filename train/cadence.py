@@ -14,6 +14,7 @@ class Action(Enum):
 
     REPORT = "reporting"
     VALIDATE = "validating"
+    PROBE = "asking probes"
     SAVE = "saving a checkpoint"
 
 
@@ -40,13 +41,14 @@ def due(step: int, decision: Decision, run: RunConfig, checkpoint: CheckpointCon
 
     The last step, and one at which the run was asked to stop, is always reported and saved. Validation comes before
     the save, so that the checkpoint follows everything recorded for its step. If the run was asked to stop, the save
-    comes first, because a scheduler may not wait for a validation.
+    comes first, because a scheduler may not wait for a validation, and there are no probes.
     """
     ends = decision.stop or step == last_step(run)
     report = ends or step % run.log_every == 0
     validate = validates(step, run)
+    probe = run.probe_every is not None and (step == last_step(run) or step % run.probe_every == 0)
     save = ends or decision.save or (checkpoint.every_steps is not None and step % checkpoint.every_steps == 0)
-    order = [(report, Action.REPORT), (validate, Action.VALIDATE), (save, Action.SAVE)]
+    order = [(report, Action.REPORT), (validate, Action.VALIDATE), (probe, Action.PROBE), (save, Action.SAVE)]
     if decision.stop:
-        order[1], order[2] = order[2], order[1]
+        order = [(report, Action.REPORT), (save, Action.SAVE), (validate, Action.VALIDATE)]
     return Due(tuple(action for is_due, action in order if is_due), ends)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from data_pipeline import TrainingData
 from ksa_model.objectives.distillation import PARTS
-from train.build import make_held_out
+from train.build import make_held_out, make_probes
 from train.checkpoint.manager import Progress
 from train.config import run_directory
 from train.config.conversion import to_mapping
@@ -20,6 +20,7 @@ from train.config.schema import TrainConfig
 from train.distributed.consensus import RankConsensus
 from train.distributed.groups import World
 from train.evaluate.held_out import HeldOut
+from train.evaluate.in_loop import InLoopProbes
 from train.health import MAX_ROLLBACKS, TrainingDiverged, bad_steps_message, next_sample
 from train.logs.metrics import METRICS, read_records
 from train.logs.profiling import StepProfiler
@@ -43,6 +44,7 @@ class Run:
         state: TrainState,
         progress: Progress,
         held_out: HeldOut,
+        probes: InLoopProbes | None,
         log: RunLog,
         log_line: Callable[[str], None],
     ):
@@ -55,7 +57,7 @@ class Run:
         self.objective = config.stage.objective()
         self.sums, self.consensus = StepSums(world, progress.tokens), RankConsensus(world)
         self.validation_loss: float | None = None
-        self._held_out = held_out
+        self._held_out, self._probes = held_out, probes
         self._saved_at, self._saved_step = time.monotonic(), -1
         self._healthy_step, self._rolled_back_to, self._rollbacks = progress.step, -1, 0
         self._step_samples: deque[int] = deque(maxlen=config.run.max_bad_steps + 2)  # first sample of recent steps
@@ -68,7 +70,7 @@ class Run:
         of `USER_ERRORS`.
         """
         log_line, directory = line_printer(world.is_main), config.run.directory
-        held_out = make_held_out(config, data, world)
+        held_out, probes = make_held_out(config, data, world), make_probes(config, data, world)
         state = TrainState(config, world, data, log_line)
         start = state.verify(start)
         progress = state.begin(start)
@@ -81,7 +83,7 @@ class Run:
             log_line(f"resumed from {start.checkpoint} at step {progress.step}")
         else:
             log_line(f"starting {directory} afresh")
-        return cls(config, world, state, progress, held_out, log, log_line)
+        return cls(config, world, state, progress, held_out, probes, log, log_line)
 
     # -- before and after a step ---------------------------------------------------------------------------------------
 
@@ -162,6 +164,13 @@ class Run:
             self.validation_loss = self._held_out.loss(self.engine)
             if self.validation_loss is not None:
                 self.log.record({"step": step, "tokens": self.sums.tokens, "validation_loss": self.validation_loss})
+
+    def probe(self, step: int) -> None:
+        """Record how much the model recalls after `step`."""
+        assert self._probes is not None  # `cadence.due` asks for probes only where run.probe_every is set
+        with self.sums.clock_stopped():
+            self.engine.anneal(self.config.stage.summary_projection_weight(step, self.config.run.steps))
+            self.log.record({"step": step, "tokens": self.sums.tokens, **self._probes.score(self.engine)})
 
     def evaluate_if_missing(self, step: int) -> None:
         """Validate if the run was ended between saving `step` and validating it; else take the recorded loss."""

@@ -122,7 +122,7 @@ def _train(
 def _do_what_is_due(
     run: Run, step: int, grad_norm: torch.Tensor | float, lr: float, decision: Decision, watch: Watchdog
 ) -> int:
-    """Report, validate and save after `step` as `cadence.due` says; returns the step to go on from.
+    """Report, validate, probe and save after `step` as `cadence.due` says; returns the step to go on from.
 
     That is an earlier step if the loss jumped and the run went back to a checkpoint. Nothing else is due then: the
     checkpoint is there already, also for a run that was asked to stop.
@@ -137,6 +137,8 @@ def _do_what_is_due(
         watch.progress(step, action.value)
         if action is Action.VALIDATE:
             run.evaluate(step)
+        elif action is Action.PROBE:
+            run.probe(step)
         else:
             run.save(step, last=due.ends, on_wait=partial(watch.progress, step, action.value))
     return step

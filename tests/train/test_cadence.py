@@ -1,5 +1,6 @@
 """What is due after a step: a table by hand, and whole runs against a plain restatement of the rules."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ from train.cadence import Action
 from train.config.sections import CheckpointConfig, RunConfig
 from train.distributed.consensus import Decision
 
-REPORT, VALIDATE, SAVE = Action.REPORT, Action.VALIDATE, Action.SAVE
+REPORT, VALIDATE, PROBE, SAVE = Action.REPORT, Action.VALIDATE, Action.PROBE, Action.SAVE
 RUN = RunConfig(steps=100, log_every=10, eval_every=30)
 CHECKPOINT = CheckpointConfig(every_steps=20)
 NOTHING, STOP, TIMER = Decision(False, False, 0), Decision(True, False, 0), Decision(False, True, 0)
@@ -34,6 +35,22 @@ NOTHING, STOP, TIMER = Decision(False, False, 0), Decision(True, False, 0), Deci
 )
 def test_by_hand(step, decision, actions, ends):
     assert cadence.due(step, decision, RUN, CHECKPOINT) == cadence.Due(tuple(actions), ends)
+
+
+@pytest.mark.parametrize(
+    "step, decision, actions",
+    [
+        (20, NOTHING, [REPORT, SAVE]),
+        (25, NOTHING, [PROBE]),
+        (50, NOTHING, [REPORT, PROBE]),
+        (75, TIMER, [PROBE, SAVE]),
+        (100, NOTHING, [REPORT, VALIDATE, PROBE, SAVE]),  # the last step, whatever divides it
+        (50, STOP, [REPORT, SAVE]),  # a run that was asked to stop asks no probes
+    ],
+)
+def test_probes(step, decision, actions):
+    run = dataclasses.replace(RUN, probe_every=25)
+    assert cadence.due(step, decision, run, CHECKPOINT).actions == tuple(actions)
 
 
 @pytest.mark.parametrize("steps, stop_at_step, last", [(7, None, 7), (7, 3, 3), (7, 7, 7), (7, 9, 7)])

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.config import TASKS
 from train.config.errors import ConfigError
 
 
@@ -30,6 +31,10 @@ class RunConfig:
     log_every: int = 10  # steps
     eval_every: int = 60  # steps between validations
     eval_samples: int = 8  # held-out samples of a validation; 0: none
+    probe_every: int | None = None  # steps between probes of what the model recalls; null: none
+    probe_tasks: tuple[str, ...] = ("needle", "multiquery")  # keys of TASKS in data_pipeline/corpora/probe_tasks.py
+    probe_lengths: tuple[int, ...] = ()  # tokens of a probe; empty: seq_len
+    probe_samples: int = 8  # probes of each task and length
     max_bad_steps: int = 10  # stop after this many consecutive steps whose loss or gradient is not finite
     skip_samples: tuple[tuple[int, int], ...] = ()  # [[first, last], ...] of the global order of samples, left out
     spike_factor: float | None = None  # on a loss this many times the recent median, go back and skip its samples
@@ -49,6 +54,7 @@ class RunConfig:
             raise ConfigError(f"run.stop_at_step={self.stop_at_step} must be at least 1, or null to go to the end")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ConfigError(f"run.max_minutes={self.max_minutes} must be positive, or null for no limit")
+        self._check_probes()
         for first, last in self.skip_samples:
             if not 0 <= first <= last:
                 raise ConfigError(
@@ -62,6 +68,17 @@ class RunConfig:
             raise ConfigError(f"run.precision={self.precision!r} is not one of fp32, bf16")
         if not self.name or self.name.startswith("/") or ".." in self.name.split("/"):
             raise ConfigError(f"run.name={self.name!r} must be a relative path below run.root={self.root!r}")
+
+    def _check_probes(self) -> None:
+        if self.probe_every is not None and self.probe_every < 1:
+            raise ConfigError(f"run.probe_every={self.probe_every} must be at least 1, or null for no probes")
+        if not self.probe_tasks or any(task not in TASKS for task in self.probe_tasks):
+            raise ConfigError(f"run.probe_tasks={list(self.probe_tasks)} must be a list of {', '.join(TASKS)}")
+        if self.probe_samples < 1 or any(length < 1 for length in self.probe_lengths):
+            raise ConfigError(
+                f"run.probe_samples={self.probe_samples} and run.probe_lengths={list(self.probe_lengths)} must be at "
+                "least 1"
+            )
 
     @property
     def directory(self) -> Path:

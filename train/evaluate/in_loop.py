@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data_pipeline import IGNORE_INDEX, PackedSample, Tokenizer
+from data_pipeline import IGNORE_INDEX, DataError, PackedSample, Tokenizer
 from data_pipeline.corpora.synthetic import Probe, evaluation_probes
 from ksa_model.layout.sequence import SequenceLayout, ShardedLayout
 from ksa_model.model import Decoder
 from train.batches import Batch, batch_maker
+from train.config.errors import ConfigError
 from train.config.schema import TrainConfig
 from train.distributed.engine import Engine
 from train.distributed.groups import World
@@ -46,7 +47,10 @@ class InLoopProbes:
         packs: list[tuple[PackedSample, np.ndarray]] = []
         for task in run.probe_tasks:
             for length in run.probe_lengths or (config.seq_len,):
-                probes = evaluation_probes(tokenizer, task, length, run.probe_samples, SEED)
+                try:
+                    probes = evaluation_probes(tokenizer, task, length, run.probe_samples, SEED)
+                except DataError as error:
+                    raise ConfigError(f"run.probe_lengths={length}, run.probe_tasks={task}: {error}") from error
                 rows = -(-length // config.seq_len) * config.seq_len
                 packs += self._pack(task, length, probes, rows, config.alignment)
         # Every data rank runs as many forwards, since ZeRO-3 makes them collective; the last ones may count nothing.

@@ -1,5 +1,6 @@
 """Probes in the training loop: the same scores on every parallel layout, and those of `train.evaluate`'s scorer."""
 
+import dataclasses
 import math
 
 import pytest
@@ -65,9 +66,9 @@ def test_the_scorer_agrees(corpus, tmp_path, world):
     from data_pipeline import Tokenizer, open_data
     from ksa_model.layers.tensor_parallel import TensorParallel
     from ksa_model.model import Decoder
+    from train.build import with_vocabulary
     from train.evaluate import in_loop
     from train.evaluate.probes import Scorer
-    from train.trainer import with_vocabulary
 
     config = make_config(corpus, tmp_path, **PROBES)
     data = open_data(config.data)
@@ -78,8 +79,6 @@ def test_the_scorer_agrees(corpus, tmp_path, world):
     with torch.no_grad():
         model.embedding.weight[: tokenizer.vocab_size].mul_(5)
         model.head.weight.copy_(model.embedding.weight)  # a model that repeats tokens answers some right
-    import dataclasses
-
     probes = in_loop.InLoopProbes(dataclasses.replace(config, model=model_config), tokenizer, world)
     found = probes.score(lambda tokens, labels, layout, objective: objective(model, tokens, labels, layout))["probes"]
     scorer = Scorer(model, tokenizer, torch.device("cpu"), rows=2048)

@@ -31,7 +31,14 @@ def test_an_untrained_model_scores_chance(model, probes, world):
     for task in TASKS:
         score = scorer.score(task, 1024, samples=8, seed=0, depths=3)
         assert score["token_accuracy"] < 0.06 and score["exact_match"] == 0, task
-        assert score["answers"] == {"needle": 24, "multikey": 32, "multiquery": 128, "joint": 64, "chain": 32, "count": 32}.get(task, 8)
+        assert score["answers"] == {
+            "needle": 24,
+            "multikey": 32,
+            "multiquery": 128,
+            "joint": 64,
+            "chain": 32,
+            "count": 32,
+        }.get(task, 8)
 
 
 def test_probes_asked_in_packs_are_answered_as_each_alone(model, probes, world):
