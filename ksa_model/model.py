@@ -24,7 +24,7 @@ from ksa_model.config import (
     check_context_ranks,
     check_tensor_parallel,
 )
-from ksa_model.layers.attention import Attention, Mix, RMSNorm, RotaryTables
+from ksa_model.layers.attention import Attention, MixerCore, RMSNorm, RotaryTables
 from ksa_model.layers.delta import DeltaNet
 from ksa_model.layers.tensor_parallel import TensorParallel, weight_of
 from ksa_model.layout.sequence import SequenceLayout
@@ -96,18 +96,22 @@ class Decoder(nn.Module):
         return loss.cross_entropy(self.backend, hidden, self.head_weight, labels, self.valid_columns, self.tp)
 
     def logits(
-        self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None, rows: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        layout: SequenceLayout,
+        core: MixerCore | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits of the next token, [T, vocab_size], or those of some text `rows` only, which needs all rows on every
-        rank."""
-        hidden = self.hidden(tokens, layout, mix)
+        """Logits of the next token, [T, vocab_size]. `rows`: int64 indices of text rows, to compute theirs only; every
+        rank must hold all rows (no sequence or context parallelism)."""
+        hidden = self.hidden(tokens, layout, core)
         if rows is not None:
             hidden = hidden[rows]
         count = len(hidden) * (self.tp.size if self.tp.shards_rows else 1)
         (local,) = self.tp.project(self.backend, hidden, self.norm.ready(), count, [Weight(self.head_weight)])
         return gather_from_tensor_model_parallel_region(local, group=self.tp.group)[:, : self.config.vocab_size]
 
-    def hidden(self, tokens: torch.Tensor, layout: SequenceLayout, mix: Mix | None = None) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, layout: SequenceLayout, core: MixerCore | None = None) -> torch.Tensor:
         """Text rows after the last block, before the final norm: [T, h], or this rank's share of them."""
         self._check_layout(layout)
         x = self.embedding(tokens[None]).flatten(0, 1)
@@ -118,11 +122,11 @@ class Decoder(nn.Module):
         rotary = RotaryTables.build(layout, self.config, x.device)
         if not torch.is_grad_enabled():
             for block in self.blocks:
-                x = block(x, layout, rotary, mix)
+                x = block(x, layout, rotary, core)
             return x
         running = CheckpointedForward(self.memory, self.host_pool)
         for block in self.blocks:
-            x = running.run(partial(_run_block, block, layout=layout, rotary=rotary, mix=mix), x)
+            x = running.run(partial(_run_block, block, layout=layout, rotary=rotary, core=core), x)
         return x
 
     def refresh_norm_gain_flags(self) -> None:
@@ -180,9 +184,9 @@ def _run_block(
     *,
     layout: SequenceLayout,
     rotary: RotaryTables,
-    mix: Mix | None,
+    core: MixerCore | None,
 ) -> torch.Tensor:
-    return block(x, layout, rotary, mix or partial(block.attention.mix, kept=kept))
+    return block(x, layout, rotary, core or partial(block.attention.core, kept=kept))
 
 
 class Block(nn.Module):
@@ -212,23 +216,23 @@ class Block(nn.Module):
         self.mlp = MLP(config, tp, backend, mlp_rows, fp8)
 
     def forward(
-        self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables, mix: Mix | None = None
+        self, x: torch.Tensor, layout: SequenceLayout, rotary: RotaryTables, core: MixerCore | None = None
     ) -> torch.Tensor:
         """x [rows, h]: both streams while this or a later layer reads summaries, otherwise text alone."""
-        mixed = self.attention(x, self.attention_norm.ready(), layout, rotary, mix)
+        mixer_output = self.attention(x, self.attention_norm.ready(), layout, rotary, core)
         # A layer that does not update summaries updates text rows only; the last `K` layer drops the summaries.
-        updated, kept = x, None
+        updated, passthrough = x, None
         if self.layer.carries_summaries and not self.layer.updates_summaries:
             text_rows = self.tp.local_rows(layout.num_text)
-            updated, kept = x.split([text_rows, len(x) - text_rows])
+            updated, passthrough = x.split([text_rows, len(x) - text_rows])
         reuse = not torch.is_grad_enabled()  # then the input rows are not needed any more
-        x = self.tp.add_gemm(self.backend, updated, mixed, weight_of(self.attention.output), reuse)
+        x = self.tp.add_gemm(self.backend, updated, mixer_output, weight_of(self.attention.output), reuse)
         x = self.mlp(x, self.mlp_norm.ready(), reuse)
-        return x if kept is None or self.layer.is_last_ksa else torch.cat([x, kept])
+        return x if passthrough is None or self.layer.is_last_ksa else torch.cat([x, passthrough])
 
-    def attended(self, mixed: torch.Tensor) -> torch.Tensor:
+    def attended(self, mixer_output: torch.Tensor) -> torch.Tensor:
         """What attention adds to the residual stream, given the output of `attention`; never in fp8."""
-        return self.tp.gemm(self.backend, mixed, Weight(self.attention.output.weight))
+        return self.tp.gemm(self.backend, mixer_output, Weight(self.attention.output.weight))
 
 
 class MLP(nn.Module):

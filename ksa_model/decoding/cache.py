@@ -305,7 +305,7 @@ class DecodingCache:
 
         last = self._upload(starts + lengths - 1)
 
-        def mix(attention: Any, heads: Any, whole: SequenceLayout):
+        def core(attention: Any, heads: Any, whole: SequenceLayout):
             cache = self._layers[attention.layer.index]
             if isinstance(cache, DeltaCache):
                 return cache.prefill(attention, heads, whole, last), None
@@ -319,11 +319,11 @@ class DecodingCache:
                 row = self._upload(starts[summary_request] // k * m + summary_index)
                 slots = self._upload(cache.summary_slots(summary_index))
                 cache.write(self._upload(summary_request), slots, heads.k_summary[row], heads.v_summary[row])
-            return Attention.mix(attention, heads, whole)
+            return Attention.core(attention, heads, whole)
 
         self._lengths, self._prefilled = lengths, lengths.copy()
         self._position.copy_(torch.from_numpy(lengths))
-        return self._model.logits(self._upload(tokens), pack, mix, rows=last)
+        return self._model.logits(self._upload(tokens), pack, core, rows=last)
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from ksa_model.ops.backend import Backend
 from ksa_model.ops.linear import Norm, Weight
 from ksa_model.parallel.context import ContextParallel
 
-SMALL_BATCH = 256  # up to so many rows of a decoding step, one launch for queries and keys beats larger tiles
+SMALL_BATCH = 256  # up to this many rows of a decoding step, one launch for queries and keys is faster than two
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Heads:
 
 # (attention, heads, layout) -> outputs of text rows, and of summary rows where the layer updates them. A gated delta
 # net (`ksa_model.layers.delta`) passes itself and its `DeltaRows` as the first two.
-Mix = Callable[["Attention", Heads, SequenceLayout], "tuple[torch.Tensor, torch.Tensor | None]"]
+MixerCore = Callable[["Attention", Heads, SequenceLayout], "tuple[torch.Tensor, torch.Tensor | None]"]
 
 
 class Attention(nn.Module):
@@ -123,15 +123,15 @@ class Attention(nn.Module):
         self.gains_are_uneven = False  # see `Decoder.refresh_norm_gain_flags`
 
     def forward(
-        self, x: torch.Tensor, norm: Norm, layout: SequenceLayout, rotary: RotaryTables, mix: Mix | None = None
+        self, x: torch.Tensor, norm: Norm, layout: SequenceLayout, rotary: RotaryTables, core: MixerCore | None = None
     ) -> torch.Tensor:
         """x: rows before the norm, [text | summaries] while the layer carries summaries, text alone otherwise.
 
         Returns the heads' outputs [rows, H*d] for the rows that the layer updates, both streams or text alone; the
-        block multiplies them with `output`. `mix` replaces the attention itself; decoding passes its cache this way.
+        block multiplies them with `output`. `core` replaces the attention itself; decoding passes its cache this way.
         """
         heads = self.project(x, norm, layout, rotary)
-        out, out_summary = (mix or self.mix)(self, heads, layout)
+        out, out_summary = (core or self.core)(self, heads, layout)
         if out_summary is None:
             return out.flatten(1)
         return self.tp.join_streams(out.flatten(1), out_summary.flatten(1))
@@ -170,7 +170,7 @@ class Attention(nn.Module):
         return weight * own + (1 - weight) * projected.pop(0)
 
     @staticmethod
-    def mix(
+    def core(
         attention: Attention, heads: Heads, layout: SequenceLayout, kept: SavedOutput | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of every row of a sample at once: outputs of text rows, and of summary rows where the layer updates

@@ -91,11 +91,11 @@ class DeltaNet(nn.Module):
         norm: Norm,
         layout: SequenceLayout,
         rotary: RotaryTables,
-        mix: Callable | None = None,
+        core: Callable | None = None,
     ) -> torch.Tensor:
         """x: rows before the norm, with or without summaries, which are ignored.
 
-        Returns [T, H*d]; the block multiplies it with `output`. `mix` replaces the recurrence itself.
+        Returns [T, H*d]; the block multiplies it with `output`. `core` replaces the recurrence itself.
         """
         weights = [weight_of(getattr(self, name)) for name in _PROJECTIONS]
         q, k, v, gate, beta, decay = self.tp.project(self.backend, x, norm, layout.num_text, weights)
@@ -105,7 +105,7 @@ class DeltaNet(nn.Module):
             decay=-self.decay_rate.float().exp() * step,
             beta=beta.float().sigmoid(),
         )
-        out, _ = (mix or self.mix)(self, given, layout)
+        out, _ = (core or self.core)(self, given, layout)
         return self.backend.rows.swiglu(gate, self.output_norm(out).flatten(1))
 
     @property
@@ -114,7 +114,7 @@ class DeltaNet(nn.Module):
         return self.convolution.unflatten(1, (-1, self.config.head_dim))
 
     @staticmethod
-    def mix(
+    def core(
         delta: DeltaNet, given: DeltaRows, layout: SequenceLayout, kept: SavedOutput | None = None
     ) -> tuple[torch.Tensor, None]:
         """The recurrence over every document of a sample: [T, H, d] in the dtype of `given.qkv`, zero for padding.
@@ -126,7 +126,7 @@ class DeltaNet(nn.Module):
     def over_documents(
         self, given: DeltaRows, layout: SequenceLayout, keeps_states: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The output of `mix` and, with `keeps_states`, the state after each document: fp32 [documents, H, d, d]."""
+        """The output of `core` and, with `keeps_states`, the state after each document: fp32 [documents, H, d, d]."""
         backend, qkv = self.config.attention_backend, given.qkv
         check_device(self.config, qkv.device, qkv.dtype)
         documents = Documents.of(layout, qkv.device)

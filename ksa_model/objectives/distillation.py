@@ -84,10 +84,10 @@ class Distillation:
 def attend_fully(
     attention: Attention, heads: Heads, layout: SequenceLayout
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A `Mix` that makes every layer a full-attention layer, for a layout without summaries. Gated delta nets stay what
-    they are: they already read all earlier text."""
+    """A `MixerCore` that makes every layer a full-attention layer, for a layout without summaries. Gated delta nets do
+    not change: they already read all earlier text."""
     if attention.layer.mixer == "G":
-        return attention.mix(attention, heads, layout)
+        return attention.core(attention, heads, layout)
     inputs, kernels = (heads.q, heads.k, heads.v), attention.backend.attention
     out = joint.text_attention(inputs, layout, "F", 0, kernels, attention.context)
     return out, heads.q_summary  # which has no rows
@@ -104,10 +104,10 @@ def _recording(model: Decoder, record: Callable[[torch.Tensor], None]) -> Iterat
     """Pass what each attention sub-layer adds to the residual stream to `record`, bottom to top."""
 
     def attach(block: Block):
-        def hook(module: torch.nn.Module, inputs: object, mixed: torch.Tensor) -> None:
+        def hook(module: torch.nn.Module, inputs: object, mixer_output: torch.Tensor) -> None:
             # Recomputation of the block does not run this hook, so its checkpoint must not manage tensors saved here.
             with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-                record(block.attended(mixed))
+                record(block.attended(mixer_output))
 
         return block.attention.register_forward_hook(hook)
 

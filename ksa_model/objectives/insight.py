@@ -27,12 +27,12 @@ def summary_weights(model: Decoder, tokens: torch.Tensor, layout: SequenceLayout
     bins = max(1, layout.num_chunks.bit_length())
     found: dict[int, torch.Tensor] = {}
 
-    def mix(attention: Attention, heads: Heads, layout: SequenceLayout):
+    def core(attention: Attention, heads: Heads, layout: SequenceLayout):
         if attention.layer.mixer == "K":
             found[attention.layer.index] = _weights(heads, layout, attention.layer.window_chunks, bins)
-        return attention.mix(attention, heads, layout)
+        return attention.core(attention, heads, layout)
 
-    model.hidden(tokens, layout, mix)
+    model.hidden(tokens, layout, core)
     return found
 
 

@@ -44,7 +44,8 @@ class Backend:
         self.device, self.dtype = device or torch.device("cpu"), dtype
 
     def select_for(self, x: torch.Tensor) -> None:
-        """Use the kernels for the device and dtype of `x`. Does nothing while these stay the same."""
+        """Use the kernels for the device and dtype of `x`. Does nothing while these stay the same; otherwise every
+        property is chosen anew, also one that a test assigned."""
         if x.device != self.device or x.dtype != self.dtype:
             settings = self.attention_backend, self.head_dim
             vars(self).clear()

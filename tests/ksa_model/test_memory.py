@@ -184,7 +184,7 @@ def test_a_replaced_mix_is_recomputed(world):
         decoder = build(world, small_config(), memory=settings)
 
         def doubled(attention, heads, layout):
-            out, out_summary = Attention.mix(attention, heads, layout)
+            out, out_summary = Attention.core(attention, heads, layout)
             return 2 * out, out_summary
 
         decoder.hidden(random_text(pack)[0], pack, doubled).square().sum().backward()

@@ -54,6 +54,7 @@ def ksa_attention(
         return reference.ksa_attention(*inputs, layout, window_chunks)
     near = _text_sources(layout, layout.near_ranges(window_chunks), context, window_chunks * layout.chunk_size)
     far = Source(layout.far_ranges(window_chunks), gather_exchange(context, "summaries"), pair=1)
+    # The near parts come last: `cuda.attend` wants a last part in which every real row attends to itself at least.
     return _JointAttention.apply((far, *near), kernels, kept, *inputs)
 
 
@@ -136,7 +137,7 @@ class _JointAttention(torch.autograd.Function):
             found = gradient.add([Part(*pairs[i], sources[i].ranges) for i in group])
             pending += [(sources[i].pair, sources[i].exchange.start_backward(*grads)) for i, grads in zip(group, found)]
             del found  # with a million remote rows these are gigabytes, beside those of the next group
-        for pair, returning in reversed(pending):  # a halo returns few rows of the gradient computed here
+        for pair, returning in reversed(pending):  # the large local gradient first, then a halo's few rows
             totals[pair] = returning.add_to(totals[pair])
         return None, None, None, gradient.grad_q, *(grad for both in totals for grad in both)
 
