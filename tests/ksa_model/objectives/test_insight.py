@@ -21,7 +21,7 @@ def test_weight_of_summaries_is_that_of_a_dense_softmax(world, m):
 
     def mix(attention, heads, where):
         heads_of[attention.layer.index] = heads
-        return Attention.mix(attention, heads, where)
+        return Attention.core(attention, heads, where)
 
     with torch.no_grad():
         decoder.hidden(tokens, pack, mix)
