@@ -19,9 +19,9 @@ from typing import Any
 from data_pipeline.config import TRAIN, VALIDATION, DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.remote import info_or_none, is_remote, stamp_of, with_retries
+from data_pipeline.text.compressed import COMPRESSED
 from data_pipeline.text.cut import cut_text
 from data_pipeline.text.readers import (
-    COMPRESSED,
     InputFile,
     Position,
     Record,
