@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_pipeline.errors import DataError
+from data_pipeline.store.files import check_regular
 from data_pipeline.store.remote import find_remote, is_remote, open_remote
 from data_pipeline.text.compressed import HEAD_BYTES, binary_kind, compression_of, decompressed
 from data_pipeline.text.jsonl import NullText, parse_line, stream_line
@@ -282,17 +282,10 @@ def _open_raw(file: InputFile, retries: int) -> BinaryIO:
         _check_unchanged(file, found.size, found.stamp)
         return open_remote(found)
     status = os.stat(file.path)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe waits for its writer, and a device may have no end
-        raise DataError(f"{file.path}: is {special_kind(status.st_mode)}, which is not read; name a file")
+    check_regular(status.st_mode, file.path)
     # The listing gives a link the time of the link itself, so `file.stamp` cannot be compared for links.
     _check_unchanged(file, status.st_size, file.stamp if os.path.islink(file.path) else str(status.st_mtime))
     return open(file.path, "rb", buffering=_BLOCK_BYTES)
-
-
-def special_kind(mode: int) -> str:
-    """What a path is that is no file, by its `st_mode`: `a pipe`."""
-    kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a directory"))
-    return next((name for test, name in kinds if test(mode)), "a device")
 
 
 def _check_unchanged(file: InputFile, size: int, stamp: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from data_pipeline.config import TRAIN, VALIDATION, DataConfig
 from data_pipeline.errors import DataError
+from data_pipeline.store.files import check_regular
 from data_pipeline.store.remote import info_or_none, is_remote, stamp_of, with_retries
 from data_pipeline.text.compressed import COMPRESSED
 from data_pipeline.text.cut import cut_text
@@ -292,12 +293,19 @@ def _find(path: str, field: str, config: DataConfig, split: str | None) -> list[
         system.invalidate_cache()
         found = info_or_none(system, root)
         kind = found["type"] if found else None
-        if kind == "directory":
+        below: list[str] = []
+        if is_remote(path) and found and (kind == "directory" or found["size"] == 0):
+            # Object stores have no directories: an empty object, named as the directory or with "/", may stand for one.
+            below = [item for item in system.find(root.rstrip("/") + "/") if not item.endswith("/") and item != root]
+        elif kind == "directory":
+            below = list_local_files(root)
+        if kind == "directory" or below:
             base = root.rstrip("/")
-            below = system.find(root) if is_remote(path) else list_local_files(root)
             paths = [item for item in below if _is_wanted(item[len(base) + 1 :], _ENDINGS[config.source])]
             problem = _NO_FILES[config.source]
         elif kind is not None:
+            if not is_remote(path):
+                check_regular(os.stat(root).st_mode, setting.removesuffix(":"))
             base, paths, problem = root.rpartition("/")[0], [root], ""
         else:
             paths = [item for item in system.glob(root) if system.isfile(item)]
@@ -317,6 +325,8 @@ def _find(path: str, field: str, config: DataConfig, split: str | None) -> list[
     else:
         try:
             files, problem = find()
+        except DataError:
+            raise
         except (OSError, ImportError, ValueError) as error:
             raise DataError(f"{setting} cannot be listed ({error})") from error
     if not files:
@@ -327,7 +337,7 @@ def _find(path: str, field: str, config: DataConfig, split: str | None) -> list[
 
 
 def list_local_files(root: str) -> list[str]:
-    """All files below a local directory except those in hidden directories, sorted.
+    """All files below a local directory except those in hidden directories, sorted. Pipes and devices are left out.
 
     Links to directories are followed. Each directory is listed once, so a link to a parent does no harm.
     """
@@ -341,7 +351,9 @@ def list_local_files(root: str) -> list[str]:
         seen.add((status.st_dev, status.st_ino))
         # Sorted: of two paths to one directory, the same one counts on every disk.
         names[:] = sorted(name for name in names if not name.startswith("."))
-        found += [os.path.join(directory, file) for file in files]
+        # A link to nothing is kept: the file that it names is missed when it is read.
+        paths = (os.path.join(directory, file) for file in files)
+        found += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
     return sorted(found)
 
 

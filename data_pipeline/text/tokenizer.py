@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.packing.order import mix64
-from data_pipeline.store.files import atomic_write, build_once, write_json
+from data_pipeline.store.files import atomic_write, build_once, check_regular, write_json
 from data_pipeline.text.cut import PIECE_CHARACTERS, cut_text
 
 SPACE_SYMBOL = "\u2581"
@@ -112,6 +113,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path) -> None:
         try:
+            check_regular(os.stat(path).st_mode, str(path))
             content = Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be used as a SentencePiece model or tokenizer.json ({error})") from error

@@ -81,8 +81,15 @@ def test_what_is_like_null_is_named(value):
 
 @pytest.mark.parametrize(
     ("line", "items"),
-    [("[", ".[]"), ('[{"text": "a"},', ".[]"), ('[{"text": "a"}]', ".[]"), ("{", "."), ('{"text": "a",', ".")]
-    + [('{"text": "a', "."), ('{"text": "a"} {"text": "b"}', ".")],
+    [
+        ("[", ".[]"),
+        ('[{"text": "a"},', ".[]"),
+        ('[{"text": "a"}]', ".[]"),
+        ("{", "."),
+        ('{"text": "a",', "."),
+        ('{"text": "a', "."),
+        ('{"text": "a"} {"text": "b"}', "."),
+    ],
 )
 def test_json_of_another_layout_is_named_with_the_command_that_converts_it(line, items):
     with pytest.raises(DataError, match=r"^f:1: is not a JSON object") as error:
