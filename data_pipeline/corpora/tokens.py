@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -124,7 +125,7 @@ def open_corpus(config: DataConfig, *, progress: bool = False) -> TokenCorpus:
     if is_remote(config.path):
         return _open_remote_shards(config)
     given_tokenizer = None if config.tokenizer is None else Tokenizer(config.tokenizer).fingerprint
-    if not (Path(config.path) / MANIFEST).is_file():
+    if not os.path.isfile(Path(config.path) / MANIFEST):  # unlike Path's, False for a name that is too long
         raise DataError(f"data.path={config.path}: holds no {MANIFEST}; data.source=shards needs a prepared directory")
     prepared = open_prepared(config.path, given_tokenizer)
     shards = [shard for split in SPLITS for shard in prepared.manifest["splits"][split]["shards"]]

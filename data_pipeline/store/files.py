@@ -115,9 +115,9 @@ def build_once(
     Raises:
         DataError: the directory cannot be written (disk full, no permission, ...).
     """
-    if (directory / marker).exists():
-        return
     try:
+        if (directory / marker).exists():
+            return
         directory.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock_path(directory), on_wait):
             if (directory / marker).exists():

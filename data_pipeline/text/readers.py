@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, library_errors
 from data_pipeline.store.files import check_regular
 from data_pipeline.store.remote import find_remote, is_remote, open_remote
 from data_pipeline.text.compressed import HEAD_BYTES, binary_kind, compression_of, decompressed
@@ -237,18 +237,22 @@ def read_hf(rows: Any, start: Position, text_key: str, name: str) -> Iterator[Re
     """A record per row of a Hugging Face streaming dataset; nulls are skipped."""
     if start.record:
         rows = rows.skip(start.record)
-    num_bytes_read = 0
-    with _named_errors(name):
-        for number, row in enumerate(rows, start=start.record + 1):
-            if text_key not in row:
-                columns = ", ".join(list(row)[:8])
-                raise DataError(f"{name}: has no column {text_key!r} (its columns: {columns}); set data.text_key")
-            text = row[text_key]
-            if not isinstance(text, (str, type(None))):
-                raise DataError(f"{name}: row {number}: {text_key!r} is not a text but of type {type(text).__name__}")
-            num_bytes_read += len(text or "")  # characters: the library does not tell the bytes
-            skip_reason = "null" if text is None else None
-            yield Record(f"{name}:{number}", text or "", Position(start.file, number), num_bytes_read, skip_reason)
+    num_bytes_read, number, rows = 0, start.record, iter(rows)
+    while True:
+        with library_errors(f"{name}: row {number + 1} cannot be read"):  # the library and its readers raise many
+            row = next(rows, None)
+        if row is None:
+            return
+        number += 1
+        if text_key not in row:
+            columns = ", ".join(list(row)[:8])
+            raise DataError(f"{name}: has no column {text_key!r} (its columns: {columns}); set data.text_key")
+        text = row[text_key]
+        if not isinstance(text, (str, type(None))):
+            raise DataError(f"{name}: row {number}: {text_key!r} is not a text but of type {type(text).__name__}")
+        num_bytes_read += len(text or "")  # characters: the library does not tell the bytes
+        skip_reason = "null" if text is None else None
+        yield Record(f"{name}:{number}", text or "", Position(start.file, number), num_bytes_read, skip_reason)
 
 
 @contextmanager
