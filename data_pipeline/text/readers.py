@@ -7,17 +7,18 @@ return whole values.
 from __future__ import annotations
 
 import codecs
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from data_pipeline.errors import DataError, library_errors
 from data_pipeline.store.files import check_regular
 from data_pipeline.store.remote import find_remote, is_remote, open_remote
-from data_pipeline.text.compressed import HEAD_BYTES, binary_kind, compression_of, decompressed
+from data_pipeline.text.compressed import HEAD_BYTES, Compression, binary_kind, compression_of, decompressed
 from data_pipeline.text.jsonl import NullText, parse_line, stream_line
 
 LONG_LINE_BYTES = 16 << 20
@@ -194,6 +195,8 @@ def _parquet_rows(file: InputFile, raw: BinaryIO, start: Position, text_key: str
     if text_key not in schema.names:
         columns = ", ".join(schema.names[:8])
         raise DataError(f"{file.path}: has no column {text_key!r} (its columns: {columns}); set data.text_key")
+    if schema.names.count(text_key) > 1:
+        raise DataError(f"{file.path}: has more than one column {text_key!r}; rename the others")
     kind = schema.field(text_key).type
     if not _is_text(kind):
         raise DataError(f"{file.path}: the column {text_key!r} is of type {kind}, not text; set data.text_key")
@@ -265,14 +268,29 @@ def open_input(file: InputFile, retries: int) -> Iterator[tuple[BinaryIO, Binary
     with _open_raw(file, retries) as raw:
         compression = compression_of(file.path, _head(raw))
         stream = raw if compression is None else decompressed(raw, compression)
-        kind = binary_kind(_head(stream))
-        if kind is not None:
-            inside = "" if compression is None else f", compressed with {compression.name}"
-            raise DataError(
-                f"{file.path}: is {kind}{inside}, not text; unpack or convert it, or choose the files with a glob in "
-                f"data.path"
-            )
+        _check_text(file.path, _head(stream), compression)
         yield stream, raw
+
+
+def check_head(path: str, head: bytes) -> None:
+    """Raise DataError if the first bytes of a file show that it is no text, before hours are spent on other files."""
+    with _named_errors(path):
+        compression = compression_of(path, head)
+    if compression is not None:
+        try:
+            head = _head(decompressed(cast(BinaryIO, io.BytesIO(head)), compression))
+        except (OSError, EOFError):  # the first bytes do not suffice for a block
+            return
+    _check_text(path, head, compression)
+
+
+def _check_text(path: str, head: bytes, compression: Compression | None) -> None:
+    kind = binary_kind(head)
+    if kind is not None:
+        inside = "" if compression is None else f", compressed with {compression.name}"
+        raise DataError(
+            f"{path}: is {kind}{inside}, not text; unpack or convert it, or choose the files with a glob in data.path"
+        )
 
 
 def _head(stream: Any) -> bytes:

@@ -26,6 +26,7 @@ from data_pipeline.text.readers import (
     InputFile,
     Position,
     Record,
+    check_head,
     read_hf,
     read_jsonl,
     read_parquet,
@@ -112,7 +113,7 @@ class Corpus:
             "text_key": config.text_key if config.source in ("jsonl", "parquet", "hf") else None,
             "split_rule": self.split_rule,
             "files": [[file.name, file.num_bytes, file.stamp, file.split] for file in self.files],
-            "content": None if config.source == "hf" else _content_hash(self.files),
+            "content": None if config.source == "hf" else _content_hash(self.files, config.source in ("text", "jsonl")),
         }
 
     def pieces(self, start: Position | None = None, order: Callable[[int], int] | None = None) -> Iterator[Piece]:
@@ -189,12 +190,13 @@ class Corpus:
         return VALIDATION if is_held_out else TRAIN
 
 
-def _content_hash(files: Sequence[InputFile]) -> str:
+def _content_hash(files: Sequence[InputFile], is_text: bool) -> str:
     """A hash of evenly spread ranges of the local files' content, including their first and last bytes.
 
     Two corpora may agree in all names, sizes and times: a reproducible archive gives all files one time. Remote files
     are left out, because their stamps depend on their content. At most 1024 evenly spread files are read, 2 to 32
-    ranges of 4 KiB from each, which takes about a second for a corpus of any size.
+    ranges of 4 KiB from each, which takes about a second for a corpus of any size. Where `is_text`, DataError names a
+    file whose first bytes are not those of a text.
     """
     local = [file for file in files if not is_remote(file.path)]
     chosen = local[:: -(-len(local) // _HASHED_FILES) or 1]
@@ -206,7 +208,10 @@ def _content_hash(files: Sequence[InputFile]) -> str:
             with open(file.path, "rb", buffering=0) as stream:
                 for start in sorted({last * number // (num_ranges - 1) for number in range(num_ranges)}):
                     stream.seek(start)
-                    digest.update(stream.read(_RANGE_BYTES))
+                    content = stream.read(_RANGE_BYTES)
+                    if is_text and not start:
+                        check_head(file.path, content)
+                    digest.update(content)
         except OSError as error:
             raise DataError(
                 f"{file.path}: cannot be read ({error}); leave it out, or change its permissions"

@@ -172,6 +172,24 @@ def test_what_is_not_text_is_named(tmp_path, kind, content):
             assert kind in message and "not text; unpack or convert it" in message
 
 
+def test_what_is_not_text_is_named_before_other_files_are_read(tmp_path, model_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("text")
+    for stream in (False, True):
+        config = DataConfig(
+            source="text",
+            path=str(tmp_path / "in"),
+            tokenizer=str(model_path),
+            cache_dir=str(tmp_path / "cache"),
+            stream=stream,
+        )
+        monkeypatch.setattr(Corpus, "pieces", lambda *_: pytest.fail("reads a file"))
+        for kind, content in archives():
+            (tmp_path / "in" / "b").write_bytes(gzip.compress(content) if "gzip" in kind else content)
+            with pytest.raises(DataError, match=f"in/b: is .*{kind}.*not text; unpack or convert it"):
+                open_data(config)
+
+
 def test_a_nul_byte_is_not_text(tmp_path):
     path = tmp_path / "a.txt"
     for text, line in (

@@ -14,6 +14,7 @@ import zstandard
 from data_pipeline import DataConfig, DataError
 from data_pipeline.text import readers
 from data_pipeline.text.prepare import prepare
+from data_pipeline.text.readers import Position
 from data_pipeline.text.sources import Corpus
 from tests.data_pipeline.conftest import REPOSITORY
 
@@ -111,6 +112,27 @@ def test_text_of_every_layout_is_text(tmp_path, kind):
     assert [piece.text for piece in corpus.pieces(pieces[8].end)] == [piece.text for piece in pieces[9:]]
 
 
+def test_a_column_that_stands_twice_is_named(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t.parquet: has more than one column 'text'; rename the others"):
+        list(Corpus(DataConfig(source="parquet", path=str(tmp_path))).pieces())
+
+
+def test_errors_of_a_hugging_face_stream_are_one_line():
+    class LibraryError(Exception):
+        pass
+
+    def rows():
+        yield {"text": "a"}
+        yield {"text": None}
+        raise LibraryError("the hub\nis away")
+
+    records = readers.read_hf(rows(), Position(), "text", "owner/name")
+    assert [next(records).skip_reason, next(records).skip_reason] == [None, "null"]
+    with pytest.raises(DataError, match=r"^owner/name: row 3 cannot be read \(the hub is away\)$"):
+        next(records)
+
+
 def test_nulls_are_counted_and_left_out_in_every_source(tmp_path, monkeypatch, model_path):
     write_jsonl(tmp_path / "a.jsonl", texts=["a", None, "", "b", None])
     write_parquet(tmp_path / "b.parquet", ["a", None, "", "b", None])
@@ -184,6 +206,7 @@ MEMORY_SCRIPT = """
 import json, sys
 from data_pipeline import DataConfig
 from data_pipeline.text.prepare import prepare
+from data_pipeline.text.readers import Position
 data = prepare(DataConfig(source=sys.argv[1], path=sys.argv[2], tokenizer=sys.argv[3], cache_dir=sys.argv[4],
                           validation_fraction=0.0))
 # Not getrusage: its peak counts the process that started this one.
