@@ -23,6 +23,7 @@ STREAMABLE = ("text", "jsonl", "parquet")
 TOKENIZER_TYPES = ("bpe", "unigram")
 TASKS = ("needle", "multikey", "multiquery", "multivalue", "variables", "common", "frequent", "joint", "chain", "count")
 DEFAULT_TASKS = ("needle", "multikey", "variables")
+_MAX_SIZE = 1e15
 _OF_TEXT = "remove it, or set data.source to text or jsonl"
 _UNUSED = {
     "stdlib": (("path", "validation_path"), _OF_TEXT),
@@ -71,6 +72,8 @@ class CorpusConfig:
             raise DataError(f"{key}: probes have no size: give a weight")
         if self.weight is not None and not _is_above_zero(self.weight):
             raise DataError(f"{key}.weight={self.weight!r} must be above 0; leave the corpus out instead")
+        if self.weight is not None and self.weight > _MAX_SIZE:
+            raise DataError(f"{key}.weight={self.weight!r} must be at most {_MAX_SIZE:g}; weights are relative")
 
 
 _CORPUS_FIELDS = tuple(field.name for field in fields(CorpusConfig) if field.name not in ("name", "weight"))
@@ -92,6 +95,8 @@ class DrawConfig:
             raise DataError(f"data.stages.draws: corpus={self.corpus!r} must be the name of a corpus")
         if self.weight is not None and not _is_above_zero(self.weight):
             raise DataError(f"data.stages.draws[{self.corpus}].weight={self.weight!r} must be above 0")
+        if self.weight is not None and self.weight > _MAX_SIZE:
+            raise DataError(f"data.stages.draws[{self.corpus}].weight={self.weight!r} must be at most {_MAX_SIZE:g}")
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ class StageConfig:
             value = getattr(self, name)
             if not (_is_whole(value) and value >= 1):
                 raise DataError(f"data.stages: {name}={value!r} must be at least 1 and a whole number")
+            if value >= 2**48:
+                raise DataError(f"data.stages: {name}={value!r} must be below 2**48")
         _check_range(f"data.stages[seq_len={self.seq_len}]", self.min_tokens, self.max_tokens)
 
 
@@ -184,9 +191,10 @@ class DataConfig:
         object.__setattr__(self, "stages", convert(tuple[StageConfig, ...], self.stages, "data.stages", DataError))
         for name in ("source", "text_key", "split", "tokenizer_type", "cache_dir"):
             _require(isinstance(getattr(self, name), str) and getattr(self, name) != "", name, self, "a non-empty text")
-        for name in ("path", "subset", "validation_path", "tokenizer"):
+        for name in ("path", "subset", "validation_path", "tokenizer", "cache_dir"):
             value = getattr(self, name)
             _require(value is None or (isinstance(value, str) and value != ""), name, self, "a path or null")
+            _require("\0" not in (value or ""), name, self, "without a NUL character, which no path has")
         for name in ("vocab_size", "seed", "prefetch_samples", "retries"):
             _require(_is_whole(getattr(self, name)), name, self, "a whole number")
         for name in ("verify", "stream", "accept_changes"):
@@ -194,9 +202,11 @@ class DataConfig:
         for name in ("shard_mb", "cache_gb", "slab_mb", "temperature"):
             value = getattr(self, name)
             _require(_is_above_zero(value), name, self, "a number above 0")
+            _require(name == "temperature" or value <= _MAX_SIZE, name, self, f"at most {_MAX_SIZE:g}")
         _require(self.source in SOURCES, "source", self, f"one of {', '.join(SOURCES)}")
         _require(self.tokenizer_type in TOKENIZER_TYPES, "tokenizer_type", self, f"one of {', '.join(TOKENIZER_TYPES)}")
         _require(self.vocab_size > 0, "vocab_size", self, "at least 1")
+        _require(self.vocab_size < 2**31, "vocab_size", self, "at most 2**31 - 1")
         _require(0 <= self.seed < 2**63, "seed", self, "between 0 and 2**63 - 1")
         _require(self.prefetch_samples >= 1, "prefetch_samples", self, "at least 1")
         _require(self.retries >= 0, "retries", self, "at least 0")

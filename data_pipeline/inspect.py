@@ -19,6 +19,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.open import open_data
 from data_pipeline.packing.plan import Plan
 from data_pipeline.packing.samples import IGNORE_INDEX, PackedSample, Samples, TrainingData
+from data_pipeline.store.remote import is_remote
 from data_pipeline.text.tokenizer import Tokenizer
 
 _EXTRA = {"seq_len": 4096, "alignment": 8, "sample": 0, "rows": 32, "picture": "", "part": "train"}
@@ -102,6 +103,8 @@ def _command(arguments: Sequence[str]) -> None:
     config, extra = cli.parse(arguments, _EXTRA)
     if extra["part"] not in SPLITS:
         raise DataError(f"part={extra['part']!r} must be one of {', '.join(SPLITS)}")
+    if is_remote(extra["picture"]):
+        raise DataError(f"picture={extra['picture']}: is written to a local file; copy it from there")
     if extra["rows"] < 1 or extra["sample"] < 0:
         raise DataError(f"rows={extra['rows']} must be at least 1 and sample={extra['sample']} at least 0")
     data = open_data(config, progress=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from data_pipeline import cli
 from data_pipeline.config import RAW, TRAIN
 from data_pipeline.errors import DataError
+from data_pipeline.store.remote import is_remote
 from data_pipeline.text.sources import Corpus
 from data_pipeline.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -55,6 +56,8 @@ def _train(arguments: Sequence[str]) -> None:
 @contextmanager
 def _writable(path: str) -> Iterator[None]:
     """Make the directory of an output file and check that it can be written, before training takes an hour."""
+    if is_remote(path):
+        raise DataError(f"out={path}: is written to a local file; copy it from there")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         if Path(path).is_dir():

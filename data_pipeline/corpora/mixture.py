@@ -227,7 +227,13 @@ class Mixture(TrainingData):
         if any(weight is None for weight in given.values()):
             sized = {name: opened for name, opened in self.corpora.items() if isinstance(opened, TokenCorpus)}
             tokens = {name: int(opened.lengths(TRAIN).sum()) for name, opened in sized.items()}
-            raw = {name: max(n, 1) ** (1 / self.config.temperature) for name, n in tokens.items()}
+            temperature = self.config.temperature
+            try:
+                raw = {name: max(n, 1) ** (1 / temperature) for name, n in tokens.items()}
+            except OverflowError:
+                raw = {"": float("inf")}
+            if not sum(raw.values()) < float("inf"):
+                raise DataError(f"data.temperature={temperature:g} is too small for corpora of this size; raise it")
         else:
             raw = {name: float(weight or 0) for name, weight in given.items()}
         return {name: weight / sum(raw.values()) for name, weight in raw.items()}

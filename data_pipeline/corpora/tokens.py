@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from data_pipeline.config import RAW, SPLITS, TRAIN, VALIDATION, DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.packing.plan import Plan, Selection, build_plan, tokens_beyond
 from data_pipeline.packing.samples import Samples, TrainingData
-from data_pipeline.store import verify
+from data_pipeline.store import ids, verify
 from data_pipeline.store.cache import BlockCache
 from data_pipeline.store.files import fingerprint_of, read_json, sha256_of_file
 from data_pipeline.store.manifest import MANIFEST, TOKENIZER, check_format
@@ -62,7 +63,7 @@ class TokenCorpus(TrainingData):
     def shards(self, split: str) -> ShardSet:
         """The shards of a split. Where both splits have the same shards, `lengths` and `plan` select its documents."""
         if split not in self._open:
-            self._open[split] = ShardSet(self.prefixes[split], self._opener)
+            self._open[split] = ShardSet(self.prefixes[split], self._opener, self.vocab_size)
         return self._open[split]
 
     def lengths(self, split: str, selection: Selection | None = None) -> np.ndarray:
@@ -124,7 +125,7 @@ def open_corpus(config: DataConfig, *, progress: bool = False) -> TokenCorpus:
     if is_remote(config.path):
         return _open_remote_shards(config)
     given_tokenizer = None if config.tokenizer is None else Tokenizer(config.tokenizer).fingerprint
-    if not (Path(config.path) / MANIFEST).is_file():
+    if not os.path.isfile(Path(config.path) / MANIFEST):  # unlike Path's, False for a name that is too long
         raise DataError(f"data.path={config.path}: holds no {MANIFEST}; data.source=shards needs a prepared directory")
     prepared = open_prepared(config.path, given_tokenizer)
     shards = [shard for split in SPLITS for shard in prepared.manifest["splits"][split]["shards"]]
@@ -205,7 +206,7 @@ def _open_megatron(config: DataConfig) -> TokenCorpus:
             index = Path(prefix + ".idx")
         else:
             index = cache.whole_file(find_remote(prefix + ".idx", config.retries))
-        return [tokenizer.fingerprint, _hash_ranges(prefix, reader, tokenizer.vocab_size), sha256_of_file(index)]
+        return [tokenizer.fingerprint, _hash_ranges(reader, tokenizer.vocab_size), sha256_of_file(index)]
 
     train = _megatron_prefixes(config.path, "path", config.retries)
     validation = train
@@ -220,22 +221,21 @@ def _open_megatron(config: DataConfig) -> TokenCorpus:
         hash_ranges = {TRAIN: (fraction, 1.0), VALIDATION: (0.0, fraction)}
     hashes = {TRAIN: [shard_hashes(prefix) for prefix in train]}
     hashes[VALIDATION] = hashes[TRAIN] if hash_ranges else [shard_hashes(prefix) for prefix in validation]
+    if not remote:
+        found = dict(zip([*train, *validation], [*hashes[TRAIN], *hashes[VALIDATION]]))
+        ids.check(found, tokenizer.vocab_size, config.cache_dir)
     prefixes: dict[str, Sequence[str | Path]] = {TRAIN: train, VALIDATION: validation}
     return TokenCorpus(config, Path(config.tokenizer), prefixes, hashes, hash_ranges=hash_ranges, opener=open_shard)
 
 
-def _hash_ranges(prefix: str, reader: ShardReader | RemoteShardReader, vocab_size: int) -> str:
+def _hash_ranges(reader: ShardReader | RemoteShardReader, vocab_size: int) -> str:
     """A hash of evenly spread ranges of a shard's tokens, which are checked against the vocabulary."""
     digest = hashlib.sha256(str(len(reader)).encode())
     total, size = int(reader.lengths.sum()), _RANGE_BYTES // reader.dtype.itemsize
     for start in np.unique(np.linspace(0, max(total - size, 0), _HASHED_RANGES).astype(np.int64)).tolist():
         tokens = reader.read_range(start, min(start + size, total))
         digest.update(np.ascontiguousarray(tokens).tobytes())
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-            raise DataError(
-                f"{prefix}.bin: holds token {int(tokens.max())}, but data.tokenizer has {vocab_size} tokens; name the "
-                f"tokenizer that the shards were made with"
-            )
+        reader.check_ids(tokens, start, vocab_size)
     return "probes:" + digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,9 +115,9 @@ def build_once(
     Raises:
         DataError: the directory cannot be written (disk full, no permission, ...).
     """
-    if (directory / marker).exists():
-        return
     try:
+        if (directory / marker).exists():
+            return
         directory.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock_path(directory), on_wait):
             if (directory / marker).exists():
@@ -129,6 +130,20 @@ def build_once(
             build(directory)
     except OSError as error:
         raise DataError(f"{directory}: cannot be built ({error}); check the disk, or set another cache_dir") from error
+
+
+def check_regular(mode: int, name: str) -> None:
+    """Raise DataError unless `mode` is that of a file. Opening a pipe waits for its writer; a device may have no end.
+
+    Args:
+        mode: `st_mode` of a path.
+        name: the path or setting, for messages.
+    """
+    if stat.S_ISREG(mode):
+        return
+    kinds = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISDIR, "directory"))
+    kind = next((kind for is_kind, kind in kinds if is_kind(mode)), "device")
+    raise DataError(f"{name}: is a {kind}, not a file; write what it holds to a file, and name that")
 
 
 def _sync_directory(directory: Path) -> None:

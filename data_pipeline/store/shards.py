@@ -171,11 +171,13 @@ class _ShardReaderBase:
     """The documents of a shard; `_slice` of a subclass reads the tokens.
 
     Attributes:
+        name: path or URL without `.bin` / `.idx`.
         lengths: int64 [num_documents], tokens per document.
         dtype: dtype of the stored tokens.
     """
 
     def __init__(self, index_file: Path, idx_name: str) -> None:
+        self.name = idx_name.removesuffix(".idx")
         self.dtype, sizes, pointers, documents = _read_index(index_file, idx_name)
         # Sequences are stored back to back, so every document is one range of tokens.
         ends = np.cumsum(sizes, dtype=np.int64)
@@ -196,6 +198,26 @@ class _ShardReaderBase:
     def read_range(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start : stop` of the whole shard."""
         return self._slice(start, stop)
+
+    def read_checked(self, document: int, offset: int, length: int, vocab_size: int) -> np.ndarray:
+        """`read`, and raise DataError if a token is not in `range(vocab_size)`."""
+        start, stop = self._range(document, offset, length)
+        tokens = self._slice(start, stop)
+        self.check_ids(tokens, start, vocab_size)
+        return tokens
+
+    def check_ids(self, tokens: np.ndarray, start: int, vocab_size: int) -> None:
+        """Raise DataError if one of `tokens`, which stand from token `start` of the shard on, is no id."""
+        if not tokens.size or 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+            return
+        at = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+        # Empty documents begin where the next one does: the last that begins there has the token.
+        document = int(np.searchsorted(self._starts, start + at, side="right")) - 1
+        raise DataError(
+            f"{self.name}.bin: holds token {int(tokens[at])}, but data.tokenizer has {vocab_size} tokens (document "
+            f"{document}, token {start + at - int(self._starts[document])} of it, from 0); name the tokenizer that the "
+            f"shards were made with, or write the shard again"
+        )
 
     def prefetch(self, document: int, offset: int, length: int) -> None:
         """Start to fetch tokens that will be read soon. Does nothing for local shards."""
@@ -277,12 +299,19 @@ class ShardSet:
     Args:
         prefixes: paths or URLs of the shards without `.bin` / `.idx`.
         opener: opens one shard.
+        vocab_size: `read` raises DataError for a token that is not in `range(vocab_size)`; None: it does not look.
 
     Attributes:
         lengths: int64 [num_documents], tokens per document.
     """
 
-    def __init__(self, prefixes: Sequence[str | Path], opener: Callable[[Any], _ShardReaderBase] = ShardReader) -> None:
+    def __init__(
+        self,
+        prefixes: Sequence[str | Path],
+        opener: Callable[[Any], _ShardReaderBase] = ShardReader,
+        vocab_size: int | None = None,
+    ) -> None:
+        self._vocab_size = vocab_size
         if opener is ShardReader or len(prefixes) < 2:
             self._readers = [opener(prefix) for prefix in prefixes]
         else:  # opening a remote shard takes several round trips
@@ -296,7 +325,9 @@ class ShardSet:
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         """Tokens `offset : offset + length` of a document, as a read-only array."""
         reader, number = self._find(document)
-        return reader.read(number, offset, length)
+        if self._vocab_size is None:
+            return reader.read(number, offset, length)
+        return reader.read_checked(number, offset, length, self._vocab_size)
 
     def prefetch(self, document: int, offset: int, length: int) -> None:
         """Start to fetch tokens that will be read soon, if they are remote."""

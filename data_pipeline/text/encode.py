@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from data_pipeline.errors import DataError
 from data_pipeline.text.sources import Piece
 from data_pipeline.text.tokenizer import Tokenizer
 
@@ -40,7 +41,10 @@ def encode_all(
     def encode(batch: list[Piece]) -> list[tuple[Piece, np.ndarray, int]]:
         result = []
         for piece in batch:
-            tokens = tokenizer.encode(piece.text).astype(dtype)
+            try:
+                tokens = tokenizer.encode(piece.text).astype(dtype)
+            except DataError as error:
+                raise DataError(f"{piece.name}: {error}") from error
             if piece.is_last and piece.skip_reason is None:
                 tokens = np.concatenate([tokens, end])
             result.append((piece, tokens, len(piece.text.encode())))

@@ -15,8 +15,12 @@ from typing import Any
 from data_pipeline.errors import DataError
 
 
-def parse_line(line: bytes, text_key: str, location: str) -> str:
-    """The text of one line.
+class NullText(Exception):
+    """The text of a line is null. `stream_line` raises it, because it yields parts of a text."""
+
+
+def parse_line(line: bytes, text_key: str, location: str) -> str | None:
+    """The text of one line; None where it is null.
 
     Args:
         line: a JSON object.
@@ -24,7 +28,7 @@ def parse_line(line: bytes, text_key: str, location: str) -> str:
         location: file and line, for messages.
 
     Raises:
-        DataError: the line is not a JSON object in UTF-8 with exactly one value of `text_key`, a string.
+        DataError: the line is not a JSON object in UTF-8 with exactly one value of `text_key`, a string or null.
     """
     try:
         # Objects become tuples of (key, value): a dict would drop repeated keys.
@@ -34,7 +38,9 @@ def parse_line(line: bytes, text_key: str, location: str) -> str:
         raise DataError(f"{location}: is not UTF-8 ({column})") from error
     except (ValueError, RecursionError) as error:
         detail = f"{error.msg} in column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{location}: is not a JSON object ({detail})") from error
+        raise DataError(f"{location}: is not a JSON object ({detail}){_layout_advice(error, line)}") from error
+    if isinstance(items, list):
+        raise _is_array(location)
     if not isinstance(items, tuple):
         raise DataError(f"{location}: is not a JSON object but of type {type(items).__name__}")
     texts = [value for key, value in items if key == text_key]
@@ -43,6 +49,8 @@ def parse_line(line: bytes, text_key: str, location: str) -> str:
     if len(texts) > 1:
         raise _repeated_key(location, text_key)
     text = texts[0]
+    if text is None:
+        return None
     if not isinstance(text, str):
         kind = "dict" if isinstance(text, tuple) else type(text).__name__
         raise DataError(f"{location}: the value of {text_key!r} is not a text but of type {kind}")
@@ -53,14 +61,17 @@ def parse_line(line: bytes, text_key: str, location: str) -> str:
 def stream_line(blocks: Iterator[bytes], text_key: str, location: str) -> Iterator[str]:
     """The text of one line that comes in blocks, as consecutive parts. Memory does not grow with the line.
 
-    Other values are skipped by their brackets and quotes, and not checked further. Args and errors as `parse_line`.
+    Other values are skipped by their brackets and quotes, and not checked further. Args and errors as `parse_line`, and
+    `NullText` where the text is null.
     """
     scanner = _Scanner(blocks, location)
+    if scanner.peek() == "[":
+        raise _is_array(location)
     if scanner.peek() != "{":
         raise scanner.error("is not a JSON object")
     scanner.at += 1
     keys: list[str] = []
-    found = False
+    found = is_null = False
     while scanner.peek() != "}":
         if keys:
             scanner.expect(",")
@@ -74,6 +85,9 @@ def stream_line(blocks: Iterator[bytes], text_key: str, location: str) -> Iterat
         if found:
             raise _repeated_key(location, text_key)
         found = True
+        if scanner.peek() == "n" and scanner.scalar() == "null":
+            is_null = True
+            continue
         if scanner.peek() != '"':
             raise DataError(f"{location}: the value of {text_key!r} is not a text")
         scanner.at += 1
@@ -87,6 +101,30 @@ def stream_line(blocks: Iterator[bytes], text_key: str, location: str) -> Iterat
         raise scanner.error("goes on after its JSON object")
     if not found:
         raise _missing_key(location, text_key, keys)
+    if is_null:
+        raise NullText
+
+
+def _one_a_line(items: str) -> str:
+    return f"data.source=jsonl reads one object a line, which `jq -c '{items}' FILE` writes"
+
+
+def _is_array(location: str) -> DataError:
+    return DataError(f"{location}: is not a JSON object but of type list; {_one_a_line('.[]')}")
+
+
+def _layout_advice(error: Exception, line: bytes) -> str:
+    """What to do about a line that is a part of a JSON array or object, or more than one object."""
+    if not isinstance(error, json.JSONDecodeError):
+        return ""
+    if line.lstrip().startswith(b"["):
+        return f": a JSON array begins here; {_one_a_line('.[]')}"
+    if error.msg.startswith("Extra data"):
+        return f": the line goes on after its object; {_one_a_line('.')}"
+    ends_inside = error.pos >= len(error.doc) or error.msg.startswith("Unterminated string")
+    if line.lstrip().startswith(b"{") and ends_inside:
+        return f": the line ends inside its object, so it is cut or printed on several lines; {_one_a_line('.')}"
+    return ""
 
 
 def _missing_key(location: str, text_key: str, keys: Sequence[str]) -> DataError:
@@ -167,6 +205,15 @@ class _Scanner:
                 if self.buffer:  # an escape without its end
                     self._decoded(self.buffer)
                 raise self.error("has a text without an end")
+
+    def scalar(self) -> str:
+        """The spelling of a number or of true, false or null; passes it."""
+        while True:
+            end = self._end_of(self._SCALAR)
+            if end < len(self.buffer) or not self.fill():
+                end = self._end_of(self._SCALAR)
+                value, self.at = self.buffer[self.at : end], end
+                return value
 
     def skip_value(self) -> None:
         depth = 0

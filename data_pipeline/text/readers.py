@@ -6,24 +6,21 @@ return whole values.
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
 import io
-import lzma
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, library_errors
+from data_pipeline.store.files import check_regular
 from data_pipeline.store.remote import find_remote, is_remote, open_remote
-from data_pipeline.text.jsonl import parse_line, stream_line
+from data_pipeline.text.compressed import HEAD_BYTES, Compression, binary_kind, compression_of, decompressed
+from data_pipeline.text.jsonl import NullText, parse_line, stream_line
 
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 LONG_LINE_BYTES = 16 << 20
 """Longer JSONL lines are parsed as a stream, and the text of longer files is read as one."""
 _BYTE_ORDER_MARK = "\ufeff"
@@ -108,6 +105,12 @@ def read_text(file: InputFile, start: Position, retries: int) -> Iterator[Record
                         f"{file.path}:{line}: is not UTF-8 (byte {error.object[error.start]:#04x}); convert the file, "
                         f"or choose the text files with a glob in data.path"
                     ) from error
+                if "\0" in text:
+                    line = lines + text.count("\n", 0, text.index("\0"))
+                    raise DataError(
+                        f"{file.path}:{line}: holds a NUL byte: the file is binary or UTF-16, or has a hole; convert "
+                        f"it, or choose the text files with a glob in data.path"
+                    )
                 lines += text.count("\n")
                 if text and at_start:
                     text, at_start = text.removeprefix(_BYTE_ORDER_MARK), False
@@ -126,7 +129,7 @@ def read_text(file: InputFile, start: Position, retries: int) -> Iterator[Record
 def read_jsonl(file: InputFile, start: Position, text_key: str, retries: int) -> Iterator[Record]:
     """A record per line that is not blank. `start.record` counts all lines before it, blank ones too."""
     with _named_errors(file.path), open_input(file, retries) as (stream, raw):
-        _skip_to(stream, start.offset, compressed=file.path.lower().endswith(COMPRESSED))
+        _skip_to(stream, start.offset, compressed=stream is not raw)
         number, offset = start.record, start.offset
         while line := stream.readline(LONG_LINE_BYTES):
             number += 1
@@ -138,7 +141,8 @@ def read_jsonl(file: InputFile, start: Position, text_key: str, retries: int) ->
                 offset += len(line)
                 if line.strip():
                     text = parse_line(line, text_key, location)
-                    yield Record(name, text, Position(start.file, number, offset), raw.tell())
+                    end, skip_reason = Position(start.file, number, offset), "null" if text is None else None
+                    yield Record(name, text or "", end, raw.tell(), skip_reason)
                 continue
             rest = _RestOfLine(stream, line)
             record = Record(name, "", Position(start.file, number, offset), raw.tell())
@@ -162,9 +166,12 @@ class _RestOfLine:
 
 
 def _long_text(record: Record, line: _RestOfLine, raw: BinaryIO, text_key: str, location: str) -> Iterator[str]:
-    for part in stream_line(iter(line), text_key, location):
-        record.num_bytes_read = raw.tell()
-        yield part
+    try:
+        for part in stream_line(iter(line), text_key, location):
+            record.num_bytes_read = raw.tell()
+            yield part
+    except NullText:
+        record.skip_reason = "null"
     record.end = Position(record.end.file, record.end.record, record.end.offset + line.num_bytes)
 
 
@@ -188,8 +195,10 @@ def _parquet_rows(file: InputFile, raw: BinaryIO, start: Position, text_key: str
     if text_key not in schema.names:
         columns = ", ".join(schema.names[:8])
         raise DataError(f"{file.path}: has no column {text_key!r} (its columns: {columns}); set data.text_key")
+    if schema.names.count(text_key) > 1:
+        raise DataError(f"{file.path}: has more than one column {text_key!r}; rename the others")
     kind = schema.field(text_key).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    if not _is_text(kind):
         raise DataError(f"{file.path}: the column {text_key!r} is of type {kind}, not text; set data.text_key")
     column = min(schema.names.index(text_key), table.metadata.num_columns - 1)
     row = 0
@@ -215,44 +224,78 @@ def _parquet_rows(file: InputFile, raw: BinaryIO, start: Position, text_key: str
                 yield Record(f"{file.name}:{row}", text or "", Position(start.file, row), num_bytes_read, skip_reason)
 
 
+def _is_text(kind: Any) -> bool:
+    """Whether a type of Arrow is text: a string in any layout, a dictionary of strings, or nothing but nulls."""
+    from pyarrow import types
+
+    if isinstance(kind, types.lib.BaseExtensionType):
+        return _is_text(kind.storage_type)
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    is_view = getattr(types, "is_string_view", lambda kind: False)  # since pyarrow 16
+    return types.is_string(kind) or types.is_large_string(kind) or is_view(kind) or types.is_null(kind)
+
+
 def read_hf(rows: Any, start: Position, text_key: str, name: str) -> Iterator[Record]:
     """A record per row of a Hugging Face streaming dataset; nulls are skipped."""
     if start.record:
         rows = rows.skip(start.record)
-    num_bytes_read = 0
-    with _named_errors(name):
-        for number, row in enumerate(rows, start=start.record + 1):
-            if text_key not in row:
-                columns = ", ".join(list(row)[:8])
-                raise DataError(f"{name}: has no column {text_key!r} (its columns: {columns}); set data.text_key")
-            text = row[text_key]
-            if not isinstance(text, (str, type(None))):
-                raise DataError(f"{name}: row {number}: {text_key!r} is not a text but of type {type(text).__name__}")
-            num_bytes_read += len(text or "")  # characters: the library does not tell the bytes
-            skip_reason = "null" if text is None else None
-            yield Record(f"{name}:{number}", text or "", Position(start.file, number), num_bytes_read, skip_reason)
+    num_bytes_read, number, rows = 0, start.record, iter(rows)
+    while True:
+        with library_errors(f"{name}: row {number + 1} cannot be read"):  # the library and its readers raise many
+            row = next(rows, None)
+        if row is None:
+            return
+        number += 1
+        if text_key not in row:
+            columns = ", ".join(list(row)[:8])
+            raise DataError(f"{name}: has no column {text_key!r} (its columns: {columns}); set data.text_key")
+        text = row[text_key]
+        if not isinstance(text, (str, type(None))):
+            raise DataError(f"{name}: row {number}: {text_key!r} is not a text but of type {type(text).__name__}")
+        num_bytes_read += len(text or "")  # characters: the library does not tell the bytes
+        skip_reason = "null" if text is None else None
+        yield Record(f"{name}:{number}", text or "", Position(start.file, number), num_bytes_read, skip_reason)
 
 
 @contextmanager
 def open_input(file: InputFile, retries: int) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The decompressed content of a file, and the file itself, whose position shows the progress."""
-    path = file.path.lower()
-    with _open_raw(file, retries) as raw:
-        if path.endswith(".gz"):
-            yield cast(BinaryIO, gzip.open(raw, "rb")), raw
-        elif path.endswith(".bz2"):
-            yield cast(BinaryIO, bz2.open(raw, "rb")), raw
-        elif path.endswith(".xz"):
-            yield cast(BinaryIO, lzma.open(raw, "rb")), raw
-        elif path.endswith(".zst"):
-            # Arrow's stream reads all frames of a file and refuses a truncated one. The reader of the zstandard package
-            # returns what it has, so that a truncated download would lose documents silently.
-            import pyarrow
+    """The decompressed content of a file, and the file itself, whose position shows the progress.
 
-            stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
-            yield cast(BinaryIO, io.BufferedReader(stream, _BLOCK_BYTES)), raw
-        else:
-            yield raw, raw
+    Raises:
+        DataError: its first bytes show that it is no text.
+    """
+    with _open_raw(file, retries) as raw:
+        compression = compression_of(file.path, _head(raw))
+        stream = raw if compression is None else decompressed(raw, compression)
+        _check_text(file.path, _head(stream), compression)
+        yield stream, raw
+
+
+def check_head(path: str, head: bytes) -> None:
+    """Raise DataError if the first bytes of a file show that it is no text, before hours are spent on other files."""
+    with _named_errors(path):
+        compression = compression_of(path, head)
+    if compression is not None:
+        try:
+            head = _head(decompressed(cast(BinaryIO, io.BytesIO(head)), compression))
+        except (OSError, EOFError):  # the first bytes do not suffice for a block
+            return
+    _check_text(path, head, compression)
+
+
+def _check_text(path: str, head: bytes, compression: Compression | None) -> None:
+    kind = binary_kind(head)
+    if kind is not None:
+        inside = "" if compression is None else f", compressed with {compression.name}"
+        raise DataError(
+            f"{path}: is {kind}{inside}, not text; unpack or convert it, or choose the files with a glob in data.path"
+        )
+
+
+def _head(stream: Any) -> bytes:
+    """The first bytes of a buffered stream, which stay unread."""
+    return stream.peek(HEAD_BYTES)[:HEAD_BYTES]
 
 
 def _open_raw(file: InputFile, retries: int) -> BinaryIO:
@@ -261,6 +304,7 @@ def _open_raw(file: InputFile, retries: int) -> BinaryIO:
         _check_unchanged(file, found.size, found.stamp)
         return open_remote(found)
     status = os.stat(file.path)
+    check_regular(status.st_mode, file.path)
     # The listing gives a link the time of the link itself, so `file.stamp` cannot be compared for links.
     _check_unchanged(file, status.st_size, file.stamp if os.path.islink(file.path) else str(status.st_mtime))
     return open(file.path, "rb", buffering=_BLOCK_BYTES)
@@ -283,5 +327,10 @@ def _skip_to(stream: BinaryIO, offset: int, compressed: bool) -> None:
 def _named_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, ImportError) as error:
+    except (OSError, EOFError, ImportError) as error:
+        if "requires too much memory" in str(error):  # pyarrow's limit
+            raise DataError(
+                f"{path}: its zstd window is larger than 128 MiB; pip install zstandard, which reads windows up to 2 "
+                f"GiB, or compress the file without --long"
+            ) from error
         raise DataError(f"{path}: cannot be read to its end ({error}); the file may be damaged") from error

@@ -18,13 +18,15 @@ from typing import Any
 
 from data_pipeline.config import TRAIN, VALIDATION, DataConfig
 from data_pipeline.errors import DataError
+from data_pipeline.store.files import check_regular
 from data_pipeline.store.remote import info_or_none, is_remote, stamp_of, with_retries
+from data_pipeline.text.compressed import COMPRESSED
 from data_pipeline.text.cut import cut_text
 from data_pipeline.text.readers import (
-    COMPRESSED,
     InputFile,
     Position,
     Record,
+    check_head,
     read_hf,
     read_jsonl,
     read_parquet,
@@ -111,7 +113,7 @@ class Corpus:
             "text_key": config.text_key if config.source in ("jsonl", "parquet", "hf") else None,
             "split_rule": self.split_rule,
             "files": [[file.name, file.num_bytes, file.stamp, file.split] for file in self.files],
-            "content": None if config.source == "hf" else _content_hash(self.files),
+            "content": None if config.source == "hf" else _content_hash(self.files, config.source in ("text", "jsonl")),
         }
 
     def pieces(self, start: Position | None = None, order: Callable[[int], int] | None = None) -> Iterator[Piece]:
@@ -188,12 +190,13 @@ class Corpus:
         return VALIDATION if is_held_out else TRAIN
 
 
-def _content_hash(files: Sequence[InputFile]) -> str:
+def _content_hash(files: Sequence[InputFile], is_text: bool) -> str:
     """A hash of evenly spread ranges of the local files' content, including their first and last bytes.
 
     Two corpora may agree in all names, sizes and times: a reproducible archive gives all files one time. Remote files
     are left out, because their stamps depend on their content. At most 1024 evenly spread files are read, 2 to 32
-    ranges of 4 KiB from each, which takes about a second for a corpus of any size.
+    ranges of 4 KiB from each, which takes about a second for a corpus of any size. Where `is_text`, DataError names a
+    file whose first bytes are not those of a text.
     """
     local = [file for file in files if not is_remote(file.path)]
     chosen = local[:: -(-len(local) // _HASHED_FILES) or 1]
@@ -205,7 +208,10 @@ def _content_hash(files: Sequence[InputFile]) -> str:
             with open(file.path, "rb", buffering=0) as stream:
                 for start in sorted({last * number // (num_ranges - 1) for number in range(num_ranges)}):
                     stream.seek(start)
-                    digest.update(stream.read(_RANGE_BYTES))
+                    content = stream.read(_RANGE_BYTES)
+                    if is_text and not start:
+                        check_head(file.path, content)
+                    digest.update(content)
         except OSError as error:
             raise DataError(
                 f"{file.path}: cannot be read ({error}); leave it out, or change its permissions"
@@ -292,12 +298,19 @@ def _find(path: str, field: str, config: DataConfig, split: str | None) -> list[
         system.invalidate_cache()
         found = info_or_none(system, root)
         kind = found["type"] if found else None
-        if kind == "directory":
+        below: list[str] = []
+        if is_remote(path) and found and (kind == "directory" or found["size"] == 0):
+            # Object stores have no directories: an empty object, named as the directory or with "/", may stand for one.
+            below = [item for item in system.find(root.rstrip("/") + "/") if not item.endswith("/") and item != root]
+        elif kind == "directory":
+            below = list_local_files(root)
+        if kind == "directory" or below:
             base = root.rstrip("/")
-            below = system.find(root) if is_remote(path) else list_local_files(root)
             paths = [item for item in below if _is_wanted(item[len(base) + 1 :], _ENDINGS[config.source])]
             problem = _NO_FILES[config.source]
         elif kind is not None:
+            if not is_remote(path):
+                check_regular(os.stat(root).st_mode, setting.removesuffix(":"))
             base, paths, problem = root.rpartition("/")[0], [root], ""
         else:
             paths = [item for item in system.glob(root) if system.isfile(item)]
@@ -317,6 +330,8 @@ def _find(path: str, field: str, config: DataConfig, split: str | None) -> list[
     else:
         try:
             files, problem = find()
+        except DataError:
+            raise
         except (OSError, ImportError, ValueError) as error:
             raise DataError(f"{setting} cannot be listed ({error})") from error
     if not files:
@@ -327,7 +342,7 @@ def _find(path: str, field: str, config: DataConfig, split: str | None) -> list[
 
 
 def list_local_files(root: str) -> list[str]:
-    """All files below a local directory except those in hidden directories, sorted.
+    """All files below a local directory except those in hidden directories, sorted. Pipes and devices are left out.
 
     Links to directories are followed. Each directory is listed once, so a link to a parent does no harm.
     """
@@ -341,7 +356,9 @@ def list_local_files(root: str) -> list[str]:
         seen.add((status.st_dev, status.st_ino))
         # Sorted: of two paths to one directory, the same one counts on every disk.
         names[:] = sorted(name for name in names if not name.startswith("."))
-        found += [os.path.join(directory, file) for file in files]
+        # A link to nothing is kept: the file that it names is missed when it is read.
+        paths = (os.path.join(directory, file) for file in files)
+        found += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
     return sorted(found)
 
 

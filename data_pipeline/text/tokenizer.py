@@ -7,8 +7,10 @@ writes a space as U+2581 and would decode a real U+2581 as a space, so that char
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, library_errors
 from data_pipeline.packing.order import mix64
-from data_pipeline.store.files import atomic_write, build_once, write_json
+from data_pipeline.store.files import atomic_write, build_once, check_regular, write_json
+from data_pipeline.store.remote import is_remote
 from data_pipeline.text.cut import PIECE_CHARACTERS, cut_text
 
 SPACE_SYMBOL = "\u2581"
@@ -26,6 +29,8 @@ TRAINING_CHARACTERS = 8_000_000
 """Characters of text that a tokenizer is trained on. Training needs 15 (bpe) to 26 (unigram) times as many bytes."""
 CHUNK_CHARACTERS = 32768
 """Long documents are encoded in sections of about this size, cut after a newline."""
+_MIN_VOCAB = 260
+_MAX_VOCAB = 2**31
 _TRAINING_LINE = 4096
 _TRAINING_THREADS = 2  # a constant: unigram sums floats per thread, and the model must not depend on the machine
 _HF_END_TOKENS = (
@@ -80,8 +85,8 @@ def train_tokenizer(texts: Iterable[str], model_path: str | Path, vocab_size: in
             pad_id=-1,
             minloglevel=3,
         )
-    except RuntimeError as error:
-        raise DataError(_explain(str(error), vocab_size, sum(map(len, lines)))) from error
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise DataError(_explain(" ".join(str(error).split()), vocab_size, sum(map(len, lines)))) from error
     with atomic_write(Path(model_path)) as file:
         file.write(model.getvalue())
 
@@ -111,16 +116,25 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
+        if is_remote(str(path)):
+            raise DataError(f"{path}: a tokenizer is read from a local file; copy it from there")
         try:
+            check_regular(os.stat(path).st_mode, str(path))
             content = Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be used as a SentencePiece model or tokenizer.json ({error})") from error
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        is_json = content.lstrip()[:1] == b"{"
-        self._model: _SentencePiece | _HuggingFace = (_HuggingFace if is_json else _SentencePiece)(path, content)
+        self._path = path
+        is_json = content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{"
+        what = "Hugging Face tokenizer.json" if is_json else "SentencePiece model"
+        advice = "it may be damaged or of another kind; the file of a Hugging Face tokenizer is tokenizer.json"
+        with library_errors(f"{path}: cannot be used as a {what}", advice):
+            self._model: _SentencePiece | _HuggingFace = (_HuggingFace if is_json else _SentencePiece)(path, content)
         self.kind = self._model.kind
         self.vocab_size: int = self._model.vocab_size
         self.eos_id: int = self._model.eos_id
+        if self.vocab_size > _MAX_VOCAB:
+            raise DataError(f"{path}: has the token id {self.vocab_size - 1}; ids are at most {_MAX_VOCAB - 1}")
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32 [num_tokens], without an end token.
@@ -128,10 +142,20 @@ class Tokenizer:
         A long text is encoded in the pieces of `cut_text`. With a BPE model trained here, the ids are those of the
         whole text if pieces end after a newline, because no token contains one. If a piece ends after a space, or with
         other tokenizers, ids at the cut may differ; the decoded text does not.
+
+        Raises:
+            DataError: the tokenizer cannot encode the text, for example because it has no token for unknown characters.
         """
         if len(text) <= PIECE_CHARACTERS:
+            return self._encode(text)
+        return np.concatenate([self._encode(piece) for piece in cut_text((text,))])
+
+    def _encode(self, text: str) -> np.ndarray:
+        with library_errors(
+            f"{self._path}: cannot encode a text that begins with {text[:40]!r}",
+            "name a tokenizer that knows bytes or has an unknown token",
+        ):
             return self._model.encode(text)
-        return np.concatenate([self._model.encode(piece) for piece in cut_text((text,))])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids. End tokens are dropped; bytes that form no character become U+FFFD."""
@@ -148,10 +172,7 @@ class _SentencePiece:
     def __init__(self, path: str | Path, content: bytes) -> None:
         import sentencepiece
 
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
-            raise DataError(f"{path}: cannot be used as a SentencePiece model ({error})") from error
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         self.vocab_size: int = self._model.vocab_size()
         if not self.vocab_size:
             raise DataError(f"{path}: cannot be used as a SentencePiece model (it holds no pieces)")
@@ -198,10 +219,7 @@ class _HuggingFace:
             raise DataError(
                 f"{path}: a tokenizer.json needs the package `tokenizers`: pip install 'ksa-train[hf]' ({error})"
             ) from error
-        try:
-            self._model = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library's errors have no common class
-            raise DataError(f"{path}: cannot be used as a Hugging Face tokenizer.json ({error})") from error
+        self._model = tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
         # Text that looks like a special token is text: a document must not be able to end itself.
         self._model.encode_special_tokens = True
         self._model.no_truncation()
@@ -280,4 +298,6 @@ def _explain(error: str, vocab_size: int, num_characters: int) -> str:
             f"vocab_size={vocab_size} is less than the corpus needs for its characters alone; set data.vocab_size "
             f"above {found[1]}"
         )
+    if vocab_size < _MIN_VOCAB:
+        return f"vocab_size={vocab_size} must be at least {_MIN_VOCAB}: bytes, special tokens, newline and tab"
     return f"a tokenizer of vocab_size={vocab_size} cannot be trained on {num_characters} characters of text: {error}"

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from data_pipeline import DataError
-from data_pipeline.text.jsonl import parse_line, stream_line
+from data_pipeline.text.jsonl import NullText, parse_line, stream_line
 from tests.data_pipeline.conftest import blocks_of
 
 
@@ -62,3 +62,37 @@ def test_what_is_no_object_is_named_with_its_json_type():
     for line, kind in ((b'{"text": {"a": 1}}', "dict"), (b'{"text": [1]}', "list")):
         with pytest.raises(DataError, match=f"the value of 'text' is not a text but of type {kind}"):
             parse_line(line, "text", "p")
+
+
+@pytest.mark.parametrize("line", ['{"text": null}', '{"text":null,"id":1}', '{"id": null, "text" : null }\n'])
+def test_null_is_no_text(line):
+    assert parse_line(line.encode(), "text", "p") is None
+    for size in (1, 3, 100):
+        with pytest.raises(NullText):
+            list(stream_line(blocks_of(line.encode(), iter(lambda size=size: size, None)), "text", "p"))
+
+
+@pytest.mark.parametrize("value", ["nul", "nullx", "NaN", "true", "[null]"])
+def test_what_is_like_null_is_named(value):
+    for read in (parse_line, lambda line, *rest: list(stream_line(iter([line]), *rest))):
+        with pytest.raises(DataError, match=r"^f:3: "):
+            read(f'{{"text": {value}}}'.encode(), "text", "f:3")
+
+
+@pytest.mark.parametrize(
+    ("line", "items"),
+    [
+        ("[", ".[]"),
+        ('[{"text": "a"},', ".[]"),
+        ('[{"text": "a"}]', ".[]"),
+        ("{", "."),
+        ('{"text": "a",', "."),
+        ('{"text": "a', "."),
+        ('{"text": "a"} {"text": "b"}', "."),
+    ],
+)
+def test_json_of_another_layout_is_named_with_the_command_that_converts_it(line, items):
+    with pytest.raises(DataError, match=r"^f:1: is not a JSON object") as error:
+        parse_line(line.encode(), "text", "f:1")
+    assert f"data.source=jsonl reads one object a line, which `jq -c '{items}' FILE` writes" in str(error.value)
+    assert "\n" not in str(error.value)

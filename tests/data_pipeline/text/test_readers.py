@@ -14,6 +14,7 @@ import zstandard
 from data_pipeline import DataConfig, DataError
 from data_pipeline.text import readers
 from data_pipeline.text.prepare import prepare
+from data_pipeline.text.readers import Position
 from data_pipeline.text.sources import Corpus
 from tests.data_pipeline.conftest import REPOSITORY
 
@@ -91,6 +92,73 @@ def test_parquet_nulls_are_counted_and_bad_tables_named(tmp_path):
     assert "row 2: is not UTF-8 (byte 0xe9)" in message(tmp_path / "latin.parquet")
 
 
+@pytest.mark.parametrize("kind", ["dictionary", "large", "dictionary of large", "view", "json"])
+def test_text_of_every_layout_is_text(tmp_path, kind):
+    texts = ["a", None, "b", "", "a"] * 5
+    needed = {"view": "string_view", "json": "json_"}.get(kind, "string")
+    if not hasattr(pyarrow, needed):
+        pytest.skip(f"needs a pyarrow with {needed}")
+    if kind.startswith("dictionary"):
+        array = pyarrow.array(texts, pyarrow.large_string() if "large" in kind else None).dictionary_encode()
+    else:
+        types = {"large": pyarrow.large_string, "view": getattr(pyarrow, "string_view", None)}
+        types["json"] = getattr(pyarrow, "json_", None)
+        array = pyarrow.array(texts, types[kind]())
+    pyarrow.parquet.write_table(pyarrow.table({"text": array}), tmp_path / "t.parquet", row_group_size=7)
+    corpus = Corpus(DataConfig(source="parquet", path=str(tmp_path)))
+    pieces = list(corpus.pieces())
+    assert [piece.text for piece in pieces] == [text or "" for text in texts]
+    assert [piece.skip_reason for piece in pieces[:5]] == [None, "null", None, "empty", None]
+    assert [piece.text for piece in corpus.pieces(pieces[8].end)] == [piece.text for piece in pieces[9:]]
+
+
+def test_a_column_that_stands_twice_is_named(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t.parquet: has more than one column 'text'; rename the others"):
+        list(Corpus(DataConfig(source="parquet", path=str(tmp_path))).pieces())
+
+
+def test_errors_of_a_hugging_face_stream_are_one_line():
+    class LibraryError(Exception):
+        pass
+
+    def rows():
+        yield {"text": "a"}
+        yield {"text": None}
+        raise LibraryError("the hub\nis away")
+
+    records = readers.read_hf(rows(), Position(), "text", "owner/name")
+    assert [next(records).skip_reason, next(records).skip_reason] == [None, "null"]
+    with pytest.raises(DataError, match=r"^owner/name: row 3 cannot be read \(the hub is away\)$"):
+        next(records)
+
+
+def test_nulls_are_counted_and_left_out_in_every_source(tmp_path, monkeypatch, model_path):
+    write_jsonl(tmp_path / "a.jsonl", texts=["a", None, "", "b", None])
+    write_parquet(tmp_path / "b.parquet", ["a", None, "", "b", None])
+    write_parquet(tmp_path / "c.parquet", [None, None])  # a part of a table whose column has no type
+
+    def prepared(name, **values):
+        return prepare(
+            DataConfig(
+                path=str(tmp_path / name),
+                tokenizer=str(model_path),
+                cache_dir=str(tmp_path / "cache"),
+                validation_fraction=0.0,
+                **values,
+            )
+        ).manifest
+
+    table, rows = prepared("b.parquet", source="parquet"), prepared("a.jsonl", source="jsonl")
+    assert table["source"]["skipped"] == rows["source"]["skipped"] == {"null": 2, "empty": 1}
+    assert table["splits"] == rows["splits"]
+    assert prepared("*.parquet", source="parquet")["source"]["skipped"] == {"null": 4, "empty": 1}
+    monkeypatch.setattr(readers, "LONG_LINE_BYTES", 8)  # every line is read as a stream
+    write_jsonl(tmp_path / "d.jsonl", texts=["a", None, "", "b", None])
+    long = prepared("d.jsonl", source="jsonl")
+    assert long["splits"] == rows["splits"] and long["source"]["skipped"] == rows["source"]["skipped"]
+
+
 @pytest.mark.parametrize("groups", [[5, 0, 5], [0, 3, 0, 0, 2], [4, 0]])
 def test_empty_row_groups_are_passed_over(tmp_path, groups):
     texts = iter(f"text {number}" for number in range(sum(groups)))
@@ -138,6 +206,7 @@ MEMORY_SCRIPT = """
 import json, sys
 from data_pipeline import DataConfig
 from data_pipeline.text.prepare import prepare
+from data_pipeline.text.readers import Position
 data = prepare(DataConfig(source=sys.argv[1], path=sys.argv[2], tokenizer=sys.argv[3], cache_dir=sys.argv[4],
                           validation_fraction=0.0))
 # Not getrusage: its peak counts the process that started this one.

@@ -1,10 +1,11 @@
+import json
 import random
 
 import numpy as np
 import pytest
 import sentencepiece
 
-from data_pipeline import DataConfig, DataError, Tokenizer
+from data_pipeline import DataConfig, DataError, Tokenizer, open_data
 from data_pipeline.store.shards import ShardSet
 from data_pipeline.text.prepare import prepare
 from data_pipeline.text.tokenizer import CHUNK_CHARACTERS, SPACE_SYMBOL, _sample_lines, train_tokenizer
@@ -190,3 +191,75 @@ def test_json_files_that_are_no_tokenizer(tmp_path, json_path):
     (tmp_path / "b.json").write_text(json_path.read_text().replace("<|endoftext|>", "<|other|>"))
     with pytest.raises(DataError, match=r"b.json: the tokenizer has none of the tokens that end a document"):
         Tokenizer(tmp_path / "b.json")
+
+
+def hugging_face_models():
+    """(name, tokenizer.json, message) of tokenizers that the library refuses, panics on, or cannot encode with."""
+    tokenizers = pytest.importorskip("tokenizers")
+    models = tokenizers.models
+
+    def of(model):
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.add_special_tokens(["</s>"])
+        return json.loads(tokenizer.to_str())
+
+    words = {"a": 0, "b": 1, "</s>": 2}
+    known = of(models.WordLevel(words, unk_token="[UNK]"))
+    no_word = r"x.jsonl:1: .*tokenizer.(json|model): cannot encode a text that begins with 'attention"
+    yield "a word that is unknown", known, no_word
+    yield "unigram", of(models.Unigram([("a", -1.0), ("</s>", -2.0)], unk_id=None)), no_word
+    yield "word piece", of(models.WordPiece({"a": 0, "</s>": 1}, unk_token="[UNK]")), no_word
+    yield "bpe", of(models.BPE({"a": 0, "</s>": 1}, [], unk_token="[UNK]")), no_word
+    large = {**known, "model": {**known["model"], "vocab": {"a": 4_000_000_000, "</s>": 2}}}
+    yield "an id of 32 bits", large, r"has the token id 4000000000; ids are at most 2147483647"
+    for name, part in (
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),  # the library panics
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(?<=a"}, "behavior": "Isolated", "invert": False}),
+        ("decoder", {"type": "None"}),
+        ("added_tokens", [{"id": -1}]),
+    ):
+        yield f"a bad {name}", {**known, name: part}, r"cannot be used as a Hugging Face tokenizer.json \("
+
+
+def test_errors_of_tokenizer_libraries_are_one_line(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "attention"}\n')
+    for name, content, message in hugging_face_models():
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(content))
+        for stream in (False, True):
+            with pytest.raises(DataError, match=message) as error:
+                data = open_data(
+                    DataConfig(
+                        source="jsonl",
+                        path=str(tmp_path / "x.jsonl"),
+                        tokenizer=str(path),
+                        cache_dir=str(tmp_path / "cache"),
+                        validation_fraction=0.0,
+                        stream=stream,
+                    )
+                )
+                data.samples("train", 64, 8).at(0)
+            assert "\n" not in str(error.value), name
+
+
+def test_a_damaged_model_is_named_or_works(tmp_path, model_path):
+    content = model_path.read_bytes()
+    path = tmp_path / "bad.model"
+    damaged = [b"", bytes(99), b"text", b"[1]", b"\xff\xfe{", content[: len(content) // 2], content[:-1], content * 2]
+    for at in range(0, len(content), 61):
+        damaged.append(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+    for number, data in enumerate(damaged):
+        path.write_bytes(data)
+        try:
+            tokenizer = Tokenizer(path)
+            tokenizer.decode(tokenizer.encode("attention \u2581 é\n"))
+            assert number >= 8  # a flipped bit may change a score
+        except DataError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+
+def test_a_tokenizer_json_with_a_byte_order_mark(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "</s>": 1}, []))
+    (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + tokenizer.to_str().encode())
+    assert Tokenizer(tmp_path / "tokenizer.json").encode("aa").tolist() == [0, 0]
