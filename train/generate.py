@@ -27,7 +27,7 @@ from train.config.run_directory import read_config
 from train.config.schema import USER_ERRORS
 from train.distributed import groups
 from train.distributed.signals import BAD_INPUT
-from train.hf import import_weights
+from train.hf import import_weights, tokenizers
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -76,14 +76,17 @@ def load(directory: Path, world: groups.World, dtype: str) -> GenerationSession:
 
 def load_run(directory: Path, world: groups.World, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Tokenizer]:
     """The newest checkpoint of a run as a bare model, and the run's tokenizer."""
-    config, tokenizer_path = read_config(directory), directory / "tokenizer.model"
-    if not tokenizer_path.is_file():
-        raise ConfigError(f"{tokenizer_path} is missing: {directory} is not the directory of a run")
+    config = read_config(directory)
+    if not (directory / tokenizers.RUN_TOKENIZER).is_file():
+        missing = directory / tokenizers.RUN_TOKENIZER
+        raise ConfigError(f"{missing} is missing: {directory} is not the directory of a run")
     own = locate.checkpoint_directory(directory, config.checkpoint.dir, config.run.name)
     if not (saved := storage.finished(own)):
         raise ConfigError(f"{directory} has no finished checkpoint yet: there is none below {own}")
     found = saved[-1]
     state = locate.read_state(found)
+    tokenizer_path = tokenizers.run_tokenizer(directory, found, state)
+    assert tokenizer_path is not None
     # The model as it was saved: annealing drops parameters that the run began with.
     settings = from_mapping(ModelConfig, state["config"]["model"], "model.")
     model = Decoder(settings, TensorParallel(world.tensor_group, dtype=dtype)).to(world.device).eval()
@@ -93,10 +96,10 @@ def load_run(directory: Path, world: groups.World, dtype: torch.dtype = torch.fl
 
 
 def _load_hf(directory: Path, world: groups.World, dtype: str) -> GenerationSession:
-    tokenizer_path = import_weights.find_tokenizer(directory)
+    tokenizer_path = tokenizers.find_tokenizer(directory)
     if tokenizer_path is None:
         raise ConfigError(
-            f"{directory} holds none of {', '.join(import_weights.TOKENIZERS)}: generating text needs a tokenizer"
+            f"{directory} holds none of {', '.join(tokenizers.TOKENIZERS)}: generating text needs a tokenizer"
         )
     tokenizer = Tokenizer(tokenizer_path)
     tensors, source = import_weights.open_source(directory)

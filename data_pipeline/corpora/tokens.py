@@ -176,7 +176,10 @@ def _open_remote_shards(config: DataConfig) -> TokenCorpus:
         described = Path(config.cache_dir) / f"remote-tokenizer-{fingerprint_of([recorded, description])[:16]}"
         build_once(described, TOKENIZER, lambda target: copy_tokenizer(tokenizer_path, target / TOKENIZER, description))
         tokenizer_path = described / TOKENIZER
-    if config.tokenizer is not None and (given := Tokenizer(config.tokenizer, config.end_token).fingerprint) != recorded:
+    if (
+        config.tokenizer is not None
+        and (given := Tokenizer(config.tokenizer, config.end_token).fingerprint) != recorded
+    ):
         raise DataError(
             f"data.tokenizer={config.tokenizer}: does not fit the shards in {root}: they were made with tokenizer "
             f"sha256 {recorded}, the configured tokenizer has {given}; use that tokenizer, or prepare the corpus again"

@@ -24,7 +24,7 @@ import numpy as np
 from data_pipeline.config import RAW, SPLITS, TRAIN, VALIDATION, DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store import verify
-from data_pipeline.store.files import atomic_write, build_once, fingerprint_of, read_json, sha256_of_file, write_json
+from data_pipeline.store.files import build_once, fingerprint_of, read_json, sha256_of_file, write_json
 from data_pipeline.store.manifest import FORMAT_VERSION, MANIFEST, TOKENIZER, check_format, damage_errors
 from data_pipeline.store.remote import is_remote
 from data_pipeline.store.shards import ShardWriter, token_dtype
@@ -159,8 +159,8 @@ def inexact_lines(manifest: dict[str, Any]) -> list[str]:
         return []
     unknown = inexact.get("unknown_tokens", 0)
     return [
-        f"changed: {inexact['documents']:,} documents do not come back exactly from their tokens, because the tokenizer "
-        f"drops or changes characters ({unknown:,} unknown tokens)"
+        f"changed: {inexact['documents']:,} documents do not come back exactly from their tokens, because the "
+        f"tokenizer drops or changes characters ({unknown:,} unknown tokens)"
     ]
 
 

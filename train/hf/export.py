@@ -32,6 +32,7 @@ from train.config.run_directory import read_config
 from train.config.schema import TrainConfig, from_saved
 from train.hf.files import write_safetensors
 from train.hf.import_weights import RunTensors
+from train.hf.tokenizers import VOCABULARY, run_tokenizer
 from train.logs.metrics import read_records
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,8 +80,7 @@ def open_run(directory: Path, step: int | None = None) -> Run:
     state = locate.read_state(chosen[-1])
     # Not config.yaml: that has no vocabulary size, and a later start may have changed it.
     config = from_saved(state["config"])
-    tokenizer = directory / "tokenizer.model"
-    return Run(directory, chosen[-1], config, tokenizer if tokenizer.is_file() else None, state)
+    return Run(directory, chosen[-1], config, run_tokenizer(directory, chosen[-1], state), state)
 
 
 def export(run: Run, config: ExportConfig) -> list[str]:
@@ -126,7 +126,9 @@ def _write_hf_files(run: Run, directory: Path, dtype: str) -> None:
     tokenizer = None if run.tokenizer is None else Tokenizer(run.tokenizer)
     eos = None if tokenizer is None else tokenizer.eos_id
     model = run.config.model
-    _json(directory / "config.json", exported_config(model, run.config.seq_len, eos, _NAMES[dtype]))
+    vocabulary = {} if tokenizer is None else {VOCABULARY: tokenizer.vocabulary_sha256}
+    exported = exported_config(model, run.config.seq_len, eos, _NAMES[dtype])
+    _json(directory / "config.json", exported | vocabulary)
     # Only stable keys: transformers refuses contradictions such as a temperature without sampling.
     generation = {"do_sample": True, "temperature": 0.8, "top_k": 50, "eos_token_id": eos, "pad_token_id": eos}
     _json(directory / "generation_config.json", {key: value for key, value in generation.items() if value is not None})
