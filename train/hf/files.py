@@ -136,16 +136,20 @@ class HfDirectory:
         return self.path / file
 
     def _json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise HfError(f"{path} is missing: {self.path} is no directory of a Hugging Face checkpoint") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise HfError(f"{path} cannot be read as JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise HfError(f"{path} must hold a JSON object")
-        return content
+        return read_object(self.path / name)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a Hugging Face directory. Raises `HfError` that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HfError(f"{path} is missing: {path.parent} is no directory of a Hugging Face checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise HfError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise HfError(f"{path} must hold a JSON object")
+    return content
 
 
 def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
