@@ -51,9 +51,10 @@ def _run(arguments: list[str]) -> str:
     if not options.out:
         tokenizer = find_tokenizer(Path(directory))
         return overrides(model) + ("" if tokenizer is None else f" {shlex.quote(f'data.tokenizer={tokenizer}')}")
-    checkpoint = import_run(directory, Path(options.out), model, options.summary_from, options.allow_pickle)
+    checkpoint, unused = import_run(directory, Path(options.out), model, options.summary_from, options.allow_pickle)
     return (
         f"wrote {checkpoint}; sample it: python -m train.generate {options.out}; train from it: init_from={options.out}"
+        f"{unused}"
     )
 
 

@@ -45,7 +45,8 @@ def describe(path: str | Path, end_token: str | None = None) -> dict[str, Any]:
         DataError: one of the files is not a JSON object, or holds a value of the wrong type.
     """
     directory = Path(path).parent
-    held, found = _json(directory / DESCRIPTION), {}
+    held = _json(directory / DESCRIPTION)
+    found: dict[str, Any] = {}
     for key in _SPECIAL:
         token = held.get(key)
         if isinstance(token, Mapping):  # an added token with its options

@@ -272,8 +272,11 @@ def _summary_row(summary_from: str, directory: str) -> int | None:
 
 def import_run(
     hf_directory: str, out: Path, model: ModelConfig, summary_from: str, allow_pickle: bool
-) -> CheckpointPath:
-    """Write a run directory at step 0 with the weights of `hf_directory`; one tensor is in memory at a time."""
+) -> tuple[CheckpointPath, str]:
+    """Write a run directory at step 0 with the weights of `hf_directory`; one tensor is in memory at a time.
+
+    Returns its checkpoint and the end of a line for the user, see `Weights.describe_unused`.
+    """
     weights = _weights(hf_directory, model, summary_from, allow_pickle)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"out={out} is not empty: choose a directory that does not exist yet")
@@ -300,7 +303,7 @@ def import_run(
     (out / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
     if tokenizer is not None:
         copy_tokenizer(tokenizer, out / RUN_TOKENIZER)
-    return checkpoint
+    return checkpoint, weights.describe_unused()
 
 
 def _stored(weights: Weights, name: str) -> rewrite.StoredTensor:
