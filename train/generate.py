@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from data_pipeline import Tokenizer
-from data_pipeline.text.end_token import END_IDS
 from ksa_model.config import ModelConfig
 from ksa_model.decoding.generate import Sampling, generate
 from ksa_model.layers.tensor_parallel import TensorParallel
@@ -72,8 +71,7 @@ def load(directory: Path, world: groups.World, dtype: str) -> GenerationSession:
     if (directory / "config.json").is_file():
         return _load_hf(directory, world, dtype)
     model, tokenizer = load_run(directory, world, _DTYPES[dtype])
-    ends = {tokenizer.eos_id, *tokenizer.description.get(END_IDS, ())}
-    return GenerationSession(model, tokenizer, tuple(sorted(ends)), read_config(directory).seq_len)
+    return GenerationSession(model, tokenizer, tokenizer.ends, read_config(directory).seq_len)
 
 
 def load_run(directory: Path, world: groups.World, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Tokenizer]:
@@ -108,7 +106,7 @@ def _load_hf(directory: Path, world: groups.World, dtype: str) -> GenerationSess
     weights = import_weights.Weights(tensors, source, source.config)
     model = Decoder(source.config, TensorParallel(world.tensor_group, dtype=_DTYPES[dtype])).to(world.device).eval()
     import_weights.load_model(model, weights, world)
-    ends = {tokenizer.eos_id, *tokenizer.description.get(END_IDS, ()), *_named_ends(directory)}
+    ends = {*tokenizer.ends, *_named_ends(directory)}
     return GenerationSession(model, tokenizer, tuple(sorted(ends)), source.max_positions)
 
 

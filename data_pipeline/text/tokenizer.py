@@ -23,7 +23,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.packing.order import mix64
 from data_pipeline.store.files import atomic_write, build_once, write_json
 from data_pipeline.text.cut import PIECE_CHARACTERS, cut_text
-from data_pipeline.text.end_token import NAMED_END, describe
+from data_pipeline.text.end_token import END_IDS, NAMED_END, describe
 from data_pipeline.text.hf_tokenizer import HuggingFaceTokenizer
 
 SPACE_SYMBOL = "\u2581"
@@ -169,6 +169,14 @@ class Tokenizer:
     def vocabulary_sha256(self) -> str:
         """sha256 (hex) of the tokens and their ids: equal for two files that hold the same vocabulary."""
         return hashlib.sha256(json.dumps(self.vocabulary).encode()).hexdigest()
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that may end a generated text: `eos_id` first, then those that stand beside the file."""
+        own = self.description.get("eos_token")
+        named = [self.vocabulary.index(own)] if own in self.vocabulary else []
+        listed = [end for end in self.description.get(END_IDS, ()) if end < self.vocab_size]
+        return tuple(dict.fromkeys([self.eos_id, *named, *listed]))
 
     @cached_property
     def joins(self) -> bool:

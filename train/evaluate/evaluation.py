@@ -120,7 +120,9 @@ def load(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainConfig
     if world.device.type == "cuda" and config.run.precision == "bf16":
         model = model.to(torch.bfloat16)  # as it was trained
     # The tokenizer that the run directory keeps is the one the data were prepared with, here or elsewhere.
-    data = dataclasses.replace(config.data, tokenizer=config.data.tokenizer or str(directory / "tokenizer.model"))
+    named = config.data.tokenizer
+    kept = named if named is not None and Path(named).is_file() else str(directory / tokenizers.RUN_TOKENIZER)
+    data = dataclasses.replace(config.data, tokenizer=kept)
     return model, tokenizer, dataclasses.replace(config, data=data)
 
 

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import ksa_model.hf
 from data_pipeline import Tokenizer
-from data_pipeline.text.end_token import END_IDS
 from ksa_model.config import ModelConfig
 from ksa_model.hf import naming
 from ksa_model.hf.configs import MODELING_FILE, TOKENIZER_FILE, check_exportable, exported_config, is_plain
@@ -155,10 +154,8 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
 def _generation_ends(tokenizer: Tokenizer) -> dict[str, Any]:
     """`eos_token_id` and `pad_token_id`: a text ends where training ended documents, or where the tokenizer says so."""
     tokens = _special_tokens(tokenizer)
-    own = [tokenizer.vocabulary.index(tokens[key]) for key in ("eos_token", "pad_token")]
-    named = [end for end in tokenizer.description.get(END_IDS, ()) if end < tokenizer.vocab_size]
-    ends = list(dict.fromkeys([tokenizer.eos_id, own[0], *named]))
-    return {"eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": own[1]}
+    ends, pad = list(tokenizer.ends), tokenizer.vocabulary.index(tokens["pad_token"])
+    return {"eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": pad}
 
 
 def _write_tokenizer(path: Path, tokenizer: Tokenizer, directory: Path, max_positions: int, ours: Path) -> None:

@@ -203,7 +203,7 @@ def add_bos(path, wrapped):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_exports_begin_as_training_does(tmp_path, capsys, qwen, wrapped):
+def test_exports_begin_as_training_does(world, tmp_path, capsys, qwen, wrapped):
     """An imported chat model: no token before a text, and its template, ends and padding go along."""
     import shutil
 
@@ -229,6 +229,8 @@ def test_exports_begin_as_training_does(tmp_path, capsys, qwen, wrapped):
     assert model.generation_config.eos_token_id == [0, 1] and model.generation_config.pad_token_id == 2
     assert model.config.eos_token_id == 0  # which ended the documents of the training
     assert Tokenizer(tmp_path / "out/tokenizer.json").vocabulary_sha256 == ours.vocabulary_sha256
+    for source in ("hf", "run", "out"):
+        assert set(generate.load(tmp_path / source, world, "fp32").stop_tokens) == {0, 1}
 
 
 def test_a_tokenizer_that_adds_nothing_is_exported_as_it_is(qwen):
