@@ -149,6 +149,8 @@ class DataConfig:
     """Share of documents held out, chosen by a hash of the document's text: equal texts go to the same split."""
     tokenizer: str | None = None
     """Path of a SentencePiece model or a Hugging Face tokenizer.json; None trains one on the training split."""
+    end_token: str | None = None
+    """The token of `tokenizer` that ends a document; None: see `data_pipeline.text.end_token`."""
     vocab_size: int = 4096
     """Pieces of a tokenizer trained here; a given `tokenizer` brings its own."""
     tokenizer_type: str = "bpe"
@@ -195,6 +197,8 @@ class DataConfig:
             value = getattr(self, name)
             _require(value is None or (isinstance(value, str) and value != ""), name, self, "a path or null")
             _require("\0" not in (value or ""), name, self, "without a NUL character, which no path has")
+        end = self.end_token
+        _require(end is None or (isinstance(end, str) and end != ""), "end_token", self, "a token or null")
         for name in ("vocab_size", "seed", "prefetch_samples", "retries"):
             _require(_is_whole(getattr(self, name)), name, self, "a whole number")
         for name in ("verify", "stream", "accept_changes"):

@@ -112,7 +112,7 @@ def _command(arguments: Sequence[str]) -> None:
     if samples is None:
         raise DataError(f"part={extra['part']}: no documents are held out")
     lines = [*data.report(), *describe_packing(data, samples)]
-    lines += describe_sample(samples.at(extra["sample"]), Tokenizer(data.tokenizer_path))
+    lines += describe_sample(samples.at(extra["sample"]), Tokenizer(data.tokenizer_path, data.config.end_token))
     print("\n".join(lines))
     if extra["picture"]:
         rows = range(extra["sample"], min(extra["sample"] + extra["rows"], max(samples.num_samples, 1)))

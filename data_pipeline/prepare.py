@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from data_pipeline import cli
 from data_pipeline.config import SPLITS
-from data_pipeline.text.prepare import prepare
+from data_pipeline.text.prepare import inexact_lines, prepare
 
 _UNUSED_FIELDS = tuple(
     "seed prefetch_samples cache_gb stream slab_mb accept_changes corpora temperature stages tasks probe_tokens".split()
@@ -42,6 +42,8 @@ def _command(arguments: Sequence[str]) -> None:
         print(f"  {split:10} {counts}  {rate:.2f} bytes/token")
     for reason, count in sorted(data.manifest["source"]["skipped"].items()):
         print(f"  left out   {count:>9} documents  {reason}")
+    for line in inexact_lines(data.manifest):
+        print(f"  {line}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,9 +34,9 @@ def _command(arguments: Sequence[str]) -> None:
     if verb not in ("info", "encode") or config.tokenizer is None:
         raise DataError(f"{verb!r}: the commands are train, info and encode; the last two need tokenizer=FILE")
     if verb == "info":
-        _print_info(config.tokenizer)
+        _print_info(config.tokenizer, config.end_token)
         return
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = Tokenizer(config.tokenizer, config.end_token)
     ids = tokenizer.encode(_decode_utf8(extra["text"]) or _decode_utf8(sys.stdin.buffer.read()))
     for token_id in ids.tolist():
         print(f"{token_id}\t{tokenizer.token(token_id)!r}")
@@ -80,9 +80,10 @@ def _decode_utf8(given: str | bytes) -> str:
         raise DataError(f"{origin}: is not UTF-8 ({byte}); convert it, for example with iconv") from error
 
 
-def _print_info(path: str) -> None:
-    tokenizer = Tokenizer(path)
+def _print_info(path: str, end_token: str | None = None) -> None:
+    tokenizer = Tokenizer(path, end_token)
     print(f"{path}: {tokenizer.kind}, {tokenizer.vocab_size} tokens, sha256 {tokenizer.fingerprint}")
+    print(f"sha256 of the vocabulary {tokenizer.vocabulary_sha256}")
     print(f"a document ends with {tokenizer.eos_id} {tokenizer.token(tokenizer.eos_id)!r}")
 
 

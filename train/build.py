@@ -75,4 +75,4 @@ def make_probes(config: TrainConfig, data: TrainingData, world: World) -> InLoop
     """The probes of `run.probe_every`, or None where it is null."""
     if config.run.probe_every is None:
         return None
-    return InLoopProbes(config, Tokenizer(data.tokenizer_path), world)
+    return InLoopProbes(config, Tokenizer(data.tokenizer_path, config.data.end_token), world)

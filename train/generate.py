@@ -6,10 +6,9 @@ line.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +26,8 @@ from train.config.run_directory import read_config
 from train.config.schema import USER_ERRORS
 from train.distributed import groups
 from train.distributed.signals import BAD_INPUT
-from train.hf import import_weights
+from train.hf import import_weights, tokenizers
+from train.hf.files import CONFIG, read_object
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -71,19 +71,22 @@ def load(directory: Path, world: groups.World, dtype: str) -> GenerationSession:
     if (directory / "config.json").is_file():
         return _load_hf(directory, world, dtype)
     model, tokenizer = load_run(directory, world, _DTYPES[dtype])
-    return GenerationSession(model, tokenizer, (tokenizer.eos_id,), read_config(directory).seq_len)
+    return GenerationSession(model, tokenizer, tokenizer.ends, read_config(directory).seq_len)
 
 
 def load_run(directory: Path, world: groups.World, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Tokenizer]:
     """The newest checkpoint of a run as a bare model, and the run's tokenizer."""
-    config, tokenizer_path = read_config(directory), directory / "tokenizer.model"
-    if not tokenizer_path.is_file():
-        raise ConfigError(f"{tokenizer_path} is missing: {directory} is not the directory of a run")
+    config = read_config(directory)
+    if not (directory / tokenizers.RUN_TOKENIZER).is_file():
+        missing = directory / tokenizers.RUN_TOKENIZER
+        raise ConfigError(f"{missing} is missing: {directory} is not the directory of a run")
     own = locate.checkpoint_directory(directory, config.checkpoint.dir, config.run.name)
     if not (saved := storage.finished(own)):
         raise ConfigError(f"{directory} has no finished checkpoint yet: there is none below {own}")
     found = saved[-1]
     state = locate.read_state(found)
+    tokenizer_path = tokenizers.run_tokenizer(directory, found, state)
+    assert tokenizer_path is not None
     # The model as it was saved: annealing drops parameters that the run began with.
     settings = from_mapping(ModelConfig, state["config"]["model"], "model.")
     model = Decoder(settings, TensorParallel(world.tensor_group, dtype=dtype)).to(world.device).eval()
@@ -93,29 +96,41 @@ def load_run(directory: Path, world: groups.World, dtype: torch.dtype = torch.fl
 
 
 def _load_hf(directory: Path, world: groups.World, dtype: str) -> GenerationSession:
-    tokenizer_path = import_weights.find_tokenizer(directory)
+    tokenizer_path = tokenizers.find_tokenizer(directory)
     if tokenizer_path is None:
         raise ConfigError(
-            f"{directory} holds none of {', '.join(import_weights.TOKENIZERS)}: generating text needs a tokenizer"
+            f"{directory} holds none of {', '.join(tokenizers.TOKENIZERS)}: generating text needs a tokenizer"
         )
     tokenizer = Tokenizer(tokenizer_path)
     tensors, source = import_weights.open_source(directory)
     weights = import_weights.Weights(tensors, source, source.config)
     model = Decoder(source.config, TensorParallel(world.tensor_group, dtype=_DTYPES[dtype])).to(world.device).eval()
     import_weights.load_model(model, weights, world)
-    ends = {tokenizer.eos_id}
-    for name in ("config.json", "generation_config.json"):
-        if (directory / name).is_file():
-            named = json.loads((directory / name).read_text(encoding="utf-8")).get("eos_token_id")
-            ends |= set(named if isinstance(named, list) else [] if named is None else [named])
+    ends = {*tokenizer.ends, *_named_ends(directory)}
     return GenerationSession(model, tokenizer, tuple(sorted(ends)), source.max_positions)
 
 
-class TextStream:
-    """Turns the tokens of one continuation into text as they arrive. An incomplete UTF-8 character is held back."""
+def _named_ends(directory: Path) -> list[int]:
+    """`eos_token_id` of config.json; that of generation_config.json comes with the tokenizer."""
+    named = read_object(directory / CONFIG).get("eos_token_id")
+    ends = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
+        raise ConfigError(f"{directory / CONFIG}: eos_token_id={named!r} must be token ids; correct it")
+    return ends
 
-    def __init__(self, tokenizer: Tokenizer):
+
+_CONTEXT_TOKENS = 64  # of the prompt, decoded together with the answer
+
+
+class TextStream:
+    """Turns the tokens of one continuation into text as they arrive. An incomplete UTF-8 character is held back.
+
+    They are decoded behind the end of the prompt: many tokenizers drop the space before the first word of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
+        self._prompt = list(prompt)[-_CONTEXT_TOKENS:]
         self._tokens: list[int] = []
         self._shown = 0
 
@@ -123,11 +138,19 @@ class TextStream:
         """The text that `token` completes; None ends the stream and gives what was held back."""
         if token is not None:
             self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
+        text = continuation(self._tokenizer, self._prompt, self._tokens)
         if token is not None:
             text = text.rstrip("\ufffd")
         new, self._shown = text[self._shown :], max(self._shown, len(text))
         return new
+
+
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of `tokens`, which continue `prompt`."""
+    context = [*prompt][-_CONTEXT_TOKENS:]
+    before, together = tokenizer.decode(context), tokenizer.decode([*context, *tokens])
+    # A decoder may change what stands before, such as an incomplete character.
+    return together[len(before) :] if together.startswith(before) else tokenizer.decode(tokens)
 
 
 def answer(session: GenerationSession, prompts: list[str], config: GenerateConfig) -> None:
@@ -148,7 +171,7 @@ def answer(session: GenerationSession, prompts: list[str], config: GenerateConfi
             f"a prompt of {longest} tokens and max_tokens={config.max_tokens} are more than the model's "
             f"{session.max_positions} positions; give a shorter prompt or fewer max_tokens"
         )
-    stream, began, first, is_single = TextStream(tokenizer), time.perf_counter(), 0.0, len(prompts) == 1
+    stream, began, first, is_single = TextStream(tokenizer, encoded[0]), time.perf_counter(), 0.0, len(prompts) == 1
 
     def show(new: list[int | None]) -> None:
         nonlocal first
@@ -163,8 +186,8 @@ def answer(session: GenerationSession, prompts: list[str], config: GenerateConfi
     if is_single:
         print(stream.add(None))
     else:
-        for prompt, tokens in zip(prompts, continuations):
-            print(f"{prompt}{tokenizer.decode(tokens)}\n")
+        for prompt, given, tokens in zip(prompts, encoded, continuations):
+            print(f"{prompt}{continuation(tokenizer, given, tokens)}\n")
     count, longest = sum(map(len, continuations)), max(cache.lengths)
     full = replace(model.config, layer_pattern="F", window_chunks=0).cache_bytes(
         longest, model.embedding.weight.itemsize

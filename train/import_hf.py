@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ksa_model.config import ModelConfig
-from ksa_model.hf.configs import read_config
 from train.config.conversion import from_mapping, from_text, from_words, key_values
 from train.config.errors import ConfigError
 from train.config.schema import USER_ERRORS
 from train.distributed.signals import BAD_INPUT
 from train.hf.files import HfDirectory
 from train.hf.import_weights import MEAN, import_run
+from train.hf.tokenizers import find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,15 @@ def _run(arguments: list[str]) -> str:
     words = key_values(arguments[1:], sorted({*hints, *(f.name for f in fields(ImportOptions))}), ConfigError)
     options = from_words(ImportOptions, [f"{key}={text}" for key, text in words if key not in hints])
     changes = {key: from_text(hints[key], text, f"model.{key}", ConfigError) for key, text in words if key in hints}
-    source = read_config(HfDirectory(directory, options.allow_pickle).config)
+    source = HfDirectory(directory, options.allow_pickle).spec()
     model = from_mapping(ModelConfig, asdict(source.config) | changes, "model.")
     if not options.out:
-        return overrides(model)
-    checkpoint = import_run(directory, Path(options.out), model, options.summary_from, options.allow_pickle)
+        tokenizer = find_tokenizer(Path(directory))
+        return overrides(model) + ("" if tokenizer is None else f" {shlex.quote(f'data.tokenizer={tokenizer}')}")
+    checkpoint, unused = import_run(directory, Path(options.out), model, options.summary_from, options.allow_pickle)
     return (
         f"wrote {checkpoint}; sample it: python -m train.generate {options.out}; train from it: init_from={options.out}"
+        f"{unused}"
     )
 
 

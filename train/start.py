@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from train import stages
 from train.checkpoint import locate
 from train.checkpoint.storage import CheckpointPath
 from train.config.schema import TrainConfig
-from train.hf import import_weights
+from train.hf import import_weights, tokenizers
+from train.hf.tokenizers import Owned
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,21 @@ def find_start(config: TrainConfig) -> Start:
     before = locate.read_state(found).get("config", {}).get("model", {})
     stages.check_inherited(config.stage, config.model, str(found), before)
     return Inherit(found)
+
+
+def tokenizer_of(config: TrainConfig, start: Start) -> Owned | None:
+    """The tokenizer that the weights of `start` belong to; None for weights that no one has trained yet."""
+    match start:
+        case Import():
+            assert config.init_from is not None
+            return tokenizers.of_import(config.init_from.removeprefix(import_weights.HF_PREFIX))
+        case Inherit(checkpoint):
+            return tokenizers.of_checkpoint(checkpoint, Path(config.init_from or ""))
+        case Resume(checkpoint):
+            return tokenizers.of_checkpoint(checkpoint, config.run.directory, Path(config.resume))
+    return None
+
+
+def with_tokenizer(config: TrainConfig, owned: Owned | None) -> TrainConfig:
+    """`config` with the tokenizer of the weights, where it names none. Raises `ConfigError` where they do not fit."""
+    return config if owned is None else tokenizers.choose(config, owned)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import TrainingData
+from data_pipeline import Tokenizer, TrainingData
 from train import stages
 from train.build import build_engine, make_loader
 from train.checkpoint import locate
@@ -20,6 +20,7 @@ from train.config.schema import TrainConfig
 from train.distributed.groups import World
 from train.health import SpikeDetector
 from train.hf import import_weights
+from train.hf.tokenizers import VOCABULARY
 from train.start import Fresh, Import, Inherit, Resume, Start, checkpoint_directory
 
 
@@ -33,6 +34,7 @@ class TrainState:
         """Fresh weights, and the loader at the first sample. `log_line` takes a line for the user."""
         self._config, self._world, self._log_line = config, world, log_line
         self._data_fingerprint = data.fingerprint
+        self._vocabulary_sha256 = Tokenizer(data.tokenizer_path, config.data.end_token).vocabulary_sha256
         self._tokenizer_sha256 = hashlib.sha256(Path(data.tokenizer_path).read_bytes()).hexdigest()
         self.loader = make_loader(config, data, world)
         self.engine = build_engine(config, world)
@@ -132,6 +134,7 @@ class TrainState:
             "own_share": weight,
             "data_fingerprint": self._data_fingerprint,
             "tokenizer_sha256": self._tokenizer_sha256,
+            VOCABULARY: self._vocabulary_sha256,
         }
         progress = Progress(step, tokens, self.loader.state(), {"recent_losses": self.spikes.recent})
         save = self.checkpoints.save_last if last else self.checkpoints.save

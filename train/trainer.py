@@ -30,9 +30,11 @@ from train.distributed.groups import World
 from train.distributed.signals import StopRequest
 from train.distributed.watchdog import Watchdog
 from train.health import bad_norm, not_finite
+from train.hf import tokenizers
+from train.logs.run_log import line_printer
 from train.logs.step_sums import StepSums, count
 from train.run import Run
-from train.start import Start, find_start
+from train.start import Start, find_start, tokenizer_of, with_tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,15 @@ def train(config: TrainConfig) -> RunResult:
     _check_device(config, device)
     run_directory.check(config.run.directory, config)
     start = find_start(config)
+    owned = tokenizer_of(config, start)
+    chosen = with_tokenizer(config, owned)
+    if owned is not None and chosen is not config:
+        line_printer(rank == 0)(f"data.tokenizer={chosen.data.tokenizer}: the tokenizer of {owned.owner}")
+    config = chosen
     with StopRequest(config.run.max_minutes) as request:
         data = data_pipeline.open_data(config.data, progress=rank == 0 and config.logging.progress)
+        if owned is not None:
+            tokenizers.check(owned, data.tokenizer_path, f"the tokenizer of the data, {data.tokenizer_path},")
         config = dataclasses.replace(config, model=with_vocabulary(config.model, data.vocab_size))
         world = groups.initialize(config.parallel, device)
         try:

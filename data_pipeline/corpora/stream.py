@@ -83,11 +83,12 @@ class Stream(TrainingData):
         self.corpus = Corpus(replace(config, validation_fraction=0.0))
         self.corpus.files = tuple(file for file in self.corpus.files if file.split != VALIDATION)
         self.tokenizer_path = Path(config.tokenizer)
-        self.tokenizer = Tokenizer(self.tokenizer_path)
+        self.tokenizer = Tokenizer(self.tokenizer_path, config.end_token)
         self.vocab_size = self.tokenizer.vocab_size
         self.identity = {
             "corpus": fingerprint_of(self.corpus.identity()),
             "tokenizer": self.tokenizer.fingerprint,
+            **self.tokenizer.identity,
             "seed": config.seed,
             "slab_mb": float(config.slab_mb),
             "max_document_tokens": config.max_document_tokens,
@@ -126,7 +127,7 @@ class Stream(TrainingData):
         skipped: Counter[str] = Counter()
         with ShardWriter(directory / _SHARD, dtype, config.max_document_tokens) as writer:
             pieces = cutter.take(self.corpus.pieces(begin.position, file_at))
-            for piece, tokens, _ in encode_all(pieces, tokenizer, dtype):
+            for piece, tokens, *_ in encode_all(pieces, tokenizer, dtype):
                 if piece.skip_reason is not None:
                     skipped[piece.skip_reason] += 1
                     continue

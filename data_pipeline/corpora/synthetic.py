@@ -123,10 +123,10 @@ class Synthetic(TrainingData):
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         self.tokenizer_path = Path(config.tokenizer or _train_tokenizer(config))
-        self.tokenizer = Tokenizer(self.tokenizer_path)
+        self.tokenizer = Tokenizer(self.tokenizer_path, config.end_token)
         self.vocab_size = self.tokenizer.vocab_size
         identity = [_ALGORITHM, self.tokenizer.fingerprint, config.seed, list(config.tasks), config.probe_tokens]
-        self.fingerprint = fingerprint_of(identity)
+        self.fingerprint = fingerprint_of([*identity, *self.tokenizer.identity.values()])
 
     def _samples(self, split: str, seq_len: int, alignment: int) -> SyntheticSamples:
         # Both splits are endless and have no sample in common.
@@ -156,6 +156,7 @@ class SyntheticSamples(Samples):
         self.statistics: dict[str, dict[int, float]] = {"tokens_beyond": {}}
         self.identity = {
             "tokenizer": tokenizer.fingerprint,
+            **tokenizer.identity,
             "seed": config.seed,
             "tasks": list(config.tasks),
             "split": split,

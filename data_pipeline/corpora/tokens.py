@@ -17,11 +17,12 @@ from data_pipeline.packing.plan import Plan, Selection, build_plan, tokens_beyon
 from data_pipeline.packing.samples import Samples, TrainingData
 from data_pipeline.store import ids, verify
 from data_pipeline.store.cache import BlockCache
-from data_pipeline.store.files import fingerprint_of, read_json, sha256_of_file
+from data_pipeline.store.files import build_once, fingerprint_of, read_json, sha256_of_file
 from data_pipeline.store.manifest import MANIFEST, TOKENIZER, check_format
 from data_pipeline.store.remote import RemoteObject, find_remote, info_or_none, is_remote, with_retries
 from data_pipeline.store.shards import RemoteShardReader, ShardReader, ShardSet
-from data_pipeline.text.prepare import PreparedData, open_prepared, prepare
+from data_pipeline.text.end_token import copy_tokenizer
+from data_pipeline.text.prepare import PreparedData, inexact_lines, open_prepared, prepare
 from data_pipeline.text.sources import list_local_files
 from data_pipeline.text.tokenizer import Tokenizer
 
@@ -56,9 +57,21 @@ class TokenCorpus(TrainingData):
         self.prefixes, self._hashes, self._opener = prefixes, hashes, opener
         self._hash_ranges = hash_ranges or {}
         self._open: dict[str, ShardSet] = {}
-        self.tokenizer = Tokenizer(tokenizer_path)
+        self.tokenizer = Tokenizer(tokenizer_path, config.end_token)
+        self._check_end()
         self.vocab_size = self.tokenizer.vocab_size
         self.fingerprint = fingerprint_of([self.tokenizer.fingerprint, [hashes[split] for split in SPLITS]])
+
+    def _check_end(self) -> None:
+        """Raise DataError if the shards end their documents with another token than the tokenizer says."""
+        written, tokenizer = (self.manifest or {}).get("tokenizer", {}).get("eos_id"), self.tokenizer
+        if written not in (None, tokenizer.eos_id):
+            raise DataError(
+                f"data.path={self.config.path}: its documents end with token {written} "
+                f"({tokenizer.token(written)!r}), the tokenizer names {tokenizer.eos_id} "
+                f"({tokenizer.token(tokenizer.eos_id)!r}); set data.end_token={tokenizer.token(written)!r}, or prepare "
+                f"the corpus again"
+            )
 
     def shards(self, split: str) -> ShardSet:
         """The shards of a split. Where both splits have the same shards, `lengths` and `plan` select its documents."""
@@ -108,6 +121,7 @@ class TokenCorpus(TrainingData):
                 )
         for reason, count in sorted((self.manifest or {}).get("source", {}).get("skipped", {}).items()):
             lines.append(f"left out: {count:,} documents, {reason}")
+        lines += inexact_lines(self.manifest or {})
         return lines
 
     def _select(self, split: str, selection: Selection | None) -> Selection:
@@ -124,7 +138,7 @@ def open_corpus(config: DataConfig, *, progress: bool = False) -> TokenCorpus:
         return _open_megatron(config)
     if is_remote(config.path):
         return _open_remote_shards(config)
-    given_tokenizer = None if config.tokenizer is None else Tokenizer(config.tokenizer).fingerprint
+    given_tokenizer = None if config.tokenizer is None else Tokenizer(config.tokenizer, config.end_token).fingerprint
     if not os.path.isfile(Path(config.path) / MANIFEST):  # unlike Path's, False for a name that is too long
         raise DataError(f"data.path={config.path}: holds no {MANIFEST}; data.source=shards needs a prepared directory")
     prepared = open_prepared(config.path, given_tokenizer)
@@ -159,7 +173,14 @@ def _open_remote_shards(config: DataConfig) -> TokenCorpus:
     check_format(manifest, f"{root}/{MANIFEST}")
     recorded = manifest["tokenizer"]["fingerprint"]
     tokenizer_path = fetch(TOKENIZER, recorded)
-    if config.tokenizer is not None and (given := Tokenizer(config.tokenizer).fingerprint) != recorded:
+    if description := manifest["tokenizer"].get("description"):
+        described = Path(config.cache_dir) / f"remote-tokenizer-{fingerprint_of([recorded, description])[:16]}"
+        build_once(described, TOKENIZER, lambda target: copy_tokenizer(tokenizer_path, target / TOKENIZER, description))
+        tokenizer_path = described / TOKENIZER
+    if (
+        config.tokenizer is not None
+        and (given := Tokenizer(config.tokenizer, config.end_token).fingerprint) != recorded
+    ):
         raise DataError(
             f"data.tokenizer={config.tokenizer}: does not fit the shards in {root}: they were made with tokenizer "
             f"sha256 {recorded}, the configured tokenizer has {given}; use that tokenizer, or prepare the corpus again"
@@ -193,7 +214,7 @@ def _verify_remote(file: RemoteObject, expected: str) -> None:
 def _open_megatron(config: DataConfig) -> TokenCorpus:
     """Existing .bin/.idx files. No manifest has their hashes: the index and ranges of the tokens identify them."""
     assert config.path is not None and config.tokenizer is not None
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = Tokenizer(config.tokenizer, config.end_token)
     remote = is_remote(config.path)
     cache = _block_cache(config) if remote else None
 

@@ -24,15 +24,22 @@ import numpy as np
 from data_pipeline.config import RAW, SPLITS, TRAIN, VALIDATION, DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store import verify
-from data_pipeline.store.files import atomic_write, build_once, fingerprint_of, read_json, sha256_of_file, write_json
+from data_pipeline.store.files import build_once, fingerprint_of, read_json, sha256_of_file, write_json
 from data_pipeline.store.manifest import FORMAT_VERSION, MANIFEST, TOKENIZER, check_format, damage_errors
 from data_pipeline.store.remote import is_remote
 from data_pipeline.store.shards import ShardWriter, token_dtype
 from data_pipeline.text.cut import PIECE_CHARACTERS
-from data_pipeline.text.encode import encode_all
+from data_pipeline.text.encode import Encoded, encode_all
+from data_pipeline.text.end_token import copy_tokenizer
 from data_pipeline.text.readers import Position
 from data_pipeline.text.sources import Corpus, Piece
-from data_pipeline.text.tokenizer import CHUNK_CHARACTERS, TRAINING_CHARACTERS, Tokenizer, train_tokenizer
+from data_pipeline.text.tokenizer import (
+    CHUNK_CHARACTERS,
+    TRAINING_CHARACTERS,
+    Tokenizer,
+    check_trained,
+    train_tokenizer,
+)
 
 _PROGRESS = "progress.json"
 
@@ -74,7 +81,9 @@ def prepare(config: DataConfig, *, progress: bool = False) -> PreparedData:
     if is_remote(config.cache_dir):
         raise DataError(f"{config.cache_dir}: shards are written to a local directory; copy them from there")
     corpus = Corpus(config)
-    given_tokenizer = None if config.tokenizer is None else Tokenizer(config.tokenizer).fingerprint
+    check_trained(config)
+    given = None if config.tokenizer is None else Tokenizer(config.tokenizer, config.end_token)
+    given_tokenizer = None if given is None else given.fingerprint
     request = {
         "format": FORMAT_VERSION,
         "corpus": corpus.identity(),
@@ -82,6 +91,7 @@ def prepare(config: DataConfig, *, progress: bool = False) -> PreparedData:
         "chunk_characters": [CHUNK_CHARACTERS, PIECE_CHARACTERS],
         "max_document_tokens": config.max_document_tokens,
         "shard_mb": float(config.shard_mb),
+        **({} if given is None else given.identity),
     }
     directory = Path(config.cache_dir) / f"{corpus.name}-{fingerprint_of(request)[:16]}"
 
@@ -142,11 +152,22 @@ def open_prepared(directory: str | Path, tokenizer_fingerprint: str | None = Non
     )
 
 
+def inexact_lines(manifest: dict[str, Any]) -> list[str]:
+    """What the tokenizer of a prepared corpus lost, for the user; empty where every document comes back exactly."""
+    inexact = manifest.get("tokenizer", {}).get("inexact", {})
+    if not inexact.get("documents"):
+        return []
+    unknown = inexact.get("unknown_tokens", 0)
+    return [
+        f"changed: {inexact['documents']:,} documents do not come back exactly from their tokens, because the "
+        f"tokenizer drops or changes characters ({unknown:,} unknown tokens)"
+    ]
+
+
 def _build(directory: Path, config: DataConfig, corpus: Corpus, progress: bool) -> None:
     tokenizer_path = directory / TOKENIZER
     if config.tokenizer is not None:
-        with atomic_write(tokenizer_path) as file:
-            file.write(Path(config.tokenizer).read_bytes())
+        copy_tokenizer(config.tokenizer, tokenizer_path, end_token=config.end_token)
     elif not tokenizer_path.exists():
         with _progress_bar(corpus, "reading for the tokenizer", progress) as bar:
             texts = (piece.text for piece in _count_bytes(corpus.pieces(), bar) if piece.split == TRAIN)
@@ -158,9 +179,11 @@ def _build(directory: Path, config: DataConfig, corpus: Corpus, progress: bool) 
         bar = stack.enter_context(_progress_bar(corpus, "encoding", progress))
         bar.update(sum(file.num_bytes for file in corpus.files[: output.position.file]) + output.position.offset)
         started, num_text_bytes = time.perf_counter(), 0
-        for piece, tokens, num_bytes in encode_all(_count_bytes(corpus.pieces(output.position), bar), tokenizer, dtype):
-            output.add(piece, tokens, num_bytes)
-            num_text_bytes += num_bytes
+        pieces = _count_bytes(corpus.pieces(output.position), bar)
+        # A tokenizer that is trained here gives every text back; a given one is compared.
+        for encoded in encode_all(pieces, tokenizer, dtype, compare=config.tokenizer is not None):
+            output.add(encoded)
+            num_text_bytes += encoded.num_bytes
             rate = num_text_bytes / 1e6 / max(time.perf_counter() - started, 1e-9)
             bar.set_postfix_str(f"{rate:.1f} MB/s of text", refresh=False)
         output.commit()
@@ -187,6 +210,9 @@ def _build(directory: Path, config: DataConfig, corpus: Corpus, progress: bool) 
             "kind": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
+            "vocabulary_sha256": tokenizer.vocabulary_sha256,
+            "description": tokenizer.description,
+            "inexact": dict(output.inexact),
             "chunk_characters": CHUNK_CHARACTERS,
             "piece_characters": PIECE_CHARACTERS,
         },
@@ -240,6 +266,7 @@ class _ShardOutput:
     Attributes:
         position: where the next document begins in the corpus.
         skipped: number of documents left out, by reason.
+        inexact: number of `documents` that do not come back from their tokens, and of `unknown_tokens`.
     """
 
     def __init__(self, directory: Path, dtype: np.dtype, config: DataConfig) -> None:
@@ -249,13 +276,15 @@ class _ShardOutput:
         self._open = ExitStack()
         self._writers: dict[str, ShardWriter] = {}
         self._open_bytes = 0  # of the text of the document that is not closed yet
-        self.position, self.skipped, self._group = Position(), Counter[str](), 0
+        self._open_inexact = Counter[str]()  # of that document
+        self.position, self.skipped, self.inexact, self._group = Position(), Counter[str](), Counter[str](), 0
         self.splits = {split: _SplitCounts() for split in SPLITS}
         if (directory / _PROGRESS).exists():
             done = read_json(directory / _PROGRESS)
             with damage_errors(str(directory / _PROGRESS), "delete its directory to build it again"):
                 self.position, self._group = Position(*done["position"]), done["group"]
                 self.skipped.update(done["skipped"])
+                self.inexact.update(done.get("inexact", {}))
                 self.splits = {split: _SplitCounts(done["splits"][split]) for split in SPLITS}
         listed = {shard["name"] for counts in self.splits.values() for shard in counts.shards}
         for path in [*directory.glob("*.bin"), *directory.glob("*.idx")]:
@@ -268,22 +297,27 @@ class _ShardOutput:
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
 
-    def add(self, piece: Piece, tokens: np.ndarray, num_bytes: int) -> None:
-        """Append the next piece of the corpus: `tokens` int [num_tokens], from `num_bytes` bytes of text."""
+    def add(self, encoded: Encoded) -> None:
+        """Append the next piece of the corpus."""
+        piece = encoded.piece
         if piece.is_first:
-            self._open_bytes = 0
+            self._open_bytes, self._open_inexact = 0, Counter()
         if piece.skip_reason is not None:
             self.skipped[piece.skip_reason] += 1
         else:
             writer = self._writer(piece.split)
-            writer.append(tokens)
-            self._open_bytes += num_bytes
+            writer.append(encoded.tokens)
+            self._open_bytes += encoded.num_bytes
+            if not encoded.is_exact:
+                self._open_inexact["documents"] = 1
+            self._open_inexact["unknown_tokens"] += encoded.num_unknown
             if piece.is_last:
                 num_tokens = writer.end_document()
                 if num_tokens is None:
                     self.skipped["too_long"] += 1
                 else:
                     self.splits[piece.split].count(num_tokens, self._open_bytes)
+                    self.inexact += self._open_inexact  # which leaves zeros out
         if piece.is_last:
             self.position = piece.end
             if any(writer.num_bytes >= self._shard_bytes for writer in self._writers.values()):
@@ -303,6 +337,7 @@ class _ShardOutput:
             "position": astuple(self.position),
             "group": self._group,
             "skipped": dict(self.skipped),
+            "inexact": dict(self.inexact),
             "splits": {split: counts.summary() for split, counts in self.splits.items()},
         }
         write_json(self._directory / _PROGRESS, progress)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +26,8 @@ from data_pipeline.packing.order import mix64
 from data_pipeline.store.files import atomic_write, build_once, check_regular, write_json
 from data_pipeline.store.remote import is_remote
 from data_pipeline.text.cut import PIECE_CHARACTERS, cut_text
+from data_pipeline.text.end_token import END_IDS, NAMED_END, describe
+from data_pipeline.text.hf_tokenizer import HuggingFaceTokenizer
 
 SPACE_SYMBOL = "\u2581"
 TRAINING_CHARACTERS = 8_000_000
@@ -33,14 +38,6 @@ _MIN_VOCAB = 260
 _MAX_VOCAB = 2**31
 _TRAINING_LINE = 4096
 _TRAINING_THREADS = 2  # a constant: unigram sums floats per thread, and the model must not depend on the machine
-_HF_END_TOKENS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-)
 
 
 def train_tokenizer(texts: Iterable[str], model_path: str | Path, vocab_size: int, tokenizer_type: str = "bpe") -> None:
@@ -91,8 +88,19 @@ def train_tokenizer(texts: Iterable[str], model_path: str | Path, vocab_size: in
         file.write(model.getvalue())
 
 
+def check_trained(config: DataConfig) -> None:
+    """Raise DataError where `config` names the end token of a tokenizer that is trained here, which has its own."""
+    if config.end_token is not None and config.tokenizer is None:
+        raise DataError(
+            f"data.end_token={config.end_token!r} names a token of data.tokenizer, which is not set; set it, or leave "
+            f"data.end_token null: a tokenizer that is trained here ends documents with </s>"
+        )
+
+
 def train_tokenizer_once(directory: Path, texts: Callable[[], Iterable[str]], config: DataConfig) -> str:
     """Train a tokenizer in `directory` by `config` on `texts()`, or find it there; returns the path of the model."""
+
+    check_trained(config)
 
     def build(target: Path) -> None:
         train_tokenizer(texts(), target / "tokenizer.model", config.vocab_size, config.tokenizer_type)
@@ -108,14 +116,17 @@ class Tokenizer:
     Attributes:
         kind: `SentencePiece` or `Hugging Face`.
         vocab_size: number of token ids.
-        eos_id: the token that ends a document.
+        eos_id: the token that ends a document; `data_pipeline.text.end_token` says which one that is.
+        unknown_id: the token that stands for characters which the vocabulary cannot spell, or None.
         fingerprint: sha256 (hex) of the file.
+        description: what stands beside the file about it, see `data_pipeline.text.end_token.describe`.
 
     Raises:
         DataError: the file is missing, is not a tokenizer, or has no token that ends a document.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, end_token: str | None = None) -> None:
+        """`end_token` is `data.end_token`: the token that ends a document, where it is named."""
         if is_remote(str(path)):
             raise DataError(f"{path}: a tokenizer is read from a local file; copy it from there")
         try:
@@ -125,23 +136,31 @@ class Tokenizer:
             raise DataError(f"{path}: cannot be used as a SentencePiece model or tokenizer.json ({error})") from error
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self._path = path
+        self.description = describe(path, end_token)
         is_json = content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{"
         what = "Hugging Face tokenizer.json" if is_json else "SentencePiece model"
         advice = "it may be damaged or of another kind; the file of a Hugging Face tokenizer is tokenizer.json"
         with library_errors(f"{path}: cannot be used as a {what}", advice):
-            self._model: _SentencePiece | _HuggingFace = (_HuggingFace if is_json else _SentencePiece)(path, content)
+            kind = HuggingFaceTokenizer if is_json else _SentencePiece
+            self._model: HuggingFaceTokenizer | _SentencePiece = kind(path, content, self.description)
         self.kind = self._model.kind
         self.vocab_size: int = self._model.vocab_size
         self.eos_id: int = self._model.eos_id
+        self.unknown_id: int | None = self._model.unknown_id
         if self.vocab_size > _MAX_VOCAB:
             raise DataError(f"{path}: has the token id {self.vocab_size - 1}; ids are at most {_MAX_VOCAB - 1}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells apart two uses of one file: the end token, where it is not the one that the file alone gives."""
+        return {} if self.eos_id == self._model.usual_end else {"end_token": self.eos_id}
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32 [num_tokens], without an end token.
 
         A long text is encoded in the pieces of `cut_text`. With a BPE model trained here, the ids are those of the
         whole text if pieces end after a newline, because no token contains one. If a piece ends after a space, or with
-        other tokenizers, ids at the cut may differ; the decoded text does not.
+        other tokenizers, ids at the cut may differ. The decoded text does not, unless `joins` is false.
 
         Raises:
             DataError: the tokenizer cannot encode the text, for example because it has no token for unknown characters.
@@ -165,20 +184,48 @@ class Tokenizer:
         """The tokenizer's own spelling of a token."""
         return self._model.token(token_id)
 
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """The tokenizer's own spelling of every token id; empty for an id that it does not use."""
+        return self._model.vocabulary()
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        """sha256 (hex) of the tokens and their ids: equal for two files that hold the same vocabulary."""
+        return hashlib.sha256(json.dumps(self.vocabulary).encode()).hexdigest()
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that may end a generated text: `eos_id` first, then those that stand beside the file."""
+        own = self.description.get("eos_token")
+        named = [self.vocabulary.index(own)] if own in self.vocabulary else []
+        listed = [end for end in self.description.get(END_IDS, ()) if end < self.vocab_size]
+        return tuple(dict.fromkeys([self.eos_id, *named, *listed]))
+
+    @cached_property
+    def joins(self) -> bool:
+        """Whether pieces of a text that are encoded one by one decode to the text.
+
+        False for a tokenizer that puts a space before every text ("dummy prefix"): each piece after the first gets one.
+        """
+        return self.decode([*self.encode("a"), *self.encode("a")]) == "aa"
+
 
 class _SentencePiece:
     kind = "SentencePiece"
 
-    def __init__(self, path: str | Path, content: bytes) -> None:
+    def __init__(self, path: str | Path, content: bytes, description: Mapping[str, Any]) -> None:
         import sentencepiece
 
         self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         self.vocab_size: int = self._model.vocab_size()
         if not self.vocab_size:
             raise DataError(f"{path}: cannot be used as a SentencePiece model (it holds no pieces)")
-        self.eos_id: int = self._model.eos_id()
-        if self.eos_id < 0:
-            raise DataError(f"{path}: the tokenizer has no end-of-sentence token, which must end every document")
+        self.eos_id: int = self._end(path, description)
+        own: int = self._model.eos_id()
+        self.usual_end: int | None = own if own >= 0 else None
+        unknown = self._model.unk_id()
+        self.unknown_id: int | None = unknown if unknown >= 0 else None
         self._splits_exactly = self._newline_stands_alone()
         space_symbol = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         has_bytes = all(self._model.is_byte(piece) for piece in space_symbol)
@@ -202,44 +249,37 @@ class _SentencePiece:
     def token(self, token_id: int) -> str:
         return self._model.id_to_piece(token_id)
 
+    def vocabulary(self) -> list[str]:
+        return [self._model.id_to_piece(piece) for piece in range(self.vocab_size)]
+
+    def _end(self, path: str | Path, description: Mapping[str, Any]) -> int:
+        """The piece that ends a document: the named one, or the model's own, or that of tokenizer_config.json."""
+        own: int = self._model.eos_id()
+        named = description.get(NAMED_END)
+        token = named or (description.get("eos_token") if own < 0 else None)
+        if token is None:
+            if own < 0:
+                raise DataError(
+                    f"{path}: the tokenizer has no end-of-sentence token, which must end every document; name one of "
+                    f"its tokens with data.end_token"
+                )
+            return own
+        piece = self._model.piece_to_id(token)
+        key = "data.end_token" if named else "tokenizer_config.json: eos_token"
+        if self._model.id_to_piece(piece) != token or self._model.is_unknown(piece):
+            raise DataError(f"{path}: {key}={token!r} is not one of its tokens; name one of them with data.end_token")
+        if piece in self._model.encode(f"a{token}b{token}"):
+            raise DataError(
+                f"{path}: {key}={token!r} is a token that text can spell, so a document could end itself; name a "
+                f"control symbol with data.end_token"
+            )
+        return piece
+
     def _newline_stands_alone(self) -> bool:
         """Whether the ids stay the same when a text is cut after a newline: true of BPE models trained here."""
         newline = self._model.piece_to_id("\n")
         pieces = (self._model.id_to_piece(piece) for piece in range(self.vocab_size))
         return self._model.encode("\n") == [newline] and all(piece == "\n" or "\n" not in piece for piece in pieces)
-
-
-class _HuggingFace:
-    kind = "Hugging Face"
-
-    def __init__(self, path: str | Path, content: bytes) -> None:
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise DataError(
-                f"{path}: a tokenizer.json needs the package `tokenizers`: pip install 'ksa-train[hf]' ({error})"
-            ) from error
-        self._model = tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
-        # Text that looks like a special token is text: a document must not be able to end itself.
-        self._model.encode_special_tokens = True
-        self._model.no_truncation()
-        self._model.no_padding()
-        self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        ends = [self._model.token_to_id(token) for token in _HF_END_TOKENS]
-        if all(end is None for end in ends):
-            raise DataError(
-                f"{path}: the tokenizer has none of the tokens that end a document ({', '.join(_HF_END_TOKENS)})"
-            )
-        self.eos_id: int = next(end for end in ends if end is not None)
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-
-    def decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids, skip_special_tokens=True)
-
-    def token(self, token_id: int) -> str:
-        return self._model.id_to_token(token_id) or ""
 
 
 def _sections(text: str) -> Iterator[str]:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ksa_model.config import ModelConfig, ModelConfigError, RopeScaling
+from ksa_model.config import MAX_INT32, ModelConfig, ModelConfigError, RopeScaling
+from ksa_model.hf.fields import Fields
 from ksa_model.layers.rope import attention_factor, rope_base
 
 MODELING_FILE, TOKENIZER_FILE = "modeling_ksa.py", "tokenization_ksa.py"
@@ -30,7 +31,8 @@ class CheckpointSpec:
 
     `summary_share`: how much of a summary's queries, keys and values comes from the summaries' own projections, the
     rest from those of text (1: all). `summary_row`: the vocabulary row that is the summary embedding, if that has no
-    tensor of its own.
+    tensor of its own. `embedding_rows`: rows of its embedding and head; None: `vocab_size` or more. `is_complete`: it
+    has every summary parameter of `config`, so that a missing one is damage.
     """
 
     kind: str
@@ -38,24 +40,53 @@ class CheckpointSpec:
     max_positions: int
     summary_share: float = 1.0
     summary_row: int | None = None
+    embedding_rows: int | None = None
+    is_complete: bool = False
 
 
 def read_config(config: Mapping[str, Any]) -> CheckpointSpec:
     """Read a config.json. Raises `ModelConfigError` for an architecture that this project does not compute."""
-    architecture = (config.get("architectures") or ["none"])[0]
-    if config.get("model_type") == "ksa":
-        ksa = {key: config[key] for key in _KSA_KEYS if key in config}
-        window = config.get("window_chunks", 128)
-        ksa["window_chunks"] = tuple(window) if isinstance(window, list) else window
-        return CheckpointSpec("a KSA export", ModelConfig(**_shape(config), **ksa), _positions(config))
-    if config.get("use_summary_attention"):
+    fields = Fields(config)
+    named = config.get("architectures") or ["none"]
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelConfigError(f"config.json has architectures={named!r}, which must be a list of names; correct it")
+    architecture, kind = named[0], fields.text("model_type", None, null=True)
+    if config.get("quantization_config"):
+        raise ModelConfigError(
+            "config.json has a quantization_config, and this project reads only weights that are not quantized; "
+            "convert the checkpoint first"
+        )
+    if kind == "ksa":
+        model = ModelConfig(**_shape(config), **_ksa(config))
+        return CheckpointSpec(
+            "a KSA export", model, _positions(config), embedding_rows=model.vocab_size, is_complete=True
+        )
+    if fields.flag("use_summary_attention", False, null=True):
         return _published(config)
-    if architecture == "Qwen3ForCausalLM" or (architecture == "none" and config.get("model_type") == "qwen3"):
-        return CheckpointSpec("Qwen3ForCausalLM", ModelConfig(**_shape(config), layer_pattern="F"), _positions(config))
+    if architecture == "Qwen3ForCausalLM" or (architecture == "none" and kind == "qwen3"):
+        model = ModelConfig(**_shape(config), layer_pattern="F")
+        return CheckpointSpec("Qwen3ForCausalLM", model, _positions(config), embedding_rows=model.vocab_size)
     raise ModelConfigError(
-        f"config.json has architectures={architecture}, model_type={config.get('model_type')}; supported are "
+        f"config.json has architectures={architecture}, model_type={kind}; supported are "
         "Qwen3ForCausalLM, published KSA checkpoints (use_summary_attention) and exports of this project (ksa)"
     )
+
+
+def _ksa(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`ModelConfig` arguments from the keys that exports of this project add."""
+    fields, given = Fields(config), {}
+    given["layer_pattern"] = fields.text("layer_pattern", None)
+    for key in ("chunk_size", "summary_tokens", "window_tokens"):
+        given[key] = fields.integer(key, None)
+    for key in ("independent_qkv", "full_layers_update_summaries", "qk_norm"):
+        given[key] = fields.flag(key, None)
+    window = config.get("window_chunks", 128)
+    if isinstance(window, list):
+        each = [Fields({"window_chunks": one}).integer("window_chunks", least=0) for one in window]
+        given["window_chunks"] = tuple(each)
+    else:
+        given["window_chunks"] = fields.integer("window_chunks", 128, least=0)
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def check_same_shape(source: CheckpointSpec, target: ModelConfig) -> None:
@@ -186,7 +217,7 @@ def _walk(node: ast.expr) -> Any:
 
 def _published(config: Mapping[str, Any]) -> CheckpointSpec:
     """A published KSA checkpoint."""
-    shape = _shape(config)
+    shape, fields = _shape(config), Fields(config)
     required = {
         "summary_chunk_position_ids_type": ("inner_chunk", "origin"),
         "summary_token_position_ids_type": ("zeros", "last_chunk_slice_right"),
@@ -198,13 +229,17 @@ def _published(config: Mapping[str, Any]) -> CheckpointSpec:
             raise ModelConfigError(
                 f"config.json has {key}={config.get(key, default)!r}, and this project supports only {computed!r}"
             )
-    chunk, m = int(config["summary_chunk_size"]), int(config["summary_token_num"])
+    chunk, m = fields.integer("summary_chunk_size"), fields.integer("summary_token_num")
     pattern, windows, updates = _published_layers(config, shape["num_layers"], chunk)
-    independent = config.get("summary_independent_qkv")
+    independent = fields.flag("summary_independent_qkv", None, null=True)
     if independent is None:
-        independent = config.get("summary_independent_parameters", False)
-    share = float(config.get("mix_coeff", 1.0))
-    row = config.get("summary_token_begin")
+        independent = fields.flag("summary_independent_parameters", False, null=True)
+    share, rows = fields.number("mix_coeff", 1.0, least=0), shape["vocab_size"]
+    row = fields.integer("summary_token_begin", None, least=0, null=True)
+    if row is not None and row + m > rows:
+        raise ModelConfigError(
+            f"config.json has summary_token_begin={row} and summary_token_num={m}, which reach beyond vocab_size={rows}"
+        )
     if row is not None and row + m == shape["vocab_size"]:
         shape["vocab_size"] = row  # the last rows of the vocabulary are the summaries, which are not tokens here
     model = ModelConfig(
@@ -213,10 +248,10 @@ def _published(config: Mapping[str, Any]) -> CheckpointSpec:
         window_chunks=windows,
         chunk_size=chunk,
         summary_tokens=m,
-        independent_qkv=bool(independent) and share > 0,
+        independent_qkv=independent and share > 0,
         full_layers_update_summaries=updates,
     )
-    return CheckpointSpec("a published KSA checkpoint", model, _positions(config), share, row)
+    return CheckpointSpec("a published KSA checkpoint", model, _positions(config), share, row, rows)
 
 
 def _published_layers(config: Mapping[str, Any], n: int, chunk: int) -> tuple[str, int | tuple[int, ...], bool]:
@@ -224,9 +259,15 @@ def _published_layers(config: Mapping[str, Any], n: int, chunk: int) -> tuple[st
     windows = parse_pattern(config.get("summary_sliding_chunk_num", 0), "summary_sliding_chunk_num", n)
     frequency = config.get("summary_layer_freq", 0)
     if isinstance(frequency, int):
+        frequency = Fields(config).integer("summary_layer_freq", 0, least=0)
         treats = [frequency == 0 or i % frequency == 0 for i in range(n)]
     else:
         treats = [bool(x) for x in parse_pattern(frequency, "summary_layer_freq", n)]
+    if any(not 0 <= window <= MAX_INT32 for window in windows):
+        raise ModelConfigError(
+            f"config.json has summary_sliding_chunk_num={config.get('summary_sliding_chunk_num')!r}, whose windows "
+            f"must be from 0 to {MAX_INT32} chunks; correct it"
+        )
     wide = [window * chunk >= _positions(config) for window in windows]
     letters = ["K" if t and not w else "F" for t, w in zip(treats, wide)]
     last = max((i for i, letter in enumerate(letters) if letter == "K"), default=0)
@@ -247,29 +288,31 @@ def _published_layers(config: Mapping[str, Any], n: int, chunk: int) -> tuple[st
 def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
     """`ModelConfig` arguments from the keys that all kinds share; `ModelConfigError` for values with no counterpart."""
     for key, computed in (("attention_bias", False), ("hidden_act", "silu"), ("use_sliding_window", False)):
-        if config.get(key, computed) != computed:
+        if config.get(key, computed) != computed or type(config.get(key, computed)) is not type(computed):
             raise ModelConfigError(
                 f"config.json has {key}={config[key]!r}, and this project supports only {computed!r}"
             )
-    base, scaling = _rope(config)
-    try:
-        heads = int(config["num_attention_heads"])
-        return dict(
-            hidden_size=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or 128,
-            ffn_size=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_base=base,
-            rope_scaling=scaling,
-            init_std=float(config.get("initializer_range", 0.02)),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ModelConfigError(
+            f"config.json has layer_types={kinds!r}, and this project supports only 'full_attention' there"
         )
-    except KeyError as error:
-        raise ModelConfigError(f"config.json lacks {error.args[0]}") from None
+    fields = Fields(config)
+    heads = fields.integer("num_attention_heads")
+    shape = dict(
+        hidden_size=fields.integer("hidden_size"),
+        num_layers=fields.integer("num_hidden_layers", most=_MAX_LAYERS),
+        num_heads=heads,
+        num_kv_heads=fields.integer("num_key_value_heads", heads, null=True),
+        head_dim=fields.integer("head_dim", 128, null=True),
+        ffn_size=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size", least=2),
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        init_std=fields.number("initializer_range", 0.02),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+    )
+    base, scaling = _rope(config)
+    return shape | dict(rope_base=base, rope_scaling=scaling)
 
 
 # Kind -> key of transformers' `rope_parameters` -> field of `RopeScaling`. `ntk` is exported as a larger `rope_theta`.
@@ -296,28 +339,37 @@ def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """RoPE base and scaling, from `rope_scaling` or, if that is missing, from `rope_parameters`."""
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    base = float(
-        given.get("rope_theta")
-        or (config.get("rope_parameters") or {}).get("rope_theta")
-        or config.get("rope_theta", 10_000.0)
-    )
+    fields = Fields(config)
+    given = fields.group("rope_scaling") or fields.group("rope_parameters")
+    scaled, shared = Fields(given, "config.json: rope_parameters"), Fields(fields.group("rope_parameters"))
+    base = scaled.number("rope_theta", None, null=True) or shared.number("rope_theta", None, null=True)
+    base = base or fields.number("rope_theta", 10_000.0)
     kind = given.get("rope_type", given.get("type", "default"))
     partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
-    if kind not in ("default", *_ROPE_KEYS) or partial != 1.0 or any(isinstance(v, Mapping) for v in given.values()):
+    if (
+        not isinstance(kind, str)
+        or kind not in ("default", *_ROPE_KEYS)
+        or partial != 1.0
+        or any(isinstance(v, Mapping) for v in given.values())
+    ):
         raise ModelConfigError(
             f"config.json scales its positions with {given}; supported are rope_type default, {', '.join(_ROPE_KEYS)}, "
             "for all features of a head and the same in every layer"
         )
     names = _ROPE_KEYS.get(kind, {})
-    values = {field: given.pop(key) for key, field in names.items() if given.get(key) is not None}
-    if "original_max_position_embeddings" in names:
-        values.setdefault("original_max_positions", config.get("original_max_position_embeddings", _positions(config)))
+    values: dict[str, Any] = {}
+    for key, field in names.items():
+        if given.get(key) is not None:
+            values[field] = scaled.integer(key) if field == "original_max_positions" else scaled.number(key)
+            del given[key]
+    if "original_max_position_embeddings" in names and "original_max_positions" not in values:
+        values["original_max_positions"] = fields.integer("original_max_position_embeddings", _positions(config))
     if kind == "yarn":
         values.setdefault("factor", _positions(config) / values["original_max_positions"])
         if given.get("truncate") is True:  # the only rule that is computed here
             del given["truncate"]
-        scales = [given.pop(key, None) for key in ("mscale", "mscale_all_dim")]
+        scales = [scaled.number(key, None, least=0, null=True) for key in ("mscale", "mscale_all_dim")]
+        given = {key: value for key, value in given.items() if key not in ("mscale", "mscale_all_dim")}
         if all(scales) and "attention_factor" not in values:
             log = 0.1 * math.log(max(1.0, values["factor"]))
             values["attention_factor"] = (scales[0] * log + 1) / (scales[1] * log + 1)
@@ -332,4 +384,4 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _positions(config: Mapping[str, Any]) -> int:
-    return int(config.get("max_position_embeddings", 32768))
+    return Fields(config).integer("max_position_embeddings", 32768)

@@ -87,6 +87,8 @@ def origins(
     """
     found = {name: _origin(name, source, available, summary_row) for name in target.parameter_shapes()}
     used = [tensor for origin in found.values() for _, tensor in origin.terms]
+    if source.is_complete:
+        used += [hf_name(name) for name in source.config.parameter_shapes() if "summary" in name]
     if missing := [tensor for tensor in used if tensor not in available]:
         raise ModelConfigError(f"the checkpoint lacks {_list(missing)}, which {source.kind} with this shape must have")
     if extra := [tensor for tensor in sorted(set(available) - set(used)) if not _may_be_unused(tensor, target)]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data_pipeline.text.end_token import DESCRIPTION
 from train.checkpoint import locate, storage, tensors
 from train.checkpoint.locate import read_state
 from train.checkpoint.rewrite import average, reshape
@@ -140,7 +141,7 @@ def _reshape(checkpoint: CheckpointPath, options: ReshapeOptions) -> int:
 def _average(location: str, checkpoints: list[CheckpointPath], options: AverageOptions) -> int:
     out, chosen = options.out or f"{location.rstrip('/')}-average", checkpoints[-options.last :]
     written = average(chosen, CheckpointPath(out) / "checkpoints")
-    for name in ("config.yaml", "tokenizer.model"):  # which make `out` a run directory
+    for name in ("config.yaml", "tokenizer.model", DESCRIPTION):  # which make `out` a run directory
         if (Path(location) / name).is_file():
             (Path(out) / name).write_bytes((Path(location) / name).read_bytes())
     print(f"wrote the mean of {', '.join(checkpoint.name for checkpoint in chosen)} to {written}")

@@ -9,6 +9,7 @@ import yaml
 
 from data_pipeline import TrainingData
 from data_pipeline.store.files import atomic_write
+from data_pipeline.text.end_token import copy_tokenizer, describe
 from train.config.conversion import flatten, to_mapping
 from train.config.errors import ConfigError
 from train.config.schema import TrainConfig, from_saved
@@ -103,9 +104,11 @@ def write(directory: Path, config: TrainConfig, data: TrainingData) -> None:
     """Write the tokenizer and the configuration into the run directory, each completely or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(to_mapping(config), sort_keys=False)
-    for name, content in (("tokenizer.model", Path(data.tokenizer_path).read_bytes()), ("config.yaml", text.encode())):
-        with atomic_write(directory / name) as file:
-            file.write(content)
+    data_config = config.data
+    description = None if data_config.tokenizer is None else describe(data_config.tokenizer, data_config.end_token)
+    copy_tokenizer(data.tokenizer_path, directory / "tokenizer.model", description or None, data_config.end_token)
+    with atomic_write(directory / "config.yaml") as file:
+        file.write(text.encode())
 
 
 def make_directory(key: str, path: Path) -> None:

@@ -25,7 +25,7 @@ from train.config.schema import TrainConfig
 from train.distributed.groups import World
 from train.evaluate import probes
 from train.generate import load_run
-from train.hf import import_weights
+from train.hf import import_weights, tokenizers
 
 ALL_TASKS = ("perplexity", *TASKS, "insight")
 
@@ -120,16 +120,18 @@ def load(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainConfig
     if world.device.type == "cuda" and config.run.precision == "bf16":
         model = model.to(torch.bfloat16)  # as it was trained
     # The tokenizer that the run directory keeps is the one the data were prepared with, here or elsewhere.
-    data = dataclasses.replace(config.data, tokenizer=config.data.tokenizer or str(directory / "tokenizer.model"))
+    named = config.data.tokenizer
+    kept = named if named is not None and Path(named).is_file() else str(directory / tokenizers.RUN_TOKENIZER)
+    data = dataclasses.replace(config.data, tokenizer=kept)
     return model, tokenizer, dataclasses.replace(config, data=data)
 
 
 def _load_hf(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainConfig]:
     tensors, source = import_weights.open_source(str(directory))
-    path = import_weights.find_tokenizer(directory)
+    path = tokenizers.find_tokenizer(directory)
     if path is None:
         raise ConfigError(
-            f"{directory} holds no {' and no '.join(import_weights.TOKENIZERS)}: evaluation needs its tokenizer"
+            f"{directory} holds no {' and no '.join(tokenizers.TOKENIZERS)}: evaluation needs its tokenizer"
         )
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     model = Decoder(source.config, TensorParallel(world.tensor_group, dtype=dtype))

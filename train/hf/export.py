@@ -32,6 +32,7 @@ from train.config.run_directory import read_config
 from train.config.schema import TrainConfig, from_saved
 from train.hf.files import write_safetensors
 from train.hf.import_weights import RunTensors
+from train.hf.tokenizers import VOCABULARY, run_tokenizer
 from train.logs.metrics import read_records
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,8 +80,7 @@ def open_run(directory: Path, step: int | None = None) -> Run:
     state = locate.read_state(chosen[-1])
     # Not config.yaml: that has no vocabulary size, and a later start may have changed it.
     config = from_saved(state["config"])
-    tokenizer = directory / "tokenizer.model"
-    return Run(directory, chosen[-1], config, tokenizer if tokenizer.is_file() else None, state)
+    return Run(directory, chosen[-1], config, run_tokenizer(directory, chosen[-1], state), state)
 
 
 def export(run: Run, config: ExportConfig) -> list[str]:
@@ -126,10 +126,14 @@ def _write_hf_files(run: Run, directory: Path, dtype: str) -> None:
     tokenizer = None if run.tokenizer is None else Tokenizer(run.tokenizer)
     eos = None if tokenizer is None else tokenizer.eos_id
     model = run.config.model
-    _json(directory / "config.json", exported_config(model, run.config.seq_len, eos, _NAMES[dtype]))
+    vocabulary = {} if tokenizer is None else {VOCABULARY: tokenizer.vocabulary_sha256}
+    exported = exported_config(model, run.config.seq_len, eos, _NAMES[dtype])
+    _json(directory / "config.json", exported | vocabulary)
     # Only stable keys: transformers refuses contradictions such as a temperature without sampling.
-    generation = {"do_sample": True, "temperature": 0.8, "top_k": 50, "eos_token_id": eos, "pad_token_id": eos}
-    _json(directory / "generation_config.json", {key: value for key, value in generation.items() if value is not None})
+    generation = {"do_sample": True, "temperature": 0.8, "top_k": 50}
+    if tokenizer is not None:
+        generation |= _generation_ends(tokenizer)
+    _json(directory / "generation_config.json", generation)
     ours = Path(ksa_model.hf.__file__).parent
     if not is_plain(model):
         shutil.copyfile(ours / MODELING_FILE, directory / MODELING_FILE)
@@ -139,9 +143,33 @@ def _write_hf_files(run: Run, directory: Path, dtype: str) -> None:
     (directory / "README.md").write_text(_model_card(run, tokenizer), encoding="utf-8")
 
 
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """The special tokens of an export: those that came with the tokenizer, else the token that ends documents."""
+    end, known = tokenizer.token(tokenizer.eos_id), set(tokenizer.vocabulary)
+    given = {key: tokenizer.description.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    held = {key: token for key, token in given.items() if token in known}
+    return {"eos_token": end, "pad_token": held.get("eos_token", end)} | held
+
+
+def _generation_ends(tokenizer: Tokenizer) -> dict[str, Any]:
+    """`eos_token_id` and `pad_token_id`: a text ends where training ended documents, or where the tokenizer says so."""
+    tokens = _special_tokens(tokenizer)
+    ends, pad = list(tokenizer.ends), tokenizer.vocabulary.index(tokens["pad_token"])
+    return {"eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": pad}
+
+
 def _write_tokenizer(path: Path, tokenizer: Tokenizer, directory: Path, max_positions: int, ours: Path) -> None:
-    settings: dict[str, Any] = {"model_max_length": max_positions, "clean_up_tokenization_spaces": False}
-    settings |= {"eos_token": tokenizer.token(tokenizer.eos_id), "pad_token": tokenizer.token(tokenizer.eos_id)}
+    settings: dict[str, Any] = {
+        "model_max_length": max_positions,
+        "clean_up_tokenization_spaces": False,
+        # Releases before 5 would add token_type_ids, which `generate` refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "add_bos_token": False,  # training adds no token at the beginning, and ends documents itself
+        "add_eos_token": False,
+        **_special_tokens(tokenizer),
+    }
+    if "chat_template" in tokenizer.description:
+        settings["chat_template"] = tokenizer.description["chat_template"]
     if tokenizer.kind == "SentencePiece":
         shutil.copyfile(path, directory / "tokenizer.model")
         shutil.copyfile(ours / TOKENIZER_FILE, directory / TOKENIZER_FILE)
@@ -150,9 +178,29 @@ def _write_tokenizer(path: Path, tokenizer: Tokenizer, directory: Path, max_posi
             "auto_map": {"AutoTokenizer": ["tokenization_ksa.KsaTokenizer", None]},
         }
     else:
-        shutil.copyfile(path, directory / "tokenizer.json")
+        (directory / "tokenizer.json").write_bytes(without_added_tokens(path.read_bytes()))
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     _json(directory / "tokenizer_config.json", settings)
+
+
+def without_added_tokens(content: bytes) -> bytes:
+    """A tokenizer.json that adds no token before or after a text, as training does; the same bytes where none is added.
+
+    Its vocabulary and the ids of a text stay.
+    """
+    held = json.loads(content)
+    added = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
+    processor = held.get("post_processor")
+    if not isinstance(processor, dict):
+        return content
+    if processor.get("type") in added:
+        held["post_processor"] = None
+    elif any(step.get("type") in added for step in processor.get("processors", ())):
+        kept = [step for step in processor["processors"] if step.get("type") not in added]
+        held["post_processor"] = processor | {"processors": kept} if kept else None
+    else:
+        return content
+    return json.dumps(held, ensure_ascii=False).encode()
 
 
 def _model_card(run: Run, tokenizer: Tokenizer | None) -> str:

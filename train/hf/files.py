@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from ksa_model.config import ModelConfigError
+from ksa_model.hf.configs import CheckpointSpec, read_config
 from train.config.errors import ConfigError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-_PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")  # in the order in which they are taken
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 SHARD_BYTES = 2 << 30
 
@@ -38,11 +40,11 @@ class HfDirectory:
     def __init__(self, path: str | Path, allow_pickle: bool = False):
         self.path = Path(path)
         self.config = self._json(CONFIG)
-        if (self.path / INDEX).is_file():
-            weight_map = self._json(INDEX).get("weight_map", {})
-            self._files = {name: self._inside(file) for name, file in weight_map.items()}
-        elif (self.path / WEIGHTS).is_file():
+        # One file comes before an index, as in transformers: the index beside it is an older one.
+        if (self.path / WEIGHTS).is_file():
             self._files = dict.fromkeys(self._names(self.path / WEIGHTS), self.path / WEIGHTS)
+        elif (self.path / INDEX).is_file():
+            self._files = self._indexed(INDEX)
         else:
             self._files = self._pickled(allow_pickle)
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -66,6 +68,23 @@ class HfDirectory:
         with safe_open(file, "pt") as tensors:
             return tensors.get_slice(name)[box].float()
 
+    def where(self, name: str) -> str:
+        """The file that holds a tensor, for messages."""
+        return str(self._files[name])
+
+    def spec(self) -> CheckpointSpec:
+        """Which model config.json describes. Raises `HfError` that names the file."""
+        try:
+            return read_config(self.config)
+        except ModelConfigError as error:
+            raise HfError(f"{self.path / CONFIG}: {error}") from error
+
+    def _indexed(self, name: str) -> dict[str, Path]:
+        weight_map = self._json(name).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise HfError(f"{self.path / name}: weight_map must name a file for each tensor; copy the checkpoint again")
+        return {tensor: self._inside(file) for tensor, file in weight_map.items()}
+
     def _read_shapes(self, file: Path) -> None:
         wanted = [name for name, where in self._files.items() if where == file]
         if file.suffix == ".bin":
@@ -76,6 +95,13 @@ class HfDirectory:
             if name not in held:
                 raise HfError(f"{file} lacks {name}, which the index says it holds; copy the checkpoint again")
             self._shapes[name] = held[name]
+        if extra := sorted(held.keys() - set(wanted)):  # transformers would load them too
+            other = self._files.get(extra[0])
+            listed = "the index does not list" if other is None else f"the index places in {other.name}"
+            raise HfError(
+                f"{file} holds {extra[0]}, which {listed}: index and files are of different checkpoints; copy the "
+                "checkpoint again"
+            )
 
     def _names(self, file: Path) -> dict[str, tuple[int, ...]]:
         try:
@@ -99,7 +125,7 @@ class HfDirectory:
                 "init_from=RUN"
             )
         if there[0].endswith(".json"):
-            return {name: self._inside(file) for name, file in self._json(there[0]).get("weight_map", {}).items()}
+            return self._indexed(there[0])
         return dict.fromkeys(_load_pickle(self.path / there[0]), self.path / there[0])
 
     def _inside(self, file: str) -> Path:
@@ -110,21 +136,28 @@ class HfDirectory:
         return self.path / file
 
     def _json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise HfError(f"{path} is missing: {self.path} is no directory of a Hugging Face checkpoint") from None
-        except (OSError, ValueError) as error:
-            raise HfError(f"{path} cannot be read as JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise HfError(f"{path} must hold a JSON object")
-        return content
+        return read_object(self.path / name)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a Hugging Face directory. Raises `HfError` that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HfError(f"{path} is missing: {path.parent} is no directory of a Hugging Face checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise HfError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise HfError(f"{path} must hold a JSON object")
+    return content
 
 
 def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(held, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in held.values()):
+            raise ValueError("it holds something other than tensors by name")
+        return held
     except Exception as error:  # any error that a malformed pickle causes
         raise HfError(f"{file} cannot be read as pickled tensors ({type(error).__name__}: {error})") from error
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,9 +13,12 @@ from typing import Any, Protocol
 import torch
 import yaml
 
+from data_pipeline import DataConfig, Tokenizer
+from data_pipeline.store.files import sha256_of_file
+from data_pipeline.text.end_token import copy_tokenizer
 from ksa_model.config import ModelConfig
 from ksa_model.hf import naming
-from ksa_model.hf.configs import CheckpointSpec, check_same_shape, read_config
+from ksa_model.hf.configs import CheckpointSpec, check_same_shape
 from ksa_model.model import Decoder
 from train.checkpoint import locate, rewrite
 from train.checkpoint import tensors as checkpoint_tensors
@@ -29,11 +30,11 @@ from train.config.schema import TrainConfig, from_saved
 from train.config.sections import RunConfig
 from train.distributed.groups import World
 from train.hf.files import HfDirectory, HfError
+from train.hf.tokenizers import IMPORTED, RUN_TOKENIZER, TOKENIZERS, VOCABULARY, find_tokenizer
 
 MEAN = "mean"
 HF_PREFIX = "hf:"
 _MEAN_ROWS = 8192  # rows of the embedding in memory at a time
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # in the order in which they are taken
 
 
 class Tensors(Protocol):
@@ -44,6 +45,10 @@ class Tensors(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor: ...
+
+    def where(self, name: str) -> str:
+        """The file or checkpoint that holds a tensor, for messages."""
+        ...
 
 
 class RunTensors:
@@ -79,6 +84,9 @@ class RunTensors:
         checkpoint_tensors.read(self._checkpoint, {self._ours[name]: pieces})
         return box
 
+    def where(self, name: str) -> str:
+        return str(self._checkpoint)
+
 
 class Weights:
     """Every parameter of `model`, computed from the tensors of a checkpoint, in boxes of our full tensors.
@@ -96,6 +104,38 @@ class Weights:
         self.shapes = {name: shape for name, (shape, _) in model.parameter_shapes().items()}
         for name, origin in self._origins.items():
             self._check(origin, self.shapes[name])
+        self.unused = sorted(set(tensors.names()) - {name for o in self._origins.values() for _, name in o.terms})
+        self._check_vocabulary()
+        self._check_tied_head()
+
+    def _check_vocabulary(self) -> None:
+        """The embedding and the head have the rows that the configuration says, neither more nor less."""
+        rows = self.source.embedding_rows
+        for name in (naming.EMBEDDING, naming.HEAD):
+            if rows is not None and name in self._tensors.names() and (held := self._tensors.shape(name)[0]) != rows:
+                raise HfError(
+                    f"{self._tensors.where(name)}: {name} has {held} rows, and config.json has {rows}: the embedding "
+                    f"was resized after config.json was written; set vocab_size={held} there, or copy the checkpoint "
+                    "again"
+                )
+
+    def _check_tied_head(self) -> None:
+        """A head that is stored beside a tied embedding repeats it: releases of transformers differ on which to use."""
+        held = self._tensors
+        if not self.source.config.tie_embeddings or not {naming.EMBEDDING, naming.HEAD} <= set(held.names()):
+            return
+        shape = held.shape(naming.EMBEDDING)
+        same = held.shape(naming.HEAD) == shape
+        for first in range(0, shape[0] if same else 0, _MEAN_ROWS):
+            box = (first, 0), (min(_MEAN_ROWS, shape[0] - first), shape[1])
+            if not torch.equal(held.read(naming.EMBEDDING, *box), held.read(naming.HEAD, *box)):
+                same = False
+                break
+        if not same:
+            raise HfError(
+                f"{held.where(naming.HEAD)} holds {naming.HEAD}, which differs from {naming.EMBEDDING}, and "
+                "config.json has tie_word_embeddings=true: set it to false there to use the head, or remove the tensor"
+            )
 
     def box(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         """The fp32 box of our parameter `name` at `offset`, of `size`."""
@@ -112,6 +152,14 @@ class Weights:
             parts = [weight * self._tensors.read(name, at, taken) for weight, name in origin.terms]
             box[:filled] = sum(parts[1:], start=parts[0])
         return box
+
+    def describe_unused(self) -> str:
+        """The end of a line for the user: which tensors the model does not take. Rotation tables need no word."""
+        names = [name for name in self.unused if "rotary_emb" not in name and name != naming.HEAD]
+        if not names:
+            return ""
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"; the model has no place for {', '.join(names[:3])}{more}"
 
     def whole(self, name: str) -> torch.Tensor:
         return self.box(name, [0] * len(self.shapes[name]), self.shapes[name])
@@ -144,7 +192,7 @@ class Weights:
 def open_source(directory: str | Path, allow_pickle: bool = False) -> tuple[Tensors, CheckpointSpec]:
     """The tensors of a Hugging Face directory, and which model they belong to."""
     held = HfDirectory(directory, allow_pickle)
-    return held, read_config(held.config)
+    return held, held.spec()
 
 
 def check(config: TrainConfig) -> None:
@@ -180,7 +228,7 @@ def initialise(engine: Any, world: World, config: TrainConfig, run: CheckpointPa
         for name in ("rope_base", "rope_scaling")
         if getattr(config.model, name) != getattr(weights.source.config, name)
     )
-    return f"weights from {config.init_from}, {weights.source.kind}{note}"
+    return f"weights from {config.init_from}, {weights.source.kind}{note}{weights.describe_unused()}"
 
 
 def load_model(model: Decoder, weights: Weights, world: World) -> None:
@@ -202,7 +250,7 @@ def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle
 def _weights_of_run(checkpoint: CheckpointPath, config: TrainConfig) -> Weights:
     state = locate.read_state(checkpoint)
     saved = from_saved(state["config"])
-    source = CheckpointSpec("a run", saved.model, saved.seq_len)
+    source = CheckpointSpec("a run", saved.model, saved.seq_len, is_complete=True)
     tensors = RunTensors(checkpoint, state.get("own_share", 1.0))
     return Weights(tensors, source, config.model, _summary_row(config.init_summary_from, str(checkpoint)))
 
@@ -211,54 +259,52 @@ def _summary_row(summary_from: str, directory: str) -> int | None:
     """`mean`, a token id, or a token's text -> the row of the embedding, or None for mean."""
     if summary_from == MEAN:
         return None
-    if summary_from.isdigit():
+    if summary_from.isascii() and summary_from.isdigit():
         return int(summary_from)
-    path = Path(directory) / "tokenizer.json"
-    if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = held.get("model", {}).get("vocab", {})
-        ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-        ids |= {token["content"]: token["id"] for token in held.get("added_tokens", [])}
-        if summary_from in ids:
-            return ids[summary_from]
+    path = find_tokenizer(Path(directory))
+    if path is not None and summary_from and summary_from in (tokens := Tokenizer(path).vocabulary):
+        return tokens.index(summary_from)
     raise ConfigError(
-        f"init_summary_from={summary_from!r} is neither mean, nor a token id, nor a token of {path}; give one of them"
+        f"init_summary_from={summary_from!r} is neither mean, nor a token id, nor a token of "
+        f"{path or Path(directory) / TOKENIZERS[0]}; give one of them"
     )
 
 
 def import_run(
     hf_directory: str, out: Path, model: ModelConfig, summary_from: str, allow_pickle: bool
-) -> CheckpointPath:
-    """Write a run directory at step 0 with the weights of `hf_directory`; one tensor is in memory at a time."""
+) -> tuple[CheckpointPath, str]:
+    """Write a run directory at step 0 with the weights of `hf_directory`; one tensor is in memory at a time.
+
+    Returns its checkpoint and the end of a line for the user, see `Weights.describe_unused`.
+    """
     weights = _weights(hf_directory, model, summary_from, allow_pickle)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"out={out} is not empty: choose a directory that does not exist yet")
     seq_len = max(model.chunk_size, weights.source.max_positions // model.chunk_size * model.chunk_size)
     run = RunConfig(name=out.name, root=str(out.parent))
-    config = TrainConfig(model=model, seq_len=seq_len, run=run)
+    tokenizer, facts = find_tokenizer(Path(hf_directory)), {}
+    data = DataConfig(tokenizer=None if tokenizer is None else str(out / RUN_TOKENIZER))
+    if tokenizer is not None:
+        facts = {"tokenizer_sha256": sha256_of_file(tokenizer), VOCABULARY: Tokenizer(tokenizer).vocabulary_sha256}
+    config = TrainConfig(model=model, seq_len=seq_len, run=run, data=data)
     state = {
         "format": locate.FORMAT,
         "step": 0,
         "tokens": 0,
         "loader": {},
         "contains": ["master"],
-        "made_by": f"python -m train.import_hf, from {weights.source.kind}",
+        "made_by": f"{IMPORTED}, from {weights.source.kind}",
+        **facts,
         "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "config": to_mapping(config),
     }
     stored = {f"master/{name}": _stored(weights, name) for name in weights.shapes}
     checkpoint = rewrite.write(CheckpointPath(out / "checkpoints"), state, stored, 1)
     (out / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
-    tokenizer = find_tokenizer(Path(hf_directory))
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, out / "tokenizer.model")
-    return checkpoint
+        copy_tokenizer(tokenizer, out / RUN_TOKENIZER)
+    return checkpoint, weights.describe_unused()
 
 
 def _stored(weights: Weights, name: str) -> rewrite.StoredTensor:
     return rewrite.StoredTensor(weights.shapes[name], torch.float32, lambda: weights.whole(name).contiguous())
-
-
-def find_tokenizer(directory: Path) -> Path | None:
-    """The tokenizer file of a Hugging Face directory that `data_pipeline.Tokenizer` reads."""
-    return next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)

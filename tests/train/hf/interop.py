@@ -45,6 +45,15 @@ def make_qwen(directory: Path, tied: bool, **changes):
     return model
 
 
+def add_tokenizer(directory: Path, corpus: Path, vocab_size: int = 390) -> Path:
+    """Give a Hugging Face directory a tokenizer of its own, which is not the one that a run trains on `corpus`."""
+    from data_pipeline.text.tokenizer import train_tokenizer
+
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    train_tokenizer(texts, directory / "tokenizer.model", vocab_size)
+    return directory / "tokenizer.model"
+
+
 def spread(decoder: Decoder) -> Decoder:
     """Logits that depend on what was seen: a model that always says the same would prove nothing."""
     with torch.no_grad():

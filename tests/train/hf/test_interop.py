@@ -19,6 +19,7 @@ from tests.ranks import run_on_ranks  # noqa: E402
 from tests.train.hf.interop import (  # noqa: E402
     PUBLISHED,
     TOKENS,
+    add_tokenizer,
     imported,
     make_qwen,
     make_run,
@@ -172,12 +173,14 @@ def test_training_goes_on_from_qwen3(tmp_path, corpus):
     from tests.train.runs import run_training
 
     make_qwen(tmp_path / "qwen", tied=True, vocab_size=512, num_hidden_layers=2)
+    tokenizer = add_tokenizer(tmp_path / "qwen", corpus)
     changes = dict(
         model__hidden_size=32, model__num_layers=2, model__num_kv_heads=2, model__head_dim=16, model__ffn_size=48,
         model__vocab_size=512, model__layer_pattern="KF", model__tie_embeddings=True,
         init_from=f"hf:{tmp_path}/qwen", run__steps=2, run__stop_at_step=1, optim__lr=1e-12,
     )  # fmt: skip
     records = run_on_ranks(2, run_training, str(corpus), str(tmp_path), changes | dict(parallel__tensor=2))[0]
+    assert (tmp_path / "default/tokenizer.model").read_bytes() == tokenizer.read_bytes()
     tensors = import_weights.RunTensors(export.open_run(tmp_path / "default").checkpoint)
     held = load_file(tmp_path / "qwen/model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
@@ -198,6 +201,7 @@ def test_an_imported_run_is_inherited(tmp_path, corpus, capsys):
     from tests.train.runs import run_training
 
     make_qwen(tmp_path / "qwen", tied=True, vocab_size=512, num_hidden_layers=2)
+    tokenizer = add_tokenizer(tmp_path / "qwen", corpus)
     code, said = run_command(import_command, tmp_path / "qwen", f"out={tmp_path}/imported", capsys=capsys)
     assert code == 0, said
     held = load_file(tmp_path / "qwen/model.safetensors")
@@ -215,6 +219,7 @@ def test_an_imported_run_is_inherited(tmp_path, corpus, capsys):
         for theirs, tensor in held.items():
             assert torch.equal(tensors.read(theirs, [0] * tensor.ndim, tensor.shape), tensor), theirs
         assert "stage" in run.state["config"]
+        assert run.tokenizer is not None and run.tokenizer.read_bytes() == tokenizer.read_bytes()
         found.append(records[0])
     assert all("loss" in record for record in found)
 
