@@ -20,7 +20,8 @@ from train.config.schema import TrainConfig
 from train.distributed.consensus import RankConsensus
 from train.distributed.groups import World
 from train.evaluate.held_out import HeldOut
-from train.health import MAX_ROLLBACKS, TrainingDiverged, bad_steps_message, next_sample
+from train.config.quoting import override
+from train.health import MAX_ROLLBACKS, TrainingDiverged, bad_steps_message, last_finite_step, next_sample
 from train.logs.metrics import METRICS, read_records
 from train.logs.profiling import StepProfiler
 from train.logs.run_log import RunLog, line_printer
@@ -57,7 +58,8 @@ class Run:
         self.validation_loss: float | None = None
         self._held_out = held_out
         self._saved_at, self._saved_step = time.monotonic(), -1
-        self._healthy_step, self._rolled_back_to, self._rollbacks = progress.step, -1, 0
+        self._rolled_back_to, self._rollbacks = -1, 0
+        self._take_over_health(progress)
         self._step_samples: deque[int] = deque(maxlen=config.run.max_bad_steps + 2)  # first sample of recent steps
 
     @classmethod
@@ -79,9 +81,20 @@ class Run:
         log = _open_log(config, world, progress.step)
         if isinstance(start, Resume):
             log_line(f"resumed from {start.checkpoint} at step {progress.step}")
+            if (finite := progress.health.get("last_finite_step", progress.step)) < progress.step:
+                log_line(
+                    f"the steps {finite + 1} to {progress.step} before it were skipped, because the loss or the "
+                    "gradient was not finite: if that goes on, its weights are bad"
+                )
         else:
             log_line(f"starting {directory} afresh")
         return cls(config, world, state, progress, held_out, log, log_line)
+
+    def _take_over_health(self, progress: Progress) -> None:
+        """Go on from `progress`: the last step that was not skipped, and the last report without a jump, up to it."""
+        self._counted_from = progress.step
+        self._finite_step = progress.health.get("last_finite_step", progress.step)
+        self._calm_step = progress.health.get("last_calm_step", progress.step)
 
     # -- before and after a step ---------------------------------------------------------------------------------------
 
@@ -99,7 +112,11 @@ class Run:
         if bad_steps >= self.config.run.max_bad_steps:
             first = list(self._step_samples)[-1 - bad_steps]
             last = self._step_samples[-2] + self.config.run.samples_per_step - 1
-            raise TrainingDiverged(bad_steps_message(step - bad_steps, step - 1, first, last, str(self.directory)))
+            finite = last_finite_step(step - 1, bad_steps, self._counted_from, self._finite_step)
+            found = self.state.checkpoints.newest_healthy(finite)
+            healthy = None if found is None else override("resume", str(found))
+            steps, samples = (step - bad_steps, step - 1), (first, last)
+            raise TrainingDiverged(bad_steps_message(steps, samples, healthy, str(self.directory)))
 
     def report(self, step: int, grad_norm: torch.Tensor | float, lr: float) -> int | None:
         """Record the numbers since the last report.
@@ -116,8 +133,10 @@ class Run:
         if self.objective is not None:
             record |= self.sums.read_parts(self.objective.take(), PARTS)
         self.log.record({"step": step, **record, "lr": lr})
-        if "loss" not in record or not self.state.spikes.is_spike(record["loss"]):
-            self._healthy_step = step
+        if "loss" not in record:  # all steps were skipped: nothing is known of the weights
+            return None
+        if not self.state.spikes.is_spike(record["loss"]):
+            self._calm_step = step
             return None
         return self._roll_back(step, record["loss"])
 
@@ -125,7 +144,7 @@ class Run:
         """Load the last checkpoint from before the loss jumped, and go on from there after the samples seen since."""
         checkpoints = self.state.checkpoints
         checkpoints.wait()
-        found = checkpoints.choose("auto", before=self._healthy_step)
+        found = checkpoints.choose("auto", before=self._calm_step)
         if found is None:
             self.log_line(
                 f"step {step}: the loss jumped to {loss:.4g}, but there is no checkpoint from before that; continuing"
@@ -139,7 +158,7 @@ class Run:
             raise TrainingDiverged(
                 f"the loss jumped {self._rollbacks} times after step {progress.step}, each time with other samples, "
                 f"the last time to {loss:.4g} at step {step}; raise run.spike_factor={self.config.run.spike_factor}, "
-                f"or lower optim.lr in another run: resume={self.directory} run.name=NEW"
+                f"or lower optim.lr in another run: {override('resume', str(found))} run.name=NEW"
             )
         samples = f"{progress.loader['next_sample']} to {position['next_sample'] - 1}"
         self.loader.load_state(position)
@@ -149,7 +168,8 @@ class Run:
         self.log_line(
             f"step {step}: the loss jumped to {loss:.4g}: back to {found}, continuing without samples {samples}"
         )
-        self._healthy_step, self._saved_step = progress.step, -1
+        self._take_over_health(progress)
+        self._saved_step = -1
         return progress.step
 
     # -- validation and checkpoints ------------------------------------------------------------------------------------
@@ -189,9 +209,15 @@ class Run:
             return
         with self.sums.clock_stopped():
             tokens = self.sums.tokens
-            seconds = self.state.save(step, tokens, last)
+            seconds = self.state.save(step, tokens, last, self._health(step))
             self.log.record({"step": step, "tokens": tokens, "checkpoint_seconds": round(seconds, 4)})
         self._saved_at, self._saved_step = time.monotonic(), step
+
+    def _health(self, step: int) -> dict[str, int]:
+        """What the checkpoint of `step` says about its weights; see `train.checkpoint.retention`."""
+        skipped = self.consensus.skipped_in_a_row()
+        health = {"last_finite_step": last_finite_step(step, skipped, self._counted_from, self._finite_step)}
+        return health | ({} if self.config.run.spike_factor is None else {"last_calm_step": self._calm_step})
 
     def close(self) -> None:
         """End the run's threads and files; a save in flight is given time to finish."""

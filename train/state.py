@@ -118,10 +118,10 @@ class TrainState:
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, tokens: int, last: bool) -> float:
+    def save(self, step: int, tokens: int, last: bool, health: dict[str, Any]) -> float:
         """Begin to save the state after `step`; returns the seconds that training stood still.
 
-        `last`: wait until it is written, and raise `SaveError` if that fails.
+        `health`: see `train.checkpoint.retention`. `last`: wait until it is written, and raise `SaveError` if that fails.
         """
         config = self._config
         weight = config.stage.summary_projection_weight(step, config.run.steps)
@@ -133,6 +133,6 @@ class TrainState:
             "data_fingerprint": self._data_fingerprint,
             "tokenizer_sha256": self._tokenizer_sha256,
         }
-        progress = Progress(step, tokens, self.loader.state(), {"recent_losses": self.spikes.recent})
+        progress = Progress(step, tokens, self.loader.state(), {"recent_losses": self.spikes.recent, **health})
         save = self.checkpoints.save_last if last else self.checkpoints.save
         return save(progress, facts, partial(stages.is_dropped, summary_projection_weight=weight))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from train.checkpoint import locate, storage, tensors
 from train.checkpoint.locate import read_state
+from train.checkpoint.retention import last_finite_step
 from train.checkpoint.rewrite import average, reshape
 from train.checkpoint.storage import MANIFEST, CheckpointError, CheckpointPath
 from train.config.conversion import from_words
@@ -75,8 +76,11 @@ def list_checkpoints(directory: CheckpointPath) -> int:
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         layout = " ".join(f"{key}={value}" for key, value in state.get("layout", {}).items())
         took = f"  written in {manifest['write_seconds']} s" if "write_seconds" in manifest else ""
+        finite = last_finite_step(state)
+        skipped = f"  steps {finite + 1} to {state['step']} were skipped" if finite < state["step"] else ""
         print(
             f"  {name}  {state['tokens']:,} tokens  {size / 1e6:,.1f} MB  {state.get('saved_at', '')}  {layout}{took}"
+            f"{skipped}"
         )
     for name in sorted(directory.entries().keys() - found.keys()):
         if name.startswith("step-"):

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train.checkpoint import loading, locate, parameters, storage, tensors
+from train.checkpoint import loading, locate, parameters, retention, storage, tensors
 from train.checkpoint.collective import CheckpointGroup, describe_error
 from train.checkpoint.locate import read_state
-from train.checkpoint.storage import STATE, CheckpointError, CheckpointPath
+from train.checkpoint.storage import STATE, CheckpointError, CheckpointPath, SaveError
 from train.checkpoint.tensors import Pieces
 from train.distributed.groups import World
 
@@ -38,10 +38,6 @@ if TYPE_CHECKING:  # the commands do without DeepSpeed, whose import takes secon
     from train.distributed.engine import Engine
 
 _CLOSE_TIMEOUT = 60.0  # seconds for a save in flight when the run ends in an error
-
-
-class SaveError(RuntimeError):
-    """The last checkpoint of a run could not be written; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,7 @@ class Checkpoints:
         self.directory = directory
         self.on_wait: Callable[[], None] = lambda: None  # called every few seconds while training waits for a save
         self._engine, self._world, self._config, self._log = engine, world, config, log
+        self._keep = config.keep_last, config.keep_every
         self._group = CheckpointGroup(world)
         self._host = tensors.HostMemory(pinned=world.device.type == "cuda")
         self._thread: threading.Thread | None = None
@@ -191,7 +188,7 @@ class Checkpoints:
         seconds = {"write_seconds": round(time.perf_counter() - began, 3)}
         final = storage.commit(incomplete, self.directory, fingerprints, seconds)
         try:
-            storage.prune(self.directory, self._config.keep_last, self._config.keep_every)
+            storage.prune(self.directory, lambda steps: retention.kept(steps, *self._keep, state))
         except OSError as error:  # the new checkpoint is finished all the same
             self._log(f"an old checkpoint below {self.directory} could not be removed: {describe_error(error)}")
         return str(final)
@@ -245,6 +242,12 @@ class Checkpoints:
         except CheckpointError as problem:
             error = problem
         self._group.raise_together(error)
+
+    def newest_healthy(self, finite_step: int) -> CheckpointPath | None:
+        """The newest finished checkpoint from which a later step trained; `finite_step` is the last that did."""
+        self.wait()
+        healthy = [checkpoint for checkpoint in self._finished() if checkpoint.step < finite_step]
+        return healthy[-1] if healthy else None
 
     def quarantine_after(self, step: int) -> None:
         """Quarantine the run's checkpoints beyond `step`, from which it now continues differently."""

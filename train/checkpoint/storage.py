@@ -19,7 +19,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,10 @@ _INCOMPLETE, _REMOVED, _REPLACED = ".incomplete", ".removed", ".replaced"
 
 class CheckpointError(ConfigError):
     """A checkpoint that is missing, damaged or of another model. The message names the file and what to do."""
+
+
+class SaveError(RuntimeError):
+    """The last checkpoint of a run could not be written; the message says why, and what it needs."""
 
 
 class CheckpointPath:
@@ -233,11 +237,14 @@ def commit(
     return final
 
 
-def prune(directory: CheckpointPath, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the newest `keep_last` and those whose step is a multiple of `keep_every`."""
-    for checkpoint in finished(directory)[:-keep_last]:
-        if not keep_every or checkpoint.step % keep_every:
-            discard(checkpoint)
+def prune(directory: CheckpointPath, stays: Callable[[list[int]], Collection[int]]) -> list[str]:
+    """Remove the finished checkpoints that do not stay; returns their names. `stays`: steps, ascending -> those kept."""
+    checkpoints = finished(directory)
+    stay = stays([checkpoint.step for checkpoint in checkpoints])
+    removed = [checkpoint for checkpoint in checkpoints if checkpoint.step not in stay]
+    for checkpoint in removed:
+        discard(checkpoint)
+    return [checkpoint.name for checkpoint in removed]
 
 
 def discard(checkpoint: CheckpointPath) -> None:
