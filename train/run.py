@@ -16,17 +16,17 @@ from train.build import make_held_out
 from train.checkpoint.manager import Progress
 from train.config import run_directory
 from train.config.conversion import to_mapping
+from train.config.quoting import override
 from train.config.schema import TrainConfig
 from train.distributed.consensus import RankConsensus
 from train.distributed.groups import World
 from train.evaluate.held_out import HeldOut
-from train.config.quoting import override
 from train.health import MAX_ROLLBACKS, TrainingDiverged, bad_steps_message, last_finite_step, next_sample
+from train.logs import saved, tracker
 from train.logs.metrics import METRICS, read_records
 from train.logs.profiling import StepProfiler
 from train.logs.run_log import RunLog, line_printer
 from train.logs.step_sums import StepSums
-from train.logs.tracker import Tracker
 from train.start import Resume, Start
 from train.state import TrainState
 
@@ -76,6 +76,10 @@ class Run:
         progress = state.begin(start)
         if world.is_main:
             run_directory.write(directory, config, data)
+            if not isinstance(start, Resume):
+                saved.forget(directory)
+            if config.resume == "never":
+                tracker.forget_run(directory)
         dist.barrier()
         state.checkpoints.quarantine_after(progress.step)
         log = _open_log(config, world, progress.step)
@@ -95,6 +99,11 @@ class Run:
         self._counted_from = progress.step
         self._finite_step = progress.health.get("last_finite_step", progress.step)
         self._calm_step = progress.health.get("last_calm_step", progress.step)
+
+    def tell_progress_to(self, beat: Callable[[], None]) -> None:
+        """Call `beat` while steps, validations and waits for data and checkpoints make progress."""
+        self.engine.on_backward = self._held_out.on_batch = beat
+        self.loader.on_sample = self.state.checkpoints.on_wait = beat
 
     # -- before and after a step ---------------------------------------------------------------------------------------
 
@@ -201,11 +210,9 @@ class Run:
         minutes = self.config.checkpoint.every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def save(self, step: int, last: bool, on_wait: Callable[[], None]) -> None:
-        """Begin to save; wait for it if it is the `last` one. `on_wait` is called every few seconds meanwhile."""
-        checkpoints = self.state.checkpoints
-        checkpoints.on_wait = on_wait
-        if step == self._saved_step and (not last or checkpoints.wait() is None):
+    def save(self, step: int, last: bool) -> None:
+        """Begin to save; wait for it if it is the `last` one."""
+        if step == self._saved_step and (not last or self.state.checkpoints.wait() is None):
             return
         with self.sums.clock_stopped():
             tokens = self.sums.tokens
@@ -228,12 +235,12 @@ class Run:
 
 
 def _open_log(config: TrainConfig, world: World, first_step: int) -> RunLog:
-    directory, tracker = config.run.directory, None
+    directory, wandb = config.run.directory, None
     if world.is_main:
-        tracker = Tracker(config.logging, directory, name=config.run.name, config=to_mapping(config))
+        wandb = tracker.Tracker(config.logging, directory, name=config.run.name, config=to_mapping(config))
     return RunLog(
         directory,
-        tracker=tracker,
+        tracker=wandb,
         total_steps=config.run.steps,
         first_step=first_step,
         progress=config.logging.progress,

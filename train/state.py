@@ -20,6 +20,7 @@ from train.config.schema import TrainConfig
 from train.distributed.groups import World
 from train.health import SpikeDetector
 from train.hf import import_weights
+from train.logs import saved
 from train.start import Fresh, Import, Inherit, Resume, Start, checkpoint_directory
 
 
@@ -40,6 +41,7 @@ class TrainState:
         self.checkpoints = Checkpoints(
             checkpoint_directory(config), self.engine, world, config.checkpoint, log=log_line
         )
+        self.checkpoints.on_saved = saved.remember(config.run.directory, config.resume, log_line)
 
     # -- beginning -----------------------------------------------------------------------------------------------------
 
@@ -121,7 +123,7 @@ class TrainState:
     def save(self, step: int, tokens: int, last: bool, health: dict[str, Any]) -> float:
         """Begin to save the state after `step`; returns the seconds that training stood still.
 
-        `health`: see `train.checkpoint.retention`. `last`: wait until it is written, and raise `SaveError` if that fails.
+        `health`: see `train.checkpoint.retention`. `last`: wait until it is written; raises `SaveError` if that fails.
         """
         config = self._config
         weight = config.stage.summary_projection_weight(step, config.run.steps)
