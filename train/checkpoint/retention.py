@@ -40,7 +40,11 @@ def kept(steps: Sequence[int], keep_last: int, keep_every: int | None, state: Ma
 def removable(steps: Sequence[int], keep_last: int, keep_every: int | None, state: Mapping[str, Any]) -> list[int]:
     """Those of the finished `steps` that go anyway once the checkpoint of `state` is finished, oldest first.
 
-    The newest finished one is never among them: something must be left if that checkpoint fails.
+    Something must be left if that checkpoint fails: the newest one goes only if skipped steps led to it and an earlier
+    one stays.
     """
     later = kept(sorted({*steps, state["step"]}), keep_last, keep_every, state)
-    return [step for step in sorted(steps)[:-1] if step not in later]
+    going = [step for step in sorted(steps) if step not in later]
+    if going and going[-1] == max(steps) and (going[-1] <= last_finite_step(state) or len(going) == len(steps)):
+        going.pop()
+    return going

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from data_pipeline.store.files import atomic_write
 from train.checkpoint.storage import CheckpointError, CheckpointPath
 from train.logs.metrics import METRICS, read_records
@@ -46,7 +48,7 @@ def check_nothing_is_missing(directory: Path, resume: str, checkpoints: Checkpoi
     Call where that holds none. A run that would begin afresh by mistake would count its steps again from 0.
     """
     known = _remembered(directory, checkpoints)
-    if known is None or (known.get("resume", resume) != resume and resume != "auto"):
+    if known is None or (resume != "auto" and known["resume"] != resume):
         return  # a path that the user gives now is a decision
     raise CheckpointError(
         f"{directory} has been saved at step {known['step']}"
@@ -66,5 +68,10 @@ def _remembered(directory: Path, checkpoints: CheckpointPath) -> dict[str, Any] 
         saves = [record["step"] for record in read_records(directory / METRICS) if "checkpoint_seconds" in record]
     except OSError:
         return None
-    # A save that was begun need not have been finished; but then its directory is there.
-    return {"step": max(saves)} if saves and not checkpoints.exists() else None
+    if not saves or checkpoints.exists():  # a save that was begun need not have been finished
+        return None
+    try:
+        resume = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))["resume"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        resume = "auto"
+    return {"step": max(saves), "resume": resume}

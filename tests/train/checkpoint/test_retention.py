@@ -43,8 +43,10 @@ def test_what_may_go_before_the_next_is_finished():
     assert removable([10], 1, None, state(15, 15)) == []  # the newest never: the one being written may fail
     assert removable([5, 10], 1, None, state(15, 15)) == [5]
     assert removable([5, 10], 1, 5, state(15, 15)) == []
-    assert removable([5, 10, 15], 2, None, state(20, 10)) == []
-    assert removable([5, 10, 15, 20], 2, None, state(25, 10)) == [15]
+    assert removable([5, 12], 1, 5, state(17, 17)) == []
+    assert removable([5, 10, 15], 2, None, state(20, 10)) == [15]  # skipped steps led to it
+    assert removable([5, 10, 15, 20], 2, None, state(25, 10)) == [15, 20]
+    assert removable([15], 2, None, state(20, 10)) == []
     assert removable([], 2, None, state(5)) == []
 
 
