@@ -16,6 +16,7 @@ from train.checkpoint import locate
 from train.checkpoint.manager import Checkpoints, Progress
 from train.checkpoint.storage import CheckpointError, CheckpointPath
 from train.config.conversion import flatten, to_mapping
+from train.config.quoting import override
 from train.config.schema import TrainConfig
 from train.distributed.groups import World
 from train.health import SpikeDetector
@@ -115,7 +116,8 @@ class TrainState:
             raise CheckpointError(
                 f"{checkpoint} has no summary projections any more: they were annealed away at step {state['step']}, "
                 f"and with run.steps={steps} they would have a weight of {weight:.2f} again. Go on in another run with "
-                f"stage=extend model.independent_qkv=false init_from={self._config.run.directory}"
+                f"stage=extend model.independent_qkv=false "
+                f"{override('init_from', str(self._config.run.directory))}"
             )
 
     # -- saving --------------------------------------------------------------------------------------------------------

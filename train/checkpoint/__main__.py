@@ -13,6 +13,7 @@ not need `reshape`, which is for other programs and for slow storage.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from train.checkpoint.rewrite import average, reshape
 from train.checkpoint.storage import MANIFEST, CheckpointError, CheckpointPath
 from train.config.conversion import from_words
 from train.config.errors import ConfigError
+from train.config.quoting import override
 from train.distributed.signals import BAD_INPUT
 
 DAMAGED = 1  # exit code of `verify`
@@ -137,7 +139,7 @@ def _run(command: str, location: str, words: list[str]) -> int:
 
 def _reshape(checkpoint: CheckpointPath, options: ReshapeOptions) -> int:
     written = reshape(checkpoint, CheckpointPath(options.out), options.files, options.moments)
-    print(f"wrote {written}; use it with {'resume' if options.moments else 'init_from'}={written}")
+    print(f"wrote {written}; use it with {override('resume' if options.moments else 'init_from', str(written))}")
     return 0
 
 
@@ -149,7 +151,7 @@ def _average(location: str, checkpoints: list[CheckpointPath], options: AverageO
             (Path(out) / name).write_bytes((Path(location) / name).read_bytes())
     print(f"wrote the mean of {', '.join(checkpoint.name for checkpoint in chosen)} to {written}")
     if (Path(out) / "config.yaml").is_file():
-        print(f"sample text from it: python -m train.generate {out}")
+        print(f"sample text from it: python -m train.generate {shlex.quote(str(out))}")
     return 0
 
 
