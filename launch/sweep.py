@@ -26,6 +26,7 @@ from launch.processes import SUPERVISOR, end_descendants
 from launch.settings import PROJECT
 from launch.sweep_plan import BUDGETS, Point, Sweep, plan, presets, write
 from train.config.conversion import from_text
+from train.config.quoting import quoted
 from train.distributed.signals import BAD_INPUT, REQUEUE
 
 USAGE = """Train one model for every combination of values, and compare the results.
@@ -237,15 +238,7 @@ def _retry_arguments(options: Options, launch_arguments: list[str], directory: P
         own.append(f"sweep.parallel={options.parallel}")
     if not options.report:
         own.append("sweep.report=false")
-    return [*own, *launch_arguments, f"run.root={_hydra_quoted(str(directory.parent))}"]
-
-
-def _hydra_quoted(text: str) -> str:
-    """`text` as a value in Hydra's override grammar."""
-    if re.fullmatch(r"[\w./+-]+", text):
-        return text
-    # Within quotes, only a quote is escaped, and the backslashes before it.
-    return '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), text) + '"'
+    return [*own, *launch_arguments, f"run.root={quoted(str(directory.parent))}"]
 
 
 def _outcome(directory: Path, job: _RunningPoint) -> str:

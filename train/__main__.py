@@ -1,7 +1,8 @@
 """`python -m train [key=value ...]`: compose the configuration with Hydra, check it, run it.
 
 Exit codes: 0 the run is finished, `BAD_INPUT` it cannot start, `DIVERGED` it trained and cannot go on, `REQUEUE` it
-saved its state and wants to be started again (`train.distributed.signals`).
+saved its state and wants to be started again, `NOT_SAVED` its last checkpoint could not be written
+(`train.distributed.signals`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from train import chain
+from train.checkpoint.storage import SaveError
 from train.config.compose import CONFIGS, register_defaults
 from train.config.conversion import all_keys, from_mapping, unknown_key
+from train.config.quoting import override
 from train.config.schema import USER_ERRORS, TrainConfig, validate
 from train.config.sections import RunConfig
 from train.distributed.groups import environment_world
-from train.distributed.signals import BAD_INPUT, DIVERGED, REQUEUE
+from train.distributed.signals import BAD_INPUT, DIVERGED, NOT_SAVED, REQUEUE
 from train.health import TrainingDiverged
 
 if TYPE_CHECKING:
@@ -61,6 +64,8 @@ def _run(composed: DictConfig) -> None:
         _exit_with(error, BAD_INPUT)
     except TrainingDiverged as error:
         _exit_with(error, DIVERGED)
+    except SaveError as error:
+        _exit_with(error, NOT_SAVED)
     if result.interrupted:
         sys.exit(REQUEUE)
     if environment_world()[0] == 0:
@@ -83,18 +88,21 @@ def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) 
     }[config.logging.wandb]
 
     def command(**changes: object) -> str:
-        kept = [o for o in overrides if o.split("=")[0].lstrip("+") not in {*changes, "run.name", "resume"}]
-        words = (f"{key}='{value}'" if "=" in str(value) else f"{key}={value}" for key, value in changes.items())
-        return shlex.join(["python", "-m", "train", *kept, *words])
+        dropped = {*changes, "run.name", "resume", "run.stop_at_step"}
+        kept = [o for o in overrides if o.split("=")[0].lstrip("+") not in dropped]
+        return f"{shlex.join(['python', '-m', 'train', *kept])} {' '.join(override(k, v) for k, v in changes.items())}"
 
     other = command(**{"run.name": f"{config.run.name}-k{other_k}", "model.chunk_size": other_k})
     going_on = ""
     # Once its summary projections are annealed away, a run cannot be made longer.
     if config.stage.summary_projection_weight(result.step, config.run.steps) > 0:
         named = {} if config.run.name == RunConfig.name else {"run.name": config.run.name}
-        going_on = f"  train for more steps     {command(**{'run.steps': 2 * config.run.steps}, **named)}\n"
+        going_on = (
+            f"  train for more steps     {command(**{'run.steps': 2 * max(result.step, config.run.steps)}, **named)}\n"
+        )
+    length = f" of {config.run.steps}" if result.step <= config.run.steps else f", run.steps={config.run.steps}"
     return f"""
-Step {result.step} of {config.run.steps}: {result.tokens:,} tokens{held_out}. This call took {result.seconds:.0f} s, \
+Step {result.step}{length}: {result.tokens:,} tokens{held_out}. This call took {result.seconds:.0f} s, \
 including data preparation.
 
   {directory}/metrics.jsonl   the numbers of each log step, one JSON object per line
@@ -123,8 +131,8 @@ def check_keys(overrides: list[str]) -> None:
     """Refuse a key that does not exist, naming the nearest one; Hydra's own message does not."""
     known = set(all_keys(TrainConfig))
     groups = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group
+    for given in OverridesParser.create().parse_overrides(overrides):
+        key = given.key_or_group
         if key not in known and key not in groups and not key.startswith("hydra"):
             raise unknown_key(key, sorted(known | groups))
 

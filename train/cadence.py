@@ -13,9 +13,9 @@ class Action(Enum):
     """What a run does between two steps; the values are the words for it."""
 
     REPORT = "reporting"
+    SAVE = "saving a checkpoint"
     VALIDATE = "validating"
     PROBE = "asking probes"
-    SAVE = "saving a checkpoint"
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,20 @@ def validates(step: int, run: RunConfig) -> bool:
 def due(step: int, decision: Decision, run: RunConfig, checkpoint: CheckpointConfig) -> Due:
     """What is due after `step` (1-based).
 
-    The last step, and one at which the run was asked to stop, is always reported and saved. Validation comes before
-    the save, so that the checkpoint follows everything recorded for its step. If the run was asked to stop, the save
-    comes first, because a scheduler may not wait for a validation, and there are no probes.
+    The last step, and one at which the run was asked to stop, is always reported and saved. The save comes before the
+    validation: one that is too long, or that fails, must not take the steps since the last checkpoint with it, and a
+    scheduler may not wait for it. A run that is started again from there makes up for a validation that is missing.
+    Probes come last, and a run that was asked to stop asks none.
     """
     ends = decision.stop or step == last_step(run)
     report = ends or step % run.log_every == 0
     validate = validates(step, run)
     probe = run.probe_every is not None and (step == last_step(run) or step % run.probe_every == 0)
     save = ends or decision.save or (checkpoint.every_steps is not None and step % checkpoint.every_steps == 0)
-    order = [(report, Action.REPORT), (validate, Action.VALIDATE), (probe, Action.PROBE), (save, Action.SAVE)]
-    if decision.stop:
-        order = [(report, Action.REPORT), (save, Action.SAVE), (validate, Action.VALIDATE)]
+    order = (
+        (report, Action.REPORT),
+        (save, Action.SAVE),
+        (validate, Action.VALIDATE),
+        (probe and not decision.stop, Action.PROBE),
+    )
     return Due(tuple(action for is_due, action in order if is_due), ends)

@@ -22,7 +22,11 @@ from train.hf.export import ExportConfig, export, open_run
 
 
 def _parse(arguments: list[str]) -> tuple[Path, ExportConfig]:
-    if not arguments or "=" in arguments[0] or not any(a.startswith("out=") for a in arguments):
+    if (
+        not arguments
+        or ("=" in arguments[0] and not Path(arguments[0]).is_dir())
+        or not any(a.startswith("out=") for a in arguments)
+    ):
         raise ConfigError(
             "usage: python -m train.export RUN out=DIR [format=hf|safetensors] [step=N] [dtype=bf16|fp32]"
         )

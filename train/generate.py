@@ -202,7 +202,7 @@ def answer(session: GenerationSession, prompts: list[str], config: GenerateConfi
 
 
 def _parse(arguments: list[str]) -> tuple[Path, list[str], GenerateConfig]:
-    if not arguments or "=" in arguments[0]:
+    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_dir()):
         keys = " ".join(f"[{name}=...]" for name in GenerateConfig.__dataclass_fields__)
         raise ConfigError(f"usage: python -m train.generate RUN|HF_DIR [prompt=TEXT ...] {keys}")
     given = key_values(arguments[1:], ["prompt", *GenerateConfig.__dataclass_fields__], ConfigError)

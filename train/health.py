@@ -41,13 +41,31 @@ def bad_norm(norm: torch.Tensor | float | None, device: torch.device) -> torch.T
     return (~torch.isfinite(norm) | (norm < 0)).float()
 
 
-def bad_steps_message(first_step: int, last_step: int, first_sample: int, last_sample: int, checkpoint: str) -> str:
-    """What a run that ends after too many bad steps tells its user. `checkpoint`: the run directory."""
+def last_finite_step(step: int, bad_steps: int, counted_from: int, before: int) -> int:
+    """The last step up to `step` that was not skipped, where the `bad_steps` up to `step` were.
+
+    These are counted from step `counted_from` on, where the process went on; until then it was `before`.
+    """
+    return before if bad_steps >= step - counted_from else step - bad_steps
+
+
+def bad_steps_message(steps: tuple[int, int], samples: tuple[int, int], healthy: str | None, directory: str) -> str:
+    """What a run that ends after too many bad steps tells its user.
+
+    `steps`, `samples`: first and last that were skipped. `healthy`: how to name the newest checkpoint from which a
+    later step trained with a finite loss, as a command-line word; None where there is none.
+    """
+    elsewhere = (
+        f"the weights themselves are bad: continue in another run, with a lower optim.lr, from the newest checkpoint "
+        f"that is known to be healthy: {healthy} run.name=NEW"
+        if healthy is not None
+        else "the weights themselves are bad, and no checkpoint is known to be healthy: begin another run, with a "
+        "lower optim.lr or a longer optim.warmup_steps"
+    )
     return (
-        f"loss or gradient was not finite in each of the steps {first_step} to {last_step}, which were skipped: "
-        f"samples {first_sample} to {last_sample} of the global order. Checkpoints are below {checkpoint}. To continue "
-        f"without these samples, start again with run.skip_samples=[[{first_sample},{last_sample}]]. If it happens "
-        f"again with other samples, continue in another run: resume={checkpoint} run.name=NEW and a lower optim.lr"
+        f"loss or gradient was not finite in each of the steps {steps[0]} to {steps[1]}, which were skipped: samples "
+        f"{samples[0]} to {samples[1]} of the global order. To continue {directory} without these samples, start again "
+        f"with run.skip_samples=[[{samples[0]},{samples[1]}]]. If it happens again with other samples, {elsewhere}"
     )
 
 

@@ -37,7 +37,7 @@ class ImportOptions:
 
 
 def _run(arguments: list[str]) -> str:
-    if not arguments or "=" in arguments[0]:
+    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_dir()):
         raise ConfigError(
             "usage: python -m train.import_hf HF_DIR [out=RUN] [layer_pattern=... and other model keys] "
             "[summary_from=mean] [allow_pickle=false]"

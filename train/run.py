@@ -16,17 +16,18 @@ from train.build import make_held_out, make_probes
 from train.checkpoint.manager import Progress
 from train.config import run_directory
 from train.config.conversion import to_mapping
+from train.config.quoting import override
 from train.config.schema import TrainConfig
 from train.distributed.consensus import RankConsensus
 from train.distributed.groups import World
 from train.evaluate.held_out import HeldOut
 from train.evaluate.in_loop import InLoopProbes
-from train.health import MAX_ROLLBACKS, TrainingDiverged, bad_steps_message, next_sample
+from train.health import MAX_ROLLBACKS, TrainingDiverged, bad_steps_message, last_finite_step, next_sample
+from train.logs import saved, tracker
 from train.logs.metrics import METRICS, read_records
 from train.logs.profiling import StepProfiler
 from train.logs.run_log import RunLog, line_printer
 from train.logs.step_sums import StepSums
-from train.logs.tracker import Tracker
 from train.start import Resume, Start
 from train.state import TrainState
 
@@ -59,7 +60,8 @@ class Run:
         self.validation_loss: float | None = None
         self._held_out, self._probes = held_out, probes
         self._saved_at, self._saved_step = time.monotonic(), -1
-        self._healthy_step, self._rolled_back_to, self._rollbacks = progress.step, -1, 0
+        self._rolled_back_to, self._rollbacks = -1, 0
+        self._take_over_health(progress)
         self._step_samples: deque[int] = deque(maxlen=config.run.max_bad_steps + 2)  # first sample of recent steps
 
     @classmethod
@@ -76,14 +78,36 @@ class Run:
         progress = state.begin(start)
         if world.is_main:
             run_directory.write(directory, config, data)
+            if not isinstance(start, Resume):
+                saved.forget(directory)
+            if config.resume == "never":
+                tracker.forget_run(directory)
         dist.barrier()
         state.checkpoints.quarantine_after(progress.step)
         log = _open_log(config, world, progress.step)
         if isinstance(start, Resume):
             log_line(f"resumed from {start.checkpoint} at step {progress.step}")
+            if (finite := progress.health.get("last_finite_step", progress.step)) < progress.step:
+                log_line(
+                    f"the steps {finite + 1} to {progress.step} before it were skipped, because the loss or the "
+                    "gradient was not finite: if that goes on, its weights are bad"
+                )
         else:
             log_line(f"starting {directory} afresh")
         return cls(config, world, state, progress, held_out, probes, log, log_line)
+
+    def _take_over_health(self, progress: Progress) -> None:
+        """Go on from `progress`: the last step that was not skipped, and the last report without a jump, up to it."""
+        self._counted_from = progress.step
+        self._finite_step = progress.health.get("last_finite_step", progress.step)
+        self._calm_step = progress.health.get("last_calm_step", progress.step)
+
+    def tell_progress_to(self, beat: Callable[[], None]) -> None:
+        """Call `beat` while steps, validations and waits for data and checkpoints make progress."""
+        self.engine.on_backward = self._held_out.on_batch = beat
+        self.loader.on_sample = self.state.checkpoints.on_wait = beat
+        if self._probes is not None:
+            self._probes.on_batch = beat
 
     # -- before and after a step ---------------------------------------------------------------------------------------
 
@@ -101,7 +125,11 @@ class Run:
         if bad_steps >= self.config.run.max_bad_steps:
             first = list(self._step_samples)[-1 - bad_steps]
             last = self._step_samples[-2] + self.config.run.samples_per_step - 1
-            raise TrainingDiverged(bad_steps_message(step - bad_steps, step - 1, first, last, str(self.directory)))
+            finite = last_finite_step(step - 1, bad_steps, self._counted_from, self._finite_step)
+            found = self.state.checkpoints.newest_healthy(finite)
+            healthy = None if found is None else override("resume", str(found))
+            steps, samples = (step - bad_steps, step - 1), (first, last)
+            raise TrainingDiverged(bad_steps_message(steps, samples, healthy, str(self.directory)))
 
     def report(self, step: int, grad_norm: torch.Tensor | float, lr: float) -> int | None:
         """Record the numbers since the last report.
@@ -118,8 +146,10 @@ class Run:
         if self.objective is not None:
             record |= self.sums.read_parts(self.objective.take(), PARTS)
         self.log.record({"step": step, **record, "lr": lr})
-        if "loss" not in record or not self.state.spikes.is_spike(record["loss"]):
-            self._healthy_step = step
+        if "loss" not in record:  # all steps were skipped: nothing is known of the weights
+            return None
+        if not self.state.spikes.is_spike(record["loss"]):
+            self._calm_step = step
             return None
         return self._roll_back(step, record["loss"])
 
@@ -127,7 +157,7 @@ class Run:
         """Load the last checkpoint from before the loss jumped, and go on from there after the samples seen since."""
         checkpoints = self.state.checkpoints
         checkpoints.wait()
-        found = checkpoints.choose("auto", before=self._healthy_step)
+        found = checkpoints.choose("auto", before=self._calm_step)
         if found is None:
             self.log_line(
                 f"step {step}: the loss jumped to {loss:.4g}, but there is no checkpoint from before that; continuing"
@@ -141,7 +171,7 @@ class Run:
             raise TrainingDiverged(
                 f"the loss jumped {self._rollbacks} times after step {progress.step}, each time with other samples, "
                 f"the last time to {loss:.4g} at step {step}; raise run.spike_factor={self.config.run.spike_factor}, "
-                f"or lower optim.lr in another run: resume={self.directory} run.name=NEW"
+                f"or lower optim.lr in another run: {override('resume', str(found))} run.name=NEW"
             )
         samples = f"{progress.loader['next_sample']} to {position['next_sample'] - 1}"
         self.loader.load_state(position)
@@ -151,7 +181,8 @@ class Run:
         self.log_line(
             f"step {step}: the loss jumped to {loss:.4g}: back to {found}, continuing without samples {samples}"
         )
-        self._healthy_step, self._saved_step = progress.step, -1
+        self._take_over_health(progress)
+        self._saved_step = -1
         return progress.step
 
     # -- validation and checkpoints ------------------------------------------------------------------------------------
@@ -190,17 +221,21 @@ class Run:
         minutes = self.config.checkpoint.every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def save(self, step: int, last: bool, on_wait: Callable[[], None]) -> None:
-        """Begin to save; wait for it if it is the `last` one. `on_wait` is called every few seconds meanwhile."""
-        checkpoints = self.state.checkpoints
-        checkpoints.on_wait = on_wait
-        if step == self._saved_step and (not last or checkpoints.wait() is None):
+    def save(self, step: int, last: bool) -> None:
+        """Begin to save; wait for it if it is the `last` one."""
+        if step == self._saved_step and (not last or self.state.checkpoints.wait() is None):
             return
         with self.sums.clock_stopped():
             tokens = self.sums.tokens
-            seconds = self.state.save(step, tokens, last)
+            seconds = self.state.save(step, tokens, last, self._health(step))
             self.log.record({"step": step, "tokens": tokens, "checkpoint_seconds": round(seconds, 4)})
         self._saved_at, self._saved_step = time.monotonic(), step
+
+    def _health(self, step: int) -> dict[str, int]:
+        """What the checkpoint of `step` says about its weights; see `train.checkpoint.retention`."""
+        skipped = self.consensus.skipped_in_a_row()
+        health = {"last_finite_step": last_finite_step(step, skipped, self._counted_from, self._finite_step)}
+        return health | ({} if self.config.run.spike_factor is None else {"last_calm_step": self._calm_step})
 
     def close(self) -> None:
         """End the run's threads and files; a save in flight is given time to finish."""
@@ -211,12 +246,12 @@ class Run:
 
 
 def _open_log(config: TrainConfig, world: World, first_step: int) -> RunLog:
-    directory, tracker = config.run.directory, None
+    directory, wandb = config.run.directory, None
     if world.is_main:
-        tracker = Tracker(config.logging, directory, name=config.run.name, config=to_mapping(config))
+        wandb = tracker.Tracker(config.logging, directory, name=config.run.name, config=to_mapping(config))
     return RunLog(
         directory,
-        tracker=tracker,
+        tracker=wandb,
         total_steps=config.run.steps,
         first_step=first_step,
         progress=config.logging.progress,

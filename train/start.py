@@ -7,10 +7,11 @@ from pathlib import Path
 
 from train import stages
 from train.checkpoint import locate
-from train.checkpoint.storage import CheckpointPath
+from train.checkpoint.storage import CheckpointPath, finished, is_restorable
 from train.config.schema import TrainConfig
 from train.hf import import_weights, tokenizers
 from train.hf.tokenizers import Owned
+from train.logs.saved import check_nothing_is_missing
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ def find_start(config: TrainConfig) -> Start:
     Needs no process group and no data, so a wrong path is refused before those are prepared. Checkpoints are not
     verified here; `TrainState.verify` does that once all ranks are there. Raises one of `USER_ERRORS`.
     """
-    found = locate.find(config.resume, checkpoint_directory(config))
+    own = checkpoint_directory(config)
+    if config.resume != "never" and not finished(own) and not is_restorable(own):
+        check_nothing_is_missing(config.run.directory, config.resume, own)
+    found = locate.find(config.resume, own)
     if found is not None:
         return Resume(found)
     if config.init_from is None:

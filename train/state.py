@@ -16,11 +16,13 @@ from train.checkpoint import locate
 from train.checkpoint.manager import Checkpoints, Progress
 from train.checkpoint.storage import CheckpointError, CheckpointPath
 from train.config.conversion import flatten, to_mapping
+from train.config.quoting import override
 from train.config.schema import TrainConfig
 from train.distributed.groups import World
 from train.health import SpikeDetector
 from train.hf import import_weights
 from train.hf.tokenizers import VOCABULARY
+from train.logs import saved
 from train.start import Fresh, Import, Inherit, Resume, Start, checkpoint_directory
 
 
@@ -42,6 +44,7 @@ class TrainState:
         self.checkpoints = Checkpoints(
             checkpoint_directory(config), self.engine, world, config.checkpoint, log=log_line
         )
+        self.checkpoints.on_saved = saved.remember(config.run.directory, config.resume, log_line)
 
     # -- beginning -----------------------------------------------------------------------------------------------------
 
@@ -115,15 +118,16 @@ class TrainState:
             raise CheckpointError(
                 f"{checkpoint} has no summary projections any more: they were annealed away at step {state['step']}, "
                 f"and with run.steps={steps} they would have a weight of {weight:.2f} again. Go on in another run with "
-                f"stage=extend model.independent_qkv=false init_from={self._config.run.directory}"
+                f"stage=extend model.independent_qkv=false "
+                f"{override('init_from', str(self._config.run.directory))}"
             )
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, tokens: int, last: bool) -> float:
+    def save(self, step: int, tokens: int, last: bool, health: dict[str, Any]) -> float:
         """Begin to save the state after `step`; returns the seconds that training stood still.
 
-        `last`: wait until it is written, and raise `SaveError` if that fails.
+        `health`: see `train.checkpoint.retention`. `last`: wait until it is written; raises `SaveError` if that fails.
         """
         config = self._config
         weight = config.stage.summary_projection_weight(step, config.run.steps)
@@ -136,6 +140,6 @@ class TrainState:
             "tokenizer_sha256": self._tokenizer_sha256,
             VOCABULARY: self._vocabulary_sha256,
         }
-        progress = Progress(step, tokens, self.loader.state(), {"recent_losses": self.spikes.recent})
+        progress = Progress(step, tokens, self.loader.state(), {"recent_losses": self.spikes.recent, **health})
         save = self.checkpoints.save_last if last else self.checkpoints.save
         return save(progress, facts, partial(stages.is_dropped, summary_projection_weight=weight))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,9 +95,11 @@ def _train(
     if step >= last_step:
         run.log_line(f"{run.directory} is at step {step} already: nothing to train")
     try:
-        if step and cadence.validates(step, config.run):
-            run.evaluate_if_missing(step)
         with Watchdog(world.store, world.rank, world.size, 60 * config.parallel.timeout_minutes) as watch:
+            run.tell_progress_to(watch.beat)
+            if step and cadence.validates(step, config.run):
+                watch.progress(step, Action.VALIDATE.value)
+                run.evaluate_if_missing(step)
             request.begin_steps()
             while step < last_step and not stopped:
                 run.skip_samples()
@@ -131,7 +132,7 @@ def _train(
 def _do_what_is_due(
     run: Run, step: int, grad_norm: torch.Tensor | float, lr: float, decision: Decision, watch: Watchdog
 ) -> int:
-    """Report, validate, probe and save after `step` as `cadence.due` says; returns the step to go on from.
+    """Report, save, validate and probe after `step` as `cadence.due` says; returns the step to go on from.
 
     That is an earlier step if the loss jumped and the run went back to a checkpoint. Nothing else is due then: the
     checkpoint is there already, also for a run that was asked to stop.
@@ -149,7 +150,7 @@ def _do_what_is_due(
         elif action is Action.PROBE:
             run.probe(step)
         else:
-            run.save(step, last=due.ends, on_wait=partial(watch.progress, step, action.value))
+            run.save(step, last=due.ends)
     return step
 
 

@@ -34,6 +34,7 @@ class Loader:
 
     Attributes:
         wait_seconds: total time that `next_step` has waited for samples.
+        on_sample: called in `next_step` after each (joined) sample that it waited for.
 
     Raises:
         DataError: the counts do not fit together.
@@ -73,6 +74,7 @@ class Loader:
         self._reader: _ReadAhead | None = None
         self._closed = False
         self.wait_seconds = 0.0
+        self.on_sample: Callable[[], None] = lambda: None
 
     def next_step(self) -> list[Any]:
         """This rank's `samples_per_step / dp_size / joined` (joined) samples of the next global step, in global order.
@@ -84,7 +86,7 @@ class Loader:
         if self._reader is None:
             self._reader = _ReadAhead(self._make_fetch(self._next_sample), -(-self._prefetch // self._joined))
         started = time.perf_counter()
-        samples = self._reader.take(self._samples_per_step // self._dp_size // self._joined)
+        samples = self._reader.take(self._samples_per_step // self._dp_size // self._joined, self.on_sample)
         self.wait_seconds += time.perf_counter() - started
         self._next_sample += self._samples_per_step
         return samples
@@ -198,8 +200,11 @@ class _ReadAhead:
                 return
             number += 1
 
-    def take(self, count: int) -> list[Any]:
-        """The next `count` results. Raises the error that ended the thread, after the results before it."""
+    def take(self, count: int, on_result: Callable[[], None]) -> list[Any]:
+        """The next `count` results; `on_result` is called after each.
+
+        Raises the error that ended the thread, after the results before it.
+        """
         while len(self._taken) < count:
             if self._error is None:
                 result, self._error = self._results.get()
@@ -207,6 +212,7 @@ class _ReadAhead:
                 raise self._error
             self._taken.append(result)
             self._room.release()
+            on_result()
         return [self._taken.popleft() for _ in range(count)]
 
     def stop(self) -> None:

@@ -23,12 +23,12 @@ NOTHING, STOP, TIMER = Decision(False, False, 0), Decision(True, False, 0), Deci
         (10, NOTHING, [REPORT], False),
         (20, NOTHING, [REPORT, SAVE], False),
         (30, NOTHING, [REPORT, VALIDATE], False),
-        (60, NOTHING, [REPORT, VALIDATE, SAVE], False),
-        (100, NOTHING, [REPORT, VALIDATE, SAVE], True),  # the last step: all of them, whatever divides it
+        (60, NOTHING, [REPORT, SAVE, VALIDATE], False),  # a validation that never ends must not cost the checkpoint
+        (100, NOTHING, [REPORT, SAVE, VALIDATE], True),  # the last step: all of them, whatever divides it
         (1, TIMER, [SAVE], False),  # checkpoint.every_minutes
         (10, TIMER, [REPORT, SAVE], False),
         (1, STOP, [REPORT, SAVE], True),
-        (30, STOP, [REPORT, SAVE, VALIDATE], True),  # whoever asked to stop may not wait for a validation
+        (30, STOP, [REPORT, SAVE, VALIDATE], True),
         (100, STOP, [REPORT, SAVE, VALIDATE], True),
         (7, Decision(True, True, 3), [REPORT, SAVE], True),
     ],
@@ -43,8 +43,8 @@ def test_by_hand(step, decision, actions, ends):
         (20, NOTHING, [REPORT, SAVE]),
         (25, NOTHING, [PROBE]),
         (50, NOTHING, [REPORT, PROBE]),
-        (75, TIMER, [PROBE, SAVE]),
-        (100, NOTHING, [REPORT, VALIDATE, PROBE, SAVE]),  # the last step, whatever divides it
+        (75, TIMER, [SAVE, PROBE]),
+        (100, NOTHING, [REPORT, SAVE, VALIDATE, PROBE]),  # the last step, whatever divides it
         (50, STOP, [REPORT, SAVE]),  # a run that was asked to stop asks no probes
     ],
 )
@@ -70,7 +70,7 @@ def restated(config: RunConfig, checkpoint: CheckpointConfig, asked: dict[int, s
         validation = [(step, "validate")] if planned_last or step % config.eval_every == 0 else []
         on_schedule = checkpoint.every_steps and step % checkpoint.every_steps == 0
         save = [(step, "save")] if is_last or asked.get(step) == "save" or on_schedule else []
-        happened += save + validation if stopping else validation + save
+        happened += save + validation
         if is_last:
             break
     return happened

@@ -5,6 +5,7 @@ Help, torchrun and multirun start a new interpreter, as a user would; the others
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import yaml
 from tests import commands
 from tests.train.runs import BASE, losses
 from train.__main__ import main
-from train.distributed.signals import BAD_INPUT, DIVERGED, REQUEUE
-from train.logs.metrics import read_records
+from train.config.errors import ConfigError
+from train.config.quoting import quoted
+from train.distributed.signals import BAD_INPUT, DIVERGED, NOT_SAVED, REQUEUE
+from train.logs.metrics import SUPERSEDED, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -218,6 +221,75 @@ def test_closing_words_are_commands_that_go_on(corpus, tmp_path):
     assert "for more steps" in words and "for more steps" not in closing_words(anneal, result, [])
 
 
+NAMES = [
+    "probe-1", "a,b", "it's", 'say "hi"', "прогон", "日本", "20240601", "1e5", "1_000", "-5", "+5", ".5", "true",
+    "Null", "nan", "back\\slash", "end\\", "\\", "\\'", "a b", "x=y", "{a}", "[a]", "${run.seed}", "$HOME", "`ls`", "~",
+    "!x", "a:b", "#x", "a/b", "runs/2024", "*", "(a)", "a|b;c&d<e>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_to_go_on_means_the_same_run_whatever_its_name(name, corpus, tmp_path):
+    """Through a shell, Hydra's grammar and OmegaConf, each as it is."""
+    from tests.train.runs import make_config
+    from train.__main__ import closing_words
+    from train.config.compose import compose
+    from train.trainer import RunResult
+
+    config = make_config(corpus, tmp_path, run__name=name, run__root="runs/of,me")
+    result = RunResult(config.run.directory, 5, 100, None, 1.0, False)
+    typed = [f"run.name={quoted(name)}", "run.root='runs/of,me'", "run.stop_at_step=5", "optim.lr=1e-3"]
+    words = closing_words(config, result, typed)
+    line = next(line for line in words.splitlines() if "train for more steps" in line)
+    command = line.removeprefix("  train for more steps     python -m train ")
+    show = f"{shlex.quote(sys.executable)} -c 'import sys, json; print(json.dumps(sys.argv[1:]))' {command}"
+    said = subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True).stdout
+    composed = compose(json.loads(said))
+    assert composed["run"]["name"] == name and composed["run"]["root"] == "runs/of,me"
+    assert composed["run"]["steps"] == 10 and composed["run"]["stop_at_step"] is None  # else it would end at once
+
+
+def test_a_run_that_is_longer_than_it_is_told_says_so(corpus, tmp_path):
+    from tests.train.runs import make_config
+    from train.__main__ import closing_words
+    from train.trainer import RunResult
+
+    config = make_config(corpus, tmp_path, run__steps=10)
+    words = closing_words(config, RunResult(tmp_path, 20, 100, None, 1.0, False), [])
+    assert "Step 20 of 10" not in words and "Step 20, run.steps=10: 100 tokens" in words and "run.steps=40" in words
+
+
+def test_a_last_save_that_fails_is_one_line_and_an_exit_code(corpus, tmp_path):
+    """A file stands where the directory of checkpoints should be."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "default").write_text("in the way")
+    elsewhere = dict(run__steps=2, checkpoint__dir=tmp_path / "disk")
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path, **elsewhere))
+    assert code == NOT_SAVED, err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "step 2 could not be saved" in error and "continues from its beginning" in error
+    assert "Traceback" not in err and len(read_records(tmp_path / "default" / "metrics.jsonl")) >= 2
+
+
+def test_checkpoints_that_are_not_mounted_stop_a_run_and_cost_no_history(corpus, tmp_path):
+    arguments = small_overrides(corpus, tmp_path, run__steps=4, checkpoint__dir=tmp_path / "disk")
+    code, _, err = commands.run("train", *arguments, "run.stop_at_step=3")
+    assert code == 0, err
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    before = (tmp_path / "default" / "metrics.jsonl").read_bytes()
+    code, _, err = commands.run("train", *arguments)
+    assert code == BAD_INPUT and "has been saved at step 3" in err and "resume=never" in err
+    assert (tmp_path / "default" / "metrics.jsonl").read_bytes() == before and not (tmp_path / "disk").exists()
+    (tmp_path / "unmounted").rename(tmp_path / "disk")
+    code, _, err = commands.run("train", *arguments)
+    assert code == 0 and "at step 3" in err
+    assert (tmp_path / "default" / "metrics.jsonl").read_bytes().startswith(before)
+    code, _, err = commands.run("train", *arguments, "resume=never")
+    assert code == 0 and "afresh" in err
+    aside = read_records(tmp_path / "default" / SUPERSEDED)
+    assert {r["step"] for r in aside if "loss" in r} == {1, 2, 3, 4}
+
+
 def test_help_and_cfg_are_useful():
     for flag, wanted in (
         ("--help", ["Pretrain a decoder", "model: ", "torchrun", "seq_len: 2048"]),
@@ -364,3 +436,14 @@ def test_generate_refuses_bad_input(undisturbed, tmp_path):
     ]:
         code, _, err = commands.run("train.generate", *arguments)
         assert code == BAD_INPUT and message in err
+
+
+def test_a_run_with_an_equals_sign_in_its_name_is_a_run(tmp_path, monkeypatch):
+    """As every point of a multirun has: default/model.chunk_size=4."""
+    from train import generate
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.chunk_size=4").mkdir()
+    assert generate._parse(["model.chunk_size=4", "prompt=a=b"])[:2] == (Path("model.chunk_size=4"), ["a=b"])
+    with pytest.raises(ConfigError, match="usage"):
+        generate._parse(["prompt=a"])

@@ -10,7 +10,7 @@ from tests.train.runs import losses, make_config, newest_tensors
 from train.checkpoint import locate, storage, tensors
 from train.config.errors import ConfigError
 from train.config.sections import RunConfig
-from train.health import SpikeDetector, TrainingDiverged, bad_norm, next_sample, not_finite
+from train.health import SpikeDetector, TrainingDiverged, bad_norm, last_finite_step, next_sample, not_finite
 from train.logs.metrics import read_records
 
 RUN = dict(run__steps=16, checkpoint__every_steps=5, optim__decay_steps=8)
@@ -107,6 +107,35 @@ def test_too_many_in_a_row_stop_the_run_which_goes_on_past_them(corpus, tmp_path
     assert losses(records)[:10] == losses(never_met)[:10]
 
 
+def test_steps_that_are_skipped_do_not_rotate_the_healthy_checkpoints_out(corpus, tmp_path):
+    """From step 11 on every step is bad, as if the update of step 10 had ruined the weights."""
+    changes = dict(run__max_bad_steps=5, checkpoint__every_steps=2, checkpoint__keep_last=2)
+    _, error = run(1, corpus, tmp_path, range(40, 400), **changes)
+    own = tmp_path / "default" / "checkpoints"
+    assert [c.step for c in storage.finished(own)] == [8, 10, 14]
+    state = locate.read_state(storage.finished(own)[-1])
+    assert state["health"]["last_finite_step"] == 10
+    assert f"resume={own}/step-00000008 run.name=NEW" in error  # step 9 trained from it; from that of step 10 none did
+    # Started again it goes on in the same way, and neither the files nor the advice get worse.
+    _, error = run(1, corpus, tmp_path, range(40, 400), **changes | dict(run__steps=40))
+    assert [c.step for c in storage.finished(own)] == [8, 10, 18]
+    assert f"resume={own}/step-00000008 run.name=NEW" in error and "in each of the steps 15 to 19" in error
+
+
+def test_without_a_healthy_checkpoint_the_message_says_so(corpus, tmp_path):
+    changes = dict(run__max_bad_steps=3, checkpoint__every_steps=1)
+    _, error = run(1, corpus, tmp_path, range(0, 400), **changes)
+    assert "no checkpoint is known to be healthy" in error and "resume=" not in error
+
+
+def test_a_jump_finds_a_checkpoint_from_before_though_saves_come_more_often_than_reports(corpus, tmp_path):
+    changes = dict(run__spike_factor=2.5, run__log_every=2, checkpoint__every_steps=1, run__steps=20)
+    records, error = run(1, corpus, tmp_path, range(48, 56), "jump", **changes | dict(checkpoint__keep_last=1))
+    assert error is None and len(losses(records)) == 10
+    never_met, _ = run(1, corpus, tmp_path / "b", run__skip_samples=[[48, 55]], **changes)
+    assert losses(records) == losses(never_met)
+
+
 def test_a_jump_goes_back_past_its_samples(corpus, tmp_path):
     changes = dict(run__spike_factor=2.5)
     records, error = run(1, corpus, tmp_path / "a", range(40, 48), "jump", **changes)
@@ -144,6 +173,13 @@ def test_a_jump_in_the_step_of_a_stop_leaves_the_checkpoint_from_before(corpus, 
 def test_a_jump_that_keeps_coming_back_stops_the_run(corpus, tmp_path):
     _, error = run(1, corpus, tmp_path, range(40, 400), "jump", run__spike_factor=2.5)
     assert "the loss jumped 4 times after step 10" in error and "lower optim.lr" in error
+
+
+def test_the_last_finite_step_is_counted_over_restarts():
+    assert last_finite_step(12, bad_steps=0, counted_from=10, before=7) == 12
+    assert last_finite_step(14, bad_steps=1, counted_from=10, before=7) == 13
+    assert last_finite_step(14, bad_steps=4, counted_from=10, before=7) == 7
+    assert last_finite_step(10, bad_steps=0, counted_from=10, before=7) == 7
 
 
 def test_next_sample():

@@ -13,6 +13,7 @@ not need `reshape`, which is for other programs and for slow storage.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from tqdm import tqdm
 from data_pipeline.text.end_token import DESCRIPTION
 from train.checkpoint import locate, storage, tensors
 from train.checkpoint.locate import read_state
+from train.checkpoint.retention import last_finite_step
 from train.checkpoint.rewrite import average, reshape
 from train.checkpoint.storage import MANIFEST, CheckpointError, CheckpointPath
 from train.config.conversion import from_words
 from train.config.errors import ConfigError
+from train.config.quoting import override
 from train.distributed.signals import BAD_INPUT
 
 DAMAGED = 1  # exit code of `verify`
@@ -76,8 +79,11 @@ def list_checkpoints(directory: CheckpointPath) -> int:
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         layout = " ".join(f"{key}={value}" for key, value in state.get("layout", {}).items())
         took = f"  written in {manifest['write_seconds']} s" if "write_seconds" in manifest else ""
+        finite = last_finite_step(state)
+        skipped = f"  steps {finite + 1} to {state['step']} were skipped" if finite < state["step"] else ""
         print(
             f"  {name}  {state['tokens']:,} tokens  {size / 1e6:,.1f} MB  {state.get('saved_at', '')}  {layout}{took}"
+            f"{skipped}"
         )
     for name in sorted(directory.entries().keys() - found.keys()):
         if name.startswith("step-"):
@@ -134,7 +140,7 @@ def _run(command: str, location: str, words: list[str]) -> int:
 
 def _reshape(checkpoint: CheckpointPath, options: ReshapeOptions) -> int:
     written = reshape(checkpoint, CheckpointPath(options.out), options.files, options.moments)
-    print(f"wrote {written}; use it with {'resume' if options.moments else 'init_from'}={written}")
+    print(f"wrote {written}; use it with {override('resume' if options.moments else 'init_from', str(written))}")
     return 0
 
 
@@ -146,7 +152,7 @@ def _average(location: str, checkpoints: list[CheckpointPath], options: AverageO
             (Path(out) / name).write_bytes((Path(location) / name).read_bytes())
     print(f"wrote the mean of {', '.join(checkpoint.name for checkpoint in chosen)} to {written}")
     if (Path(out) / "config.yaml").is_file():
-        print(f"sample text from it: python -m train.generate {out}")
+        print(f"sample text from it: python -m train.generate {shlex.quote(str(out))}")
     return 0
 
 

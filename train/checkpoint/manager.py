@@ -14,6 +14,7 @@ reshapes and averages checkpoints.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import platform
@@ -26,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train.checkpoint import loading, locate, parameters, storage, tensors
+from train.checkpoint import loading, locate, parameters, retention, storage, tensors
 from train.checkpoint.collective import CheckpointGroup, describe_error
 from train.checkpoint.locate import read_state
-from train.checkpoint.storage import STATE, CheckpointError, CheckpointPath
+from train.checkpoint.storage import STATE, CheckpointError, CheckpointPath, SaveError
 from train.checkpoint.tensors import Pieces
 from train.distributed.groups import World
 
@@ -37,11 +38,9 @@ if TYPE_CHECKING:  # the commands do without DeepSpeed, whose import takes secon
     from train.config.sections import CheckpointConfig
     from train.distributed.engine import Engine
 
+_NO_SPACE = tuple(f"[Errno {code}]" for code in (errno.ENOSPC, errno.EDQUOT))  # the disk, or a quota, is used up
+RETRY_AFTER = (1.0, 5.0)  # seconds to wait before the last save is tried again
 _CLOSE_TIMEOUT = 60.0  # seconds for a save in flight when the run ends in an error
-
-
-class SaveError(RuntimeError):
-    """The last checkpoint of a run could not be written; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,16 @@ class Checkpoints:
     ):
         """`log` takes a line for the user; a thread may call it."""
         self.directory = directory
-        self.on_wait: Callable[[], None] = lambda: None  # called every few seconds while training waits for a save
+        self.on_wait: Callable[[], None] = lambda: None  # called every few seconds while training waits for files
+        # Called on the main rank with each checkpoint that is finished and its step; a thread may call it.
+        self.on_saved: Callable[[CheckpointPath, int], None] = lambda checkpoint, step: None
         self._engine, self._world, self._config, self._log = engine, world, config, log
+        self._keep = config.keep_last, config.keep_every
         self._group = CheckpointGroup(world)
         self._host = tensors.HostMemory(pinned=world.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self._error: str | None = None
+        self._is_last = False  # whether the save in flight is the last of the run
         if world.is_main:
             for name in storage.tidy(directory):
                 log(f"removed {directory / name}: a save that was interrupted")
@@ -96,29 +99,40 @@ class Checkpoints:
 
         `facts` are added to state.json. Parameters whose name `skip` accepts are left out. With
         `checkpoint.asynchronous=false` the checkpoint is written before this returns. A failure is logged and training
-        continues: the next save is the next attempt.
+        continues: the next save is the next attempt. Where the disk is full, the checkpoints that this one replaces
+        are removed first and it is tried again.
         """
         began = time.perf_counter()
         self.wait()
         state = self._describe(progress, facts)
-        if self._config.asynchronous:
-            staged = self._stage(skip, copy=True)
-            self._thread = threading.Thread(
-                target=self._write, args=(progress.step, staged, state), name="checkpoint", daemon=True
-            )
-            self._thread.start()
-        else:
-            self._write(progress.step, self._stage(skip, copy=False), state)
+        staged = self._stage(skip, copy=self._config.asynchronous)
+        self._thread = threading.Thread(
+            target=self._write, args=(progress.step, staged, state), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        if not self._config.asynchronous:
+            self.wait()
         return time.perf_counter() - began
 
     def save_last(self, progress: Progress, facts: dict[str, Any], skip: SkipParameter = _skip_none) -> float:
-        """Save and wait until it is written, in at most two attempts. Raises `SaveError` on every rank."""
-        began = time.perf_counter()
-        for _ in range(2):
+        """Save and wait until it is written, in several attempts. Raises `SaveError` on every rank."""
+        began, self._is_last = time.perf_counter(), True
+        for pause in (0.0, *RETRY_AFTER):
+            for _ in range(round(pause)):
+                time.sleep(1)
+                self.on_wait()
             self.save(progress, facts, skip)
             if self.wait() is None:
                 return time.perf_counter() - began
-        raise SaveError(f"step {progress.step} could not be saved below {self.directory}: {self._error}")
+        try:
+            finished = self._finished()
+            start = f"from {finished[-1]}" if finished else "from its beginning, because it has no other checkpoint"
+        except CheckpointError:  # not even listed
+            start = "from its newest checkpoint"
+        raise SaveError(
+            f"step {progress.step} could not be saved below {self.directory}: {self._error}. The steps since the last "
+            f"checkpoint are lost; once that is mended, the same command continues {start}"
+        )
 
     def wait(self) -> str | None:
         """Wait for the save in flight, if any; returns why the last one failed, or None."""
@@ -166,23 +180,35 @@ class Checkpoints:
 
     def _write(self, step: int, staged: dict[str, Pieces], state: dict[str, Any]) -> None:
         """Write and commit on all ranks or on none; stores why it failed in `_error`. Collective over `_group`."""
+        error = self._attempt(step, staged, state)
+        if error is not None:
+            try:
+                shortage = self._make_room(step, sum(pieces.num_bytes for pieces in staged.values()), state, error)
+            except Exception as problem:  # a rank is gone: the watchdog will tell
+                shortage = describe_error(problem)
+            if shortage is None:
+                error = self._attempt(step, staged, state)
+            elif shortage:
+                error = f"{error}; {shortage}"
+        self._error = error
+        if error is not None and self._world.is_main:
+            then = "" if self._is_last else "; training goes on, the next save point tries again"
+            self._log(f"CHECKPOINT FAILED: step {step} could not be saved below {self.directory}: {error}{then}")
+
+    def _attempt(self, step: int, staged: dict[str, Pieces], state: dict[str, Any]) -> str | None:
+        """Write and commit once; returns why it failed, or None."""
         began, incomplete = time.perf_counter(), None
         try:
             incomplete = CheckpointPath(self._group.on_main(lambda: str(storage.begin(self.directory, step))))
             written = tensors.write(incomplete, staged, self._group.group)
             fingerprints = {name: found for part in self._group.gather(written) for name, found in part.items()}
             self._group.on_main(lambda: self._commit(incomplete, fingerprints, state, began))
-            self._error = None
+            return None
         except BaseException as error:
-            self._error = describe_error(error)
-            if self._world.is_main:
-                self._log(
-                    f"CHECKPOINT FAILED: step {step} could not be saved below {self.directory}: {self._error}; "
-                    "training goes on, the next save point tries again"
-                )
-                if incomplete is not None:
-                    with contextlib.suppress(OSError):
-                        incomplete.remove()  # it may be what fills the disk
+            if self._world.is_main and incomplete is not None:
+                with contextlib.suppress(OSError):
+                    incomplete.remove()  # it may be what fills the disk
+            return describe_error(error)
 
     def _commit(
         self, incomplete: CheckpointPath, fingerprints: dict[str, Any], state: dict[str, Any], began: float
@@ -190,11 +216,40 @@ class Checkpoints:
         fingerprints[STATE] = (incomplete / STATE).write(json.dumps(state, indent=1).encode())
         seconds = {"write_seconds": round(time.perf_counter() - began, 3)}
         final = storage.commit(incomplete, self.directory, fingerprints, seconds)
+        self.on_saved(final, state["step"])
         try:
-            storage.prune(self.directory, self._config.keep_last, self._config.keep_every)
+            storage.prune(self.directory, lambda steps: retention.kept(steps, *self._keep, state))
         except OSError as error:  # the new checkpoint is finished all the same
             self._log(f"an old checkpoint below {self.directory} could not be removed: {describe_error(error)}")
         return str(final)
+
+    def _make_room(self, step: int, num_bytes: int, state: dict[str, Any], error: str) -> str | None:
+        """After a failure with `error`: where the disk is full, remove what goes anyway once this save is finished.
+
+        `num_bytes`: of this rank's part. Returns None if something was removed, else what is missing in words; an empty
+        text where the disk is not full. Collective.
+        """
+        needed = sum(self._group.gather(num_bytes)) + storage.MARGIN
+
+        def remove() -> str:
+            free = storage.free_bytes(self.directory)
+            if free is None or (free >= needed and not any(code in error for code in _NO_SPACE)):
+                return json.dumps("")
+            removed = storage.tidy(self.directory)
+            going = retention.removable([c.step for c in storage.finished(self.directory)], *self._keep, state)
+            removed += storage.prune(self.directory, lambda steps: set(steps) - set(going))
+            if removed:
+                self._log(
+                    f"the disk of {self.directory} is full: removed {', '.join(removed)} before step {step} is saved, "
+                    f"not after it (checkpoint.keep_last={self._keep[0]} needs room for one checkpoint more)"
+                )
+                return json.dumps(None)
+            return json.dumps(
+                f"it needs {needed:,} bytes and {free:,} are free there, and no other checkpoint can go while it is "
+                f"written (checkpoint.keep_last={self._keep[0]}, keep_every={self._keep[1]}): make room there"
+            )
+
+        return json.loads(self._group.on_main(remove))
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 
@@ -241,10 +296,16 @@ class Checkpoints:
         """Check sizes and hashes; every rank reads some of the files. Raises `CheckpointError` on all ranks."""
         error = None
         try:
-            storage.verify(checkpoint, self._world.rank, self._world.size)
+            storage.verify(checkpoint, self._world.rank, self._world.size, progress=lambda _: self.on_wait())
         except CheckpointError as problem:
             error = problem
         self._group.raise_together(error)
+
+    def newest_healthy(self, finite_step: int) -> CheckpointPath | None:
+        """The newest finished checkpoint from which a later step trained; `finite_step` is the last that did."""
+        self.wait()
+        healthy = [checkpoint for checkpoint in self._finished() if checkpoint.step < finite_step]
+        return healthy[-1] if healthy else None
 
     def quarantine_after(self, step: int) -> None:
         """Quarantine the run's checkpoints beyond `step`, from which it now continues differently."""

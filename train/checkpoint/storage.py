@@ -19,7 +19,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,11 +30,16 @@ from train.config.errors import ConfigError
 
 STATE, MANIFEST = "state.json", "manifest.json"
 _FINISHED = re.compile(r"step-(\d{8,})(-[0-9a-f]{8})?")
+MARGIN = 1 << 16  # bytes that a checkpoint takes at least beside its tensors: metadata, state.json, manifest.json
 _INCOMPLETE, _REMOVED, _REPLACED = ".incomplete", ".removed", ".replaced"
 
 
 class CheckpointError(ConfigError):
     """A checkpoint that is missing, damaged or of another model. The message names the file and what to do."""
+
+
+class SaveError(RuntimeError):
+    """The last checkpoint of a run could not be written; the message says why, and what it needs."""
 
 
 class CheckpointPath:
@@ -233,11 +238,14 @@ def commit(
     return final
 
 
-def prune(directory: CheckpointPath, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the newest `keep_last` and those whose step is a multiple of `keep_every`."""
-    for checkpoint in finished(directory)[:-keep_last]:
-        if not keep_every or checkpoint.step % keep_every:
-            discard(checkpoint)
+def prune(directory: CheckpointPath, stays: Callable[[list[int]], Collection[int]]) -> list[str]:
+    """Remove the finished checkpoints that do not stay; returns their names. `stays`: all steps -> those that stay."""
+    checkpoints = finished(directory)
+    stay = stays([checkpoint.step for checkpoint in checkpoints])
+    removed = [checkpoint for checkpoint in checkpoints if checkpoint.step not in stay]
+    for checkpoint in removed:
+        discard(checkpoint)
+    return [checkpoint.name for checkpoint in removed]
 
 
 def discard(checkpoint: CheckpointPath) -> None:
@@ -280,6 +288,25 @@ def tidy(directory: CheckpointPath) -> list[str]:
                 (directory / name).remove()
                 removed.append(name)
     return removed
+
+
+def free_bytes(directory: CheckpointPath) -> int | None:
+    """Bytes that this user may still write below `directory`; None where nobody knows, as behind a URL."""
+    if not directory.is_local:
+        return None
+    path = directory.path
+    while not os.path.exists(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def is_restorable(directory: CheckpointPath) -> bool:
+    """Whether `tidy` will restore a finished checkpoint, because a process was killed while it replaced it."""
+    return any(name.endswith(_REPLACED) for name in directory.entries())
 
 
 def read_manifest(checkpoint: CheckpointPath) -> dict[str, Any]:

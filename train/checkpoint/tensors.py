@@ -98,6 +98,11 @@ class Pieces:
     def size(self) -> torch.Size:
         return self._size
 
+    @property
+    def num_bytes(self) -> int:
+        """Of what this rank holds."""
+        return sum(piece.numel() * piece.element_size() for piece in self._pieces.values())
+
     def piece(self, offset: torch.Size) -> torch.Tensor:
         return self._pieces[offset]
 

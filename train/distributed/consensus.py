@@ -64,6 +64,10 @@ class RankConsensus:
         """End the step: `skipped` (0-d, on the device) is 1 if it changed nothing, else 0, alike on all ranks."""
         self._bad_steps = (self._bad_steps + skipped) * skipped
 
+    def skipped_in_a_row(self) -> int:
+        """Steps in a row that were skipped, up to the last one; alike on all ranks. Waits for the device."""
+        return int(self._bad_steps.item())
+
     def decision(self) -> Decision:
         """What all ranks knew when this step began.
 

@@ -73,6 +73,7 @@ class Engine:
             self._deepspeed.enable_backward_allreduce = False
         if isinstance(self._optimizer, BF16_Optimizer):
             accumulate_in_fp32(self._optimizer)
+        self.on_backward: Callable[[], None] = lambda: None  # called after the backward of every micro-batch
         self._skip: torch.Tensor | None = None
         self._norm: torch.Tensor | float | None = None
         deepspeed_state.inner(self._optimizer).register_step_pre_hook(self._veto)
@@ -98,6 +99,7 @@ class Engine:
         self._deepspeed.backward(loss, scale_wrt_gas=False)
         if not self._deepspeed.is_gradient_accumulation_boundary():
             self._deepspeed.step()  # counts the micro-batch, updates nothing
+        self.on_backward()
 
     def step(self, lr: float, skip: torch.Tensor | None = None) -> torch.Tensor | float:
         """Clip, update, clear gradients. Returns the global gradient norm before clipping, on the device.

@@ -15,6 +15,9 @@ from types import FrameType
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run saved its state and wants to be started again
 BAD_INPUT = 2  # the configuration or the data cannot be used; nothing was started
+NOT_SAVED = (
+    74  # EX_IOERR: the last checkpoint could not be written; started again, the run continues from the one before
+)
 DIVERGED = 65  # EX_DATAERR: the run trained and cannot go on as configured; starting it again would end the same way
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -18,11 +18,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+_ADVICE = "; raise it if a single micro-batch, held-out sample or update may take longer"
 STALLED = 70  # exit code (EX_SOFTWARE): no progress for parallel.timeout_minutes
 
 
 class Watchdog:
     """Ends the process after `timeout_seconds` without progress; a context manager around the training loop.
+
+    Work that may be long tells of its progress: a step and a validation with every sample, a save while it is waited
+    for. So `timeout_seconds` limits the smallest piece of work, and does not grow with a step or a validation.
 
     `store` is shared by the ranks of the job.
     """
@@ -43,6 +47,10 @@ class Watchdog:
         self._step, self._doing = step, doing
         self._progressed = time.monotonic()
 
+    def beat(self) -> None:
+        """Note that this rank made progress in what it is doing: a micro-batch, a held-out sample, a file."""
+        self._progressed = time.monotonic()
+
     def __enter__(self) -> Watchdog:
         self._thread.start()
         return self
@@ -61,7 +69,8 @@ class Watchdog:
         while not self._stop.wait(self._note_every):
             self._note()
             if time.monotonic() - self._progressed > self._timeout:
-                print(self._message(f"no progress for {self._timeout:.0f} s"), file=sys.stderr, flush=True)
+                limit = f"no progress for {self._timeout:.0f} s, the limit that parallel.timeout_minutes sets"
+                print(self._message(limit + _ADVICE), file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(STALLED)
 

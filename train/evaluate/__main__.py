@@ -24,7 +24,7 @@ from train.evaluate.evaluation import EvaluateConfig, evaluate, load
 
 def _parse(arguments: list[str]) -> tuple[Path, EvaluateConfig]:
     names = EvaluateConfig.__dataclass_fields__
-    if not arguments or "=" in arguments[0]:
+    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_dir()):
         keys = " ".join(f"[{name}=...]" for name in names)
         raise ConfigError(f"usage: python -m train.evaluate RUN_DIRECTORY|HF_DIRECTORY {keys}")
     return Path(arguments[0]), from_words(EvaluateConfig, arguments[1:])

@@ -19,6 +19,7 @@ class HeldOut:
     def __init__(self, held_out: Samples | None, model_config: ModelConfig, world: World, num_samples: int):
         """`held_out` None: there are no held-out documents, and `loss` is None."""
         self._world = world
+        self.on_batch: Callable[[], None] = lambda: None  # called after every batch of `loss`
         self._batches: list[Batch] = []
         self._weights: list[int] = []
         if held_out is None or num_samples == 0:
@@ -50,5 +51,6 @@ class HeldOut:
                 batch = batch.to(self._world.device)
                 sums[0] += weight * model(batch.tokens, batch.labels, batch.layout)
                 sums[1] += weight * batch.num_labels
+                self.on_batch()
         dist.all_reduce(sums, group=self._world.data_context_group)
         return (sums[0] / sums[1]).item()

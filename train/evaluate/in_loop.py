@@ -8,6 +8,7 @@ one all-reduce per evaluation adds them up.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class InLoopProbes:
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, world: World):
         self._world, run = world, config.run
+        self.on_batch: Callable[[], None] = lambda: None  # called after every batch of `score`
         self._answers: list[tuple[str, int, int, int]] = []  # task, length, distance, tokens of each answer
         packs: list[tuple[PackedSample, np.ndarray]] = []
         for task in run.probe_tasks:
@@ -99,6 +101,7 @@ class InLoopProbes:
             hits = engine(batch.tokens, batch.labels, batch.layout, answer_hits)
             index = torch.from_numpy(pack.answer_of_row).to(self._world.device)
             right.index_add_(0, torch.where(index < 0, len(self._answers), index), hits.double())
+            self.on_batch()
         dist.all_reduce(right, group=self._world.data_context_group)
         scores: dict[str, dict[str, Any]] = {}
         grouped: dict[tuple[str, int], list[tuple[int, np.ndarray]]] = {}

@@ -1,6 +1,6 @@
 """Reading a run's `metrics.jsonl`. Imports nothing heavy, so that launchers can use it too.
 
-Each line is a JSON object with the number `step`; see `train.logs.run_log.RunLog` for what writes it. A run that was
+Each line is a JSON object with the number `step`; see `train.logs.metrics_file` for what writes it. A run that was
 killed can leave part of a line behind, anywhere in the file once it has been resumed. Every reader uses the same rule:
 a line that is not such an object is left out and counted, and the lines after it are kept.
 """
@@ -8,10 +8,13 @@ a line that is not such an object is left out and counted, and the lines after i
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"  # its name inside the run directory
+SUPERSEDED = "metrics.superseded.jsonl"  # beside it: what was taken out of it, in the order in which that happened
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -41,13 +44,33 @@ def is_number(value: Any) -> bool:
 
 
 def drop_records_after(path: Path, step: int) -> None:
-    """Rewrite the file with the records up to `step` alone.
+    """Take the records after `step`, and lines that are not records, out of the file: they go to `SUPERSEDED`.
 
-    After a resume or a rollback the later steps run again, and their old records would be there twice.
+    After a resume or a rollback the later steps run again, and their old records would be there twice. The file is
+    never shortened in place: a kill at any moment leaves the old one or the new one, whole.
     """
-    if path.exists():
-        kept = [record for record in read_records(path) if record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    kept, superseded = [], []
+    for line in content.split(b"\n"):
+        record = _parse(line.decode("utf-8", errors="replace"))
+        if record is not None and record["step"] <= step:
+            kept.append(line + b"\n")
+        elif line.strip():
+            superseded.append(line + b"\n")
+    if not superseded and b"".join(kept) == content:
+        return
+    if superseded:
+        with open(path.with_name(SUPERSEDED), "ab") as file:
+            file.write(b"".join(superseded))
+            file.flush()
+            os.fsync(file.fileno())
+    from data_pipeline.store.files import atomic_write  # imports numpy, which readers do without
+
+    with atomic_write(path) as file:
+        file.write(b"".join(kept))
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -55,4 +78,8 @@ def _parse(line: str) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and is_number(record.get("step")) else None
+    if not isinstance(record, dict):
+        return None
+    # Files of earlier versions may hold NaN, which is no JSON: such a value is as good as absent.
+    record = {k: value for k, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
+    return record if is_number(record.get("step")) else None

@@ -12,6 +12,7 @@ attention, the project's own kernels compute near attention.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from ksa_model.model import MLP, Decoder
 from train.config.sections import PerfConfig
 from train.distributed.engine import PART_PREFIX
 from train.distributed.groups import World
+from train.logs.streams import Unbreakable
 
 IDLE, OTHER = "device idle", "other"
 BACKWARD = 1  # the scope of autograd's operators (RecordScope::BACKWARD_FUNCTION)
@@ -88,17 +90,27 @@ class StepProfiler:
         self._began = time.perf_counter()
 
     def _finish(self) -> None:
-        cuda, rank = self._world.device.type == "cuda", self._world.rank
+        cuda = self._world.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._began
         taken, self._profile, self._is_done = self._profile, None, True
         self._ranges.close()
+        try:
+            self._write(taken, seconds)
+        except Exception as error:  # a profile is not worth a run, whatever a full disk makes the libraries raise
+            text = f"the profile could not be written to {self._directory} ({type(error).__name__}: {error})"
+            print(text, file=Unbreakable(sys.stderr))
+        if cuda:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, taken: Any, seconds: float) -> None:
+        """Write the traces of this rank; the main rank writes and prints the table."""
+        cuda, rank = self._world.device.type == "cuda", self._world.rank
         self._directory.mkdir(parents=True, exist_ok=True)
         taken.export_chrome_trace(str(self._directory / f"trace-rank{rank}.json.gz"))
         if cuda:
             torch.cuda.memory._dump_snapshot(str(self._directory / f"memory-rank{rank}.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
         if self._world.is_main:
             parts = time_by_part(taken.events(), on_device=cuda)
             if cuda:

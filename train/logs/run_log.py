@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
-from train.logs.metrics import METRICS, drop_records_after, read_records
+from train.logs.metrics import METRICS, read_records
+from train.logs.metrics_file import MetricsFile
+from train.logs.streams import Unbreakable
 from train.logs.tracker import Tracker
 
 _IN_BAR = (("loss", "loss", ".3f"), ("validation_loss", "held-out", ".3f"), ("tokens_per_second", "tok/s", ",.0f"))
@@ -20,46 +21,52 @@ _IN_BAR = (("loss", "loss", ".3f"), ("validation_loss", "held-out", ".3f"), ("to
 def line_printer(is_main: bool) -> Callable[[str], None]:
     """A function that prints one line on stderr, above a progress bar where there is one; off the main rank, nothing.
 
-    It writes nothing to the run directory, so it can be used before a start is known to be accepted.
+    It writes nothing to the run directory, so it can be used before a start is known to be accepted. Where stderr
+    cannot be written, as a file on a full disk, the line is lost and the run goes on.
     """
-    return (lambda text: tqdm.write(text, file=sys.stderr)) if is_main else (lambda text: None)
+    return (lambda text: tqdm.write(text, file=Unbreakable(sys.stderr))) if is_main else (lambda text: None)
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    file: TextIO
+    file: MetricsFile
     bar: tqdm
     tracker: Tracker
 
 
 class RunLog:
-    """Writes a run's records. Only the main rank writes; elsewhere every method does nothing."""
+    """Writes a run's records. Only the main rank writes; elsewhere every method does nothing.
+
+    No failure to write ends the run.
+    """
 
     def __init__(self, directory: Path, *, tracker: Tracker | None, total_steps: int, first_step: int, progress: bool):
-        """Drop the records after `first_step`, where the run starts, and open the file to append to it.
+        """Set the records after `first_step`, where the run starts, aside.
 
         `tracker` is None on ranks that do not write. `progress`: whether to show a progress bar of `total_steps`.
         """
         self._directory = directory
         self._out: _Outputs | None = None
+        self._say = line_printer(tracker is not None)
         if tracker is not None:
-            drop_records_after(directory / METRICS, first_step)
+            file = MetricsFile(directory / METRICS, self._say)
+            file.rewind(first_step)
             bar = tqdm(
                 total=total_steps,
                 initial=first_step,
                 unit="step",
                 disable=not progress,
-                file=sys.stderr,
+                file=Unbreakable(sys.stderr),
                 dynamic_ncols=True,
                 mininterval=0.5,
             )
-            self._out = _Outputs(_append_to(directory / METRICS), bar, tracker)
+            self._out = _Outputs(file, bar, tracker)
 
     def record(self, record: dict[str, Any]) -> None:
         """Append `record` as one line; the progress bar and W&B show the same numbers. It must hold `step`."""
         if self._out is None:
             return
-        self._out.file.write(json.dumps(record) + "\n")
+        self._out.file.append(record)
         shown = {name: f"{record[key]:{form}}" for key, name, form in _IN_BAR if key in record}
         if shown:
             self._out.bar.set_postfix(shown, refresh=False)
@@ -71,13 +78,10 @@ class RunLog:
             self._out.bar.update(1)
 
     def rewind(self, step: int) -> None:
-        """Drop the records after `step`, from which the run continues."""
-        if self._out is None:
-            return
-        self._out.file.close()
-        drop_records_after(self._directory / METRICS, step)
-        self._out.bar.update(step - self._out.bar.n)
-        self._out = _Outputs(_append_to(self._directory / METRICS), self._out.bar, self._out.tracker)
+        """Set the records after `step`, from which the run continues, aside."""
+        if self._out is not None:
+            self._out.file.rewind(step)
+            self._out.bar.update(step - self._out.bar.n)
 
     def close(self) -> None:
         """Close the file, draw the loss curve and end the W&B run."""
@@ -85,12 +89,11 @@ class RunLog:
             return
         self._out.bar.close()
         self._out.file.close()
-        draw_loss(self._directory)
+        try:
+            draw_loss(self._directory)
+        except Exception as error:  # a picture is not worth a run, whatever the library makes of a full disk
+            self._say(f"{self._directory / 'loss.png'} could not be drawn ({type(error).__name__}: {error})")
         self._out.tracker.finish()
-
-
-def _append_to(path: Path) -> TextIO:
-    return open(path, "a", encoding="utf-8", buffering=1)  # a line at a time, so that a reader finds whole lines
 
 
 def draw_loss(directory: Path) -> None:

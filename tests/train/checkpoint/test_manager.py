@@ -1,5 +1,6 @@
 """Checkpoints of one rank and a small torch model, without training."""
 
+import errno
 import os
 import threading
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from tests.train.checkpoint.plain import FACTS, LOADER, PlainEngine, same, save
-from train.checkpoint import storage
+from train.checkpoint import manager, storage
 from train.checkpoint import tensors as checkpoint_tensors
 from train.checkpoint.manager import Progress, SaveError
 from train.checkpoint.storage import CheckpointError
@@ -67,6 +68,99 @@ class TestSaving:
             save(run, 4)
         (tmp_path / "checkpoints").unlink()
         assert save(run, 5).name == "step-00000005"
+
+    @pytest.fixture
+    def full_disk(self, monkeypatch, tmp_path):
+        """A disk with room for `room` checkpoints, whole or not: sets the number; writing one more fails."""
+        own, write, make = tmp_path / "checkpoints", checkpoint_tensors.write, {"room": 2, "free": 0}
+
+        def there():
+            return [p for p in own.iterdir() if p.is_dir() and p.name.startswith("step-")]
+
+        def write_if_there_is_room(*arguments):
+            if len(there()) > make["room"]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(*arguments)
+
+        monkeypatch.setattr(checkpoint_tensors, "write", write_if_there_is_room)
+        monkeypatch.setattr(storage, "free_bytes", lambda _: make["free"])
+        monkeypatch.setattr(manager, "RETRY_AFTER", (1.0,))
+        return make
+
+    def test_keep_last_of_two_needs_room_for_two(self, open_run, full_disk):
+        run = open_run(keep_last=2)
+        for step in (1, 2, 3, 4):
+            save(run, step)
+        assert [place.step for place in storage.finished(run.directory)] == [3, 4]
+        assert len(run.said) == 2 and "is full: removed step-00000001 before step 3 is saved" in run.said[0]
+        assert "checkpoint.keep_last=2 needs room for one checkpoint more" in run.said[0]
+
+    def test_a_save_in_the_middle_makes_room_too(self, open_run, full_disk):
+        run = open_run(keep_last=2)
+        for step in (1, 2, 3):
+            run.save(Progress(step, 100 * step, LOADER), FACTS)
+        assert run.wait() is None and [place.step for place in storage.finished(run.directory)] == [2, 3]
+
+    def test_leftovers_go_first(self, open_run, full_disk, tmp_path):
+        full_disk["room"] = 3
+        run = open_run(keep_last=3)
+        for step in (1, 2):
+            save(run, step)
+        (tmp_path / "checkpoints/step-00000009.removed").mkdir()  # the run was killed while it pruned
+        save(run, 3)
+        assert [place.step for place in storage.finished(run.directory)] == [1, 2, 3]
+
+    def test_the_only_checkpoint_is_never_given_up(self, open_run, full_disk):
+        full_disk.update(room=1, free=1234)
+        run, waited = open_run(keep_last=1), []
+        save(run, 1)
+        run.on_wait = lambda: waited.append(1)
+        with pytest.raises(SaveError) as failed:
+            save(run, 2)
+        assert [place.step for place in storage.finished(run.directory)] == [1] and waited
+        said = str(failed.value)
+        assert "\n" not in said and "step 2 could not be saved" in said and "No space left" in said
+        # 3 x (7 x 5 + 7 + 7 + 7) fp32 numbers, the count of steps, the generator, and what is beside the tensors
+        needed = 3 * 56 * 4 + 4 + torch.get_rng_state().numel() + storage.MARGIN
+        assert f"it needs {needed:,} bytes and 1,234 are free" in said
+        assert "(checkpoint.keep_last=1, keep_every=None)" in said and "continues from" in said
+        assert "step-00000001" in said and all("training goes on" not in line for line in run.said)
+        full_disk["room"] = 2
+        assert save(run, 2).step == 2
+
+    def test_healthy_checkpoints_are_not_given_up_for_a_bad_one(self, open_run, full_disk):
+        full_disk["room"] = 3
+        run = open_run(keep_last=2)
+        for step in range(1, 8):
+            progress = Progress(step, 100 * step, LOADER, {"last_finite_step": min(step, 3)})
+            run.save(progress, FACTS)
+        assert run.wait() is None
+        assert [place.step for place in storage.finished(run.directory)] == [2, 3, 7]
+
+    def test_an_error_of_another_kind_removes_nothing(self, open_run, full_disk, monkeypatch):
+        run = open_run(keep_last=2)
+        for step in (1, 2):
+            save(run, step)
+        full_disk["free"] = 1 << 40
+        monkeypatch.setattr(checkpoint_tensors, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "lost")))
+        with pytest.raises(SaveError, match="lost"):
+            save(run, 3)
+        assert [place.step for place in storage.finished(run.directory)] == [1, 2]
+
+    @pytest.mark.parametrize("asynchronous", [True, False])
+    def test_waiting_for_a_save_is_told(self, open_run, asynchronous):
+        run, waited = open_run(asynchronous=asynchronous), []
+        run.on_wait = lambda: waited.append(1)
+        run.save(Progress(3, 300, LOADER), FACTS)
+        assert asynchronous or waited
+        run.wait()
+        assert waited
+
+    def test_each_finished_checkpoint_is_told(self, open_run):
+        run, told = open_run(), []
+        run.on_saved = lambda checkpoint, step: told.append((checkpoint.name, step))
+        save(run, 3)
+        assert told == [("step-00000003", 3)]
 
     def test_a_step_that_is_reached_again_replaces_its_checkpoint(self, open_run):
         run = open_run()

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from tests.ranks import run_on_ranks
 from tests.train.runs import make_config
+from train.distributed.watchdog import STALLED
 
 TIMEOUT_SECONDS = 4
 
@@ -59,3 +62,57 @@ def test_the_message_names_the_rank(fault, context, corpus, tmp_path):
         assert "rank 1 on " in likely and "waiting for data" in likely
     elif fault == "hang":
         assert "rank 1 on " in likely and "was last heard of" in likely and "at step " in likely
+
+
+def train_slowly(corpus: str, root: str, slow: str):
+    """One step of 12 micro-batches, and a validation of 12 samples; in each of them `slow` takes half a second."""
+    from ksa_model.model import Decoder
+    from train import build, trainer
+
+    make, forward = build.batch_maker, Decoder.forward
+
+    def slow_batch_maker(*arguments):
+        inner = make(*arguments)
+        return lambda sample: time.sleep(0.5) or inner(sample)
+
+    def slow_forward(self, *arguments):
+        if self.training == (slow == "step"):
+            time.sleep(0.5)
+        return forward(self, *arguments)
+
+    if slow == "data":
+        build.batch_maker = slow_batch_maker
+    else:
+        Decoder.forward = slow_forward
+    config = make_config(
+        Path(corpus), Path(root), run__steps=2, run__samples_per_step=12, run__eval_samples=12, run__eval_every=1,
+        data__prefetch_samples=1, parallel__timeout_minutes=TIMEOUT_SECONDS / 60, checkpoint__every_steps=1,
+    )  # fmt: skip
+    return trainer.train(config).step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slow", ["step", "validation", "data"])
+def test_long_work_that_goes_on_is_not_ended(slow, corpus, tmp_path):
+    """Six seconds a step or a validation, with four allowed."""
+    assert run_on_ranks(1, train_slowly, str(corpus), str(tmp_path), slow) == [2]
+
+
+STUCK = """
+import time, torch.distributed as dist
+from train.distributed.watchdog import Watchdog
+with Watchdog(dist.HashStore(), 0, 1, 0.6) as watch:
+    for _ in range(10):
+        time.sleep(0.1)
+        watch.beat()
+    watch.progress(7, "training")
+    print("alive", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_message_names_the_key():
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
+    assert done.returncode == STALLED and done.stdout == "alive\n"
+    assert "failed at step 7 (training): no progress for 1 s" in done.stderr
+    assert "parallel.timeout_minutes" in done.stderr

@@ -1,11 +1,13 @@
 """Reading `metrics.jsonl`, damaged or not."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from train.logs.metrics import drop_records_after, read_records, read_with_torn
+from data_pipeline.store import files
+from train.logs.metrics import SUPERSEDED, drop_records_after, read_records, read_with_torn
 
 LINES = [b'{"step": 1, "loss": 3.0}', b'{"step": 2, "loss": 2.5}', b'{"step": 3, "loss": 2.0}']
 
@@ -36,6 +38,51 @@ def test_dropping_records_keeps_sound_lines_behind_a_torn_one(tmp_path):
     assert path.read_bytes() == LINES[0] + b"\n" + LINES[1] + b"\n"
     drop_records_after(tmp_path / "not there", 2)
     assert not (tmp_path / "not there").exists()
+
+
+def test_what_is_dropped_is_kept_beside_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    torn = b'{"step": 4, "lo'
+    path.write_bytes(b"\n".join([*LINES, torn]))
+    drop_records_after(path, 2)
+    assert (tmp_path / SUPERSEDED).read_bytes() == LINES[2] + b"\n" + torn + b"\n"
+    drop_records_after(path, 1)
+    assert (tmp_path / SUPERSEDED).read_bytes() == LINES[2] + b"\n" + torn + b"\n" + LINES[1] + b"\n"
+    assert path.read_bytes() == LINES[0] + b"\n"
+
+
+def test_a_file_with_nothing_to_drop_is_not_touched(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1}\n{"step":   2}\n')
+    before = path.stat()
+    drop_records_after(path, 2)
+    assert path.read_bytes() == b'{"step":1}\n{"step":   2}\n' and path.stat().st_ino == before.st_ino
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("moment", ["open", "fsync", "replace"])
+def test_a_kill_in_the_rewrite_takes_nothing(moment, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join(LINES) + b"\n")
+    monkeypatch.setattr(files, "open", kill, raising=False) if moment == "open" else monkeypatch.setattr(
+        os, moment, kill
+    )
+    with pytest.raises(Killed):
+        drop_records_after(path, 1)
+    monkeypatch.undo()
+    assert path.read_bytes() == b"\n".join(LINES) + b"\n"
+
+
+def test_nan_of_earlier_versions_is_as_good_as_absent(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN, "lr": 0.1}\n{"step": NaN}\n{"step": 2, "loss": Infinity}\n')
+    assert read_with_torn(path) == ([{"step": 1, "lr": 0.1}, {"step": 2}], 1)
 
 
 def test_it_imports_nothing_heavy():

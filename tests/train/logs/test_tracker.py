@@ -6,7 +6,31 @@ import types
 import pytest
 
 from train.config.sections import LoggingConfig
-from train.logs.tracker import Tracker
+from train.logs.tracker import RUN_ID, Tracker, forget_run
+
+
+def test_a_start_in_the_same_directory_continues_the_run(tmp_path, monkeypatch):
+    asked = []
+    run = types.SimpleNamespace(finish=lambda: None)
+    wandb = types.SimpleNamespace(init=lambda **k: asked.append((k["id"], k["resume"])) or run, Settings=lambda **_: 0)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+
+    def start(mode="online"):
+        Tracker(LoggingConfig(wandb=mode), tmp_path, name="x", config={}).finish()
+        return asked[-1]
+
+    first = start()
+    assert first == start() and first[1] == "allow" and len(first[0]) >= 8
+    assert start("offline") == (first[0], None)  # W&B would warn that it cannot look for the run
+    forget_run(tmp_path)
+    assert start()[0] != first[0]
+    monkeypatch.setenv("WANDB_RUN_ID", "given")
+    assert start()[0] == "given"
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert start()[0] == "given"
+    (tmp_path / RUN_ID).write_text("not an id: spaces\n")
+    assert start()[0] != "given"
 
 
 @pytest.mark.parametrize("failing", ["start", "log", "finish"])

@@ -1,0 +1,31 @@
+"""Values as a user types them: in the grammar of Hydra's overrides, and for the shell."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Any
+
+_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./+-]*")  # text that the grammar takes for itself
+_NOT_TEXT = {"true", "false", "null", "inf", "nan"}
+
+
+def quoted(value: Any) -> str:
+    """`value` in the grammar of Hydra's overrides: a text stays that text, whatever is in it.
+
+    quoted("runs/a") == "runs/a"; quoted("a,b") == "'a,b'"; quoted("240601") == "'240601'"; quoted(12) == "12"
+    """
+    if value is None:
+        return "null"
+    if not isinstance(value, str):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    if _PLAIN.fullmatch(value) and value.lower() not in _NOT_TEXT and not re.fullmatch(r"[.\d_+-]+(e.*)?", value):
+        return value
+    text = value.replace("${", "\\${")  # else OmegaConf would look for a key of that name
+    # Within quotes, only a quote is escaped, and the backslashes before it.
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as one word for a shell, which gives Hydra that value."""
+    return shlex.quote(f"{key}={quoted(value)}")
