@@ -66,8 +66,8 @@ def test_half_and_half_are_the_whole_bit_for_bit(corpus, tmp_path, parallel_layo
     run(ranks, corpus, tmp_path / "resumed", **changes, run__stop_at_step=steps // 2)
     got = run(ranks, corpus, tmp_path / "resumed", **changes)
     assert len(losses(want)) == steps
-    saved = {r["step"]: "checkpoint_seconds" in r for r in got}
-    assert saved[steps // 2], "the second half went on from a checkpoint"
+    saved = {r["step"] for r in got if "checkpoint_seconds" in r}
+    assert steps // 2 in saved, "the second half went on from a checkpoint"
     # Stopping half-way is one more reason to save there; everything else is the same.
     assert without_saves(got) == without_saves(want)
     tensors = newest_tensors(tmp_path / "straight" / "default")
