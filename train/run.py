@@ -26,7 +26,7 @@ from train.logs.profiling import StepProfiler
 from train.logs.run_log import RunLog, line_printer
 from train.logs.step_sums import StepSums
 from train.logs.tracker import Tracker
-from train.start import Resume, Start
+from train.start import Resume, Start, changes_of_resumed
 from train.state import TrainState
 
 
@@ -78,7 +78,9 @@ class Run:
         state.checkpoints.quarantine_after(progress.step)
         log = _open_log(config, world, progress.step)
         if isinstance(start, Resume):
-            log_line(f"resumed from {start.checkpoint} at step {progress.step}")
+            changed = changes_of_resumed(config, start.checkpoint)
+            note = f"; changed since: {changed}" if changed else ""
+            log_line(f"resumed from {start.checkpoint} at step {progress.step}{note}")
         else:
             log_line(f"starting {directory} afresh")
         return cls(config, world, state, progress, held_out, log, log_line)

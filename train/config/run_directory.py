@@ -10,48 +10,16 @@ import yaml
 from data_pipeline import TrainingData
 from data_pipeline.store.files import atomic_write
 from train.config.conversion import flatten, to_mapping
+from train.config.differences import differences, in_words, of_another_run
 from train.config.errors import ConfigError
 from train.config.schema import TrainConfig, from_saved
 
-# Sections and keys that may differ between two starts in one run directory: they do not change what is computed, except
-# for its precision.
-CHANGEABLE = (
-    "logging",
-    "checkpoint",
-    "parallel",
-    "perf",
-    "memory",
-    "resume",
-    "init_from",
-    "dry_run",
-    "dry_run_ranks",
-    "dry_run_gpu",
-    "run.root",
-    "run.device",
-    "run.log_every",
-    "run.eval_every",
-    "run.eval_samples",
-    "run.stop_at_step",
-    "run.max_minutes",
-    "run.steps",
-    "run.max_bad_steps",
-    "run.skip_samples",
-    "run.spike_factor",
-    "run.samples_per_micro_batch",
-    "data.cache_dir",
-    "data.cache_gb",
-    "data.prefetch_samples",
-    "data.retries",
-    "data.verify",
-    "data.accept_changes",
-    "data.tokenizer",  # a checkpoint knows the tokenizer that it was trained with
-    "model.attention_backend",
-)
+CONFIG = "config.yaml"  # its name inside the run directory
 
 
 def read_config(directory: Path) -> TrainConfig:
     """The configuration of the run in `directory`."""
-    path = directory / "config.yaml"
+    path = directory / CONFIG
     if not path.is_file():
         raise ConfigError(f"{path} is missing: {directory} is not the directory of a run")
     return _read(path)
@@ -65,23 +33,16 @@ def check(directory: Path, config: TrainConfig) -> None:
             f"run.root={config.run.root} and run.name={config.run.name}: {existing} is not a directory that can be "
             "written"
         )
-    path = directory / "config.yaml"
+    path = directory / CONFIG
     if not path.exists():
         return
-    before = flatten(to_mapping(_read(path)))  # keys that are newer than the run have their defaults
+    saved = to_mapping(_read(path))  # keys that are newer than the run have their defaults
     now = flatten(to_mapping(config))
-    before["model.vocab_size"] = now["model.vocab_size"]  # filled in from the tokenizer
-    changed = [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)
-    ]
-    if changed:
-        shown = ", ".join(f"{key} was {before.get(key)} and is now {now.get(key)}" for key in changed[:4])
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+    saved["model"]["vocab_size"] = now["model.vocab_size"]  # filled in from the tokenizer
+    if changed := of_another_run(differences(saved, now)):
         raise ConfigError(
-            f"{directory} holds a run with another configuration: {shown}{more}; choose another run.name, or remove "
-            "the directory"
+            f"{directory} holds a run with another configuration: {in_words(changed)}; choose another run.name for a "
+            "new run, or set them back to go on with this one"
         )
 
 
@@ -95,7 +56,7 @@ def _read(path: Path) -> TrainConfig:
     except (OSError, ValueError, yaml.YAMLError) as error:  # all of USER_ERRORS are values
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{path} does not hold the configuration of a run ({reason}); remove it, and the next start writes it"
+            f"{path} does not hold the configuration of a run ({reason}); rename it, and the next start writes it again"
         ) from error
 
 
@@ -103,7 +64,7 @@ def write(directory: Path, config: TrainConfig, data: TrainingData) -> None:
     """Write the tokenizer and the configuration into the run directory, each completely or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(to_mapping(config), sort_keys=False)
-    for name, content in (("tokenizer.model", Path(data.tokenizer_path).read_bytes()), ("config.yaml", text.encode())):
+    for name, content in (("tokenizer.model", Path(data.tokenizer_path).read_bytes()), (CONFIG, text.encode())):
         with atomic_write(directory / name) as file:
             file.write(content)
 
