@@ -24,10 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from train import chain
 from train.config.compose import CONFIGS, register_defaults
 from train.config.conversion import all_keys, from_mapping, unknown_key
+from train.config.errors import StartError
 from train.config.schema import USER_ERRORS, TrainConfig, validate
 from train.config.sections import RunConfig
-from train.distributed.groups import environment_world
-from train.distributed.signals import BAD_INPUT, DIVERGED, REQUEUE
+from train.distributed.environment import environment_world, is_first_of_host
+from train.distributed.signals import BAD_INPUT, DIVERGED, FAILED, REQUEUE
 from train.health import TrainingDiverged
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def _run(composed: DictConfig) -> None:
         _exit_with(error, BAD_INPUT)
     except TrainingDiverged as error:
         _exit_with(error, DIVERGED)
+    except StartError as error:
+        _exit_with(error, FAILED)
     if result.interrupted:
         sys.exit(REQUEUE)
     if environment_world()[0] == 0:
@@ -139,7 +142,7 @@ def _point_name() -> str:
 
 def _exit_with(error: Exception, code: int) -> NoReturn:
     """Print `error` as one line and exit."""
-    if environment_world()[2] == 0:  # once per host
+    if is_first_of_host():
         lines = str(error).split("Config search path")[0].split("\n")
         print("error: " + " ".join(line.strip() for line in lines if line.strip()), file=sys.stderr)
     sys.exit(code)

@@ -21,7 +21,7 @@ from train import stages
 from train.config.conversion import from_mapping, to_mapping
 from train.config.errors import ConfigError
 from train.config.schema import TrainConfig
-from train.distributed.groups import environment_world
+from train.distributed.environment import environment_world
 
 if TYPE_CHECKING:
     from train.trainer import RunResult

@@ -17,7 +17,9 @@ from train.checkpoint.manager import Checkpoints, Progress
 from train.checkpoint.storage import CheckpointError, CheckpointPath
 from train.config.conversion import flatten, to_mapping
 from train.config.schema import TrainConfig
+from train.distributed import same_start
 from train.distributed.groups import World
+from train.distributed.ranks import Ranks
 from train.health import SpikeDetector
 from train.hf import import_weights
 from train.start import Fresh, Import, Inherit, Resume, Start, changes_of_resumed, checkpoint_directory, is_own
@@ -35,6 +37,7 @@ class TrainState:
         self._data_fingerprint = data.fingerprint
         self._tokenizer_sha256 = hashlib.sha256(Path(data.tokenizer_path).read_bytes()).hexdigest()
         self.loader = make_loader(config, data, world)
+        same_start.check_plan(Ranks(world.store, world.rank, world.size, "plan", log_line), self.loader.state())
         self.engine = build_engine(config, world)
         self.spikes = SpikeDetector(config.run.spike_factor)
         self.checkpoints = Checkpoints(

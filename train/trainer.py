@@ -20,19 +20,21 @@ from train import cadence
 from train.batches import Batch
 from train.build import compute_dtype, with_vocabulary
 from train.cadence import Action
+from train.checkpoint import probe
 from train.config import run_directory
 from train.config.errors import ConfigError
 from train.config.schema import TrainConfig, validate
-from train.distributed import groups
+from train.distributed import environment, groups, same_start
 from train.distributed.consensus import NO_REQUESTS, Decision, RankConsensus, Requests
 from train.distributed.engine import Engine
 from train.distributed.groups import World
 from train.distributed.signals import StopRequest
 from train.distributed.watchdog import Watchdog
 from train.health import bad_norm, not_finite
+from train.logs.run_log import line_printer
 from train.logs.step_sums import StepSums, count
 from train.run import Run
-from train.start import Start, find_start
+from train.start import Start, checkpoint_directory, find_start
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,23 @@ def train(config: TrainConfig) -> RunResult:
     Raises one of `USER_ERRORS` if the run cannot start, and `TrainingDiverged` if it cannot go on.
     """
     began = time.perf_counter()
-    rank, world_size, _ = groups.environment_world()
+    _, world_size, _ = environment.environment_world()
     validate(config, world_size)
-    device = groups.pick_device(config.run.device)
-    _check_device(config, device)
-    run_directory.check(config.run.directory, config)
-    start = find_start(config)
+    environment.check()
     with StopRequest(config.run.max_minutes) as request:
-        data = data_pipeline.open_data(config.data, progress=rank == 0 and config.logging.progress)
-        config = dataclasses.replace(config, model=with_vocabulary(config.model, data.vocab_size))
-        world = groups.initialize(config.parallel, device)
+        ranks = groups.meet(config.parallel, say=line_printer(environment.is_first_of_host()))
+        same_start.check_settings(ranks, config)
+        with ranks.failing_together():
+            device = groups.pick_device(config.run.device)
+            _check_device(config, device)
+            run_directory.check(config.run.directory, config)
+            start = find_start(config)
+        probe.check_writable(config, checkpoint_directory(config), ranks)
+        with ranks.failing_together():
+            data = data_pipeline.open_data(config.data, progress=ranks.is_main and config.logging.progress)
+            config = dataclasses.replace(config, model=with_vocabulary(config.model, data.vocab_size))
+        same_start.check_data(ranks, data.fingerprint)
+        world = groups.initialize(config.parallel, device, ranks)
         try:
             return _train(config, world, data, start, request, began)
         finally:

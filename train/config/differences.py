@@ -120,11 +120,12 @@ def of_another_run(found: Differences) -> Differences:
         key: pair
         for key, pair in found.items()
         if not under(key, CHANGEABLE)
-        and not (key == "data.corpora" and _without_places(pair[0]) == _without_places(pair[1]))
+        and not (key == "data.corpora" and without_places(pair[0]) == without_places(pair[1]))
     }
 
 
-def _without_places(corpora: Any) -> Any:
+def without_places(corpora: Any) -> Any:
+    """The corpora of a mixture (`data.corpora` as plain values) without where they lie."""
     return [
         {name: value for name, value in corpus.items() if name not in _PLACES}
         if isinstance(corpus, Mapping)
