@@ -95,9 +95,14 @@ def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) 
     # Once its summary projections are annealed away, a run cannot be made longer.
     if config.stage.summary_projection_weight(result.step, config.run.steps) > 0:
         named = {} if config.run.name == RunConfig.name else {"run.name": config.run.name}
-        going_on = f"  train for more steps     {command(**{'run.steps': 2 * config.run.steps}, **named)}\n"
+        going_on = (
+            f"  train for more steps     {command(**{'run.steps': 2 * max(result.step, config.run.steps)}, **named)}\n"
+        )
+    reached = f"Step {result.step} of {config.run.steps}"
+    if result.step > config.run.steps:
+        reached = f"The run is at step {result.step}, beyond run.steps={config.run.steps}"
     return f"""
-Step {result.step} of {config.run.steps}: {result.tokens:,} tokens{held_out}. This call took {result.seconds:.0f} s, \
+{reached}: {result.tokens:,} tokens{held_out}. This call took {result.seconds:.0f} s, \
 including data preparation.
 
   {directory}/metrics.jsonl   the numbers of each log step, one JSON object per line

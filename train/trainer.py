@@ -92,6 +92,7 @@ def _train(
 ) -> RunResult:
     """`train`, once the process groups are there."""
     run = Run.open(config, world, data, start)
+    optim = config.optim.fitted(config.run.steps)
     step, last_step, stopped = run.first_step, cadence.last_step(config.run), False
     if step >= last_step:
         run.log_line(f"{run.directory} is at step {step} already: nothing to train")
@@ -108,7 +109,7 @@ def _train(
                     with run.profiler.range("data"):
                         batches = [batch.to(world.device) for batch in run.loader.next_step()]
                     watch.progress(step, "training")
-                    lr = config.optim.lr_at(step - 1, config.run.steps)
+                    lr = optim.lr_at(step - 1, config.run.steps)
                     requests = Requests(stop=request.is_due, save=run.save_is_due)
                     run.engine.anneal(config.stage.summary_projection_weight(step - 1, config.run.steps))
                     grad_norm = train_step(

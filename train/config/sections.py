@@ -7,7 +7,7 @@ and `stage` in `train/config/stage.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from train.config.errors import ConfigError
@@ -135,6 +135,18 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas={list(self.betas)} must each be at least 0 and below 1")
+
+    def fitted(self, total_steps: int) -> OptimConfig:
+        """This schedule, with warm-up and decay made shorter where both together do not fit into `total_steps`.
+
+        They keep their proportion. Otherwise the rate would jump where warm-up ends inside the decay, or end before it
+        has reached `lr`.
+        """
+        decay = self.decay_steps if self.schedule == "wsd" else 0
+        if self.warmup_steps + decay <= total_steps:
+            return self
+        warmup = min(total_steps, round(total_steps * self.warmup_steps / (self.warmup_steps + decay)))
+        return replace(self, warmup_steps=warmup, decay_steps=total_steps - warmup if decay else self.decay_steps)
 
     def lr_at(self, step: int, total_steps: int) -> float:
         """Learning rate of 0-based `step` of `total_steps`."""
