@@ -70,10 +70,10 @@ def convert(hint: Any, value: Any, key: str, error: type[ValueError]) -> Any:
         if hint is float and not math.isfinite(value):
             raise error(f"{key}={value!r} must be {_WANTED[hint]}, and finite")
         return value
-    raise error(f"{key}={value!r} must be {_WANTED[hint]}" + (_how_to_quote(key, value) if hint is str else ""))
+    raise error(f"{key}={value!r} must be {_WANTED[hint]}" + (how_to_quote(key, value) if hint is str else ""))
 
 
-def _how_to_quote(key: str, value: Any) -> str:
+def how_to_quote(key: str, value: Any) -> str:
     """How to give a number, a truth value or a date as text, on a command line whose words are read as YAML."""
     if value is None or isinstance(value, (list, tuple, Mapping)):
         return ""

@@ -53,8 +53,14 @@ def find_start(config: TrainConfig) -> Start:
     verified here; `TrainState.verify` does that once all ranks are there. Raises one of `USER_ERRORS`.
     """
     own = checkpoint_directory(config)
-    _check_own_checkpoints(config, own)
-    found = locate.find(config.resume, own)
+    try:
+        _check_own_checkpoints(config, own)
+        found = locate.find(config.resume, own)
+    except OSError as error:  # a name that is too long, no permission, a file system that does not answer
+        raise CheckpointError(
+            f"checkpoint.dir={config.checkpoint.dir} and resume={config.resume}: checkpoints cannot be read "
+            f"({error.strerror or error}): name a directory that can be read and written"
+        ) from error
     if found is not None:
         changes_of_resumed(config, found)
         return Resume(found)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from train.config.errors import ConfigError
 
+MOST_BYTES_OF_A_NAME = 240  # file systems allow 255, and suffixes are added to some names
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -60,6 +62,14 @@ class RunConfig:
             raise ConfigError(f"run.eval_samples={self.eval_samples} must not be negative; 0 turns validation off")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"run.precision={self.precision!r} is not one of fp32, bf16")
+        if any(ord(character) < 32 for character in self.name + self.root):
+            raise ConfigError(f"run.name={self.name!r} and run.root={self.root!r} must hold no control characters")
+        for part in self.name.split("/"):
+            if (size := len(part.encode("utf-8", "surrogateescape"))) > MOST_BYTES_OF_A_NAME:
+                raise ConfigError(
+                    f"run.name={part[:40]}... has {size} bytes between slashes, and a directory's name at most "
+                    f"{MOST_BYTES_OF_A_NAME}: choose a shorter one"
+                )
         if not self.name or self.name.startswith("/") or ".." in self.name.split("/"):
             raise ConfigError(f"run.name={self.name!r} must be a relative path below run.root={self.root!r}")
 
