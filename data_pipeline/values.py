@@ -8,6 +8,7 @@ what it must be, and an unknown key is answered with the nearest one.
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -62,12 +63,22 @@ def convert(hint: Any, value: Any, key: str, error: type[ValueError]) -> Any:
         return value
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             pass
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        if hint is float and not math.isfinite(value):
+            raise error(f"{key}={value!r} must be {_WANTED[hint]}, and finite")
         return value
-    raise error(f"{key}={value!r} must be {_WANTED[hint]}")
+    raise error(f"{key}={value!r} must be {_WANTED[hint]}" + (how_to_quote(key, value) if hint is str else ""))
+
+
+def how_to_quote(key: str, value: Any) -> str:
+    """How to give a number, a truth value or a date as text, on a command line whose words are read as YAML."""
+    if value is None or isinstance(value, (list, tuple, Mapping)):
+        return ""
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"""; as text it is written with two pairs of quotes: '{key}="{shown}"'"""
 
 
 def from_text(hint: Any, text: str, key: str, error: type[ValueError]) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config import Launch
 from launch.errors import LaunchError
+from train.config.conversion import how_to_quote
 
 if TYPE_CHECKING:
     from train.config.schema import TrainConfig
@@ -49,7 +50,8 @@ def run_settings(values: dict[str, Any]) -> dict[str, Any]:
         raise LaunchError(f"run={run!r} is not a section; override its keys: run.name=NAME run.steps=N")
     for key, kind, expected in (("root", str, "a string"), ("name", str, "a string"), ("steps", int, "a whole number")):
         if not isinstance(run.get(key), kind) or isinstance(run.get(key), bool):
-            raise LaunchError(f"run.{key}={run.get(key)!r} must be {expected}")
+            advice = how_to_quote(f"run.{key}", run.get(key)) if kind is str else ""
+            raise LaunchError(f"run.{key}={run.get(key)!r} must be {expected}{advice}")
     return run
 
 

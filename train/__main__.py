@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import hashlib
 import os
 import re
 import shlex
@@ -16,60 +17,79 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from train import chain
 from train.checkpoint.storage import SaveError
-from train.config.compose import CONFIGS, register_defaults
+from train.config.compose import CONFIGS, compose, register_defaults
 from train.config.conversion import all_keys, from_mapping, unknown_key
+from train.config.errors import ConfigError, StartError
 from train.config.quoting import override
 from train.config.schema import USER_ERRORS, TrainConfig, validate
-from train.config.sections import RunConfig
-from train.distributed.groups import environment_world
-from train.distributed.signals import BAD_INPUT, DIVERGED, NOT_SAVED, REQUEUE
+from train.config.sections import MAX_NAME_BYTES, RunConfig
+from train.distributed.environment import environment_world, is_first_of_host
+from train.distributed.signals import BAD_INPUT, DIVERGED, FAILED, NOT_SAVED, REQUEUE
 from train.health import TrainingDiverged
 
 if TYPE_CHECKING:
     from train.trainer import RunResult
 
+# What ends a run with one line instead of a traceback.
+FOREIGN_ERRORS = (*USER_ERRORS, TrainingDiverged, SaveError, StartError, OmegaConfBaseException)
+_failed: list[int] = []  # exit codes of the points of a multirun that failed
+
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def _run(composed: DictConfig) -> None:
+    """One run, or one point of a multirun, where a failure leaves its exit code in `_failed` and the next begins."""
     try:
-        values: Any = OmegaConf.to_container(composed, resolve=True)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # each point of a sweep has its own run directory
-            values["run"]["name"] += "/" + _point_name()
-        config = from_mapping(TrainConfig, values)
-        runs = chain.links(config) if config.stages else [config]
-        if config.dry_run:
-            from train.dry_run import describe
-
-            for run in runs:
-                print(describe(run, run.dry_run_ranks or environment_world()[1], run.dry_run_gpu))
-            return
-        for run in runs:
-            validate(run, environment_world()[1])
-        gc.disable()
-        from train.trainer import train  # takes seconds, which a refused configuration should not wait for
-
-        gc.freeze()  # imported modules stay, so the garbage collector need not search them between steps
-        gc.enable()
-        atexit.register(gc.unfreeze)  # libraries that count their objects would report the frozen ones as leaked
-        result = chain.run(config) if config.stages else train(config)
-    except USER_ERRORS as error:
-        _exit_with(error, BAD_INPUT)
-    except TrainingDiverged as error:
-        _exit_with(error, DIVERGED)
-    except SaveError as error:
-        _exit_with(error, NOT_SAVED)
-    if result.interrupted:
+        result = _run_one(composed)
+    except FOREIGN_ERRORS as error:
+        code = _code_of(error)
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            _exit_with(error, code)
+        _say(error, f"{_point_name()}: ")
+        _failed.append(code)
+        return
+    if result is not None and result.interrupted:
         sys.exit(REQUEUE)
-    if environment_world()[0] == 0:
+
+
+def _run_one(composed: DictConfig) -> RunResult | None:
+    """Check and run what Hydra composed; None after a dry run."""
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:  # each point of a sweep has its own run directory
+        values["run"]["name"] += "/" + _point_name()
+    config = from_mapping(TrainConfig, values)
+    if config.dry_run:
+        from train.dry_run import describe
+
+        for run in chain.links(config) if config.stages else [config]:
+            print(describe(run, run.dry_run_ranks or environment_world()[1], run.dry_run_gpu))
+        return None
+    _check_run(config)
+    gc.disable()
+    from train.trainer import train  # takes seconds, which a refused configuration should not wait for
+
+    gc.freeze()  # imported modules stay, so the garbage collector need not search them between steps
+    gc.enable()
+    atexit.register(gc.unfreeze)  # libraries that count their objects would report the frozen ones as leaked
+    result = chain.run(config) if config.stages else train(config)
+    if not result.interrupted and environment_world()[0] == 0:
         print(closing_words(config, result, list(HydraConfig.get().overrides.task)))
+    return result
+
+
+def _check_run(config: TrainConfig) -> None:
+    """Raise one of `USER_ERRORS` unless every run of `config` fits this launch."""
+    for run in chain.links(config) if config.stages else [config]:
+        validate(run, environment_world()[1])
 
 
 def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) -> str:
@@ -100,9 +120,11 @@ def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) 
         going_on = (
             f"  train for more steps     {command(**{'run.steps': 2 * max(result.step, config.run.steps)}, **named)}\n"
         )
-    length = f" of {config.run.steps}" if result.step <= config.run.steps else f", run.steps={config.run.steps}"
+    reached = f"Step {result.step} of {config.run.steps}"
+    if result.step > config.run.steps:
+        reached = f"The run is at step {result.step}, beyond run.steps={config.run.steps}"
     return f"""
-Step {result.step}{length}: {result.tokens:,} tokens{held_out}. This call took {result.seconds:.0f} s, \
+{reached}: {result.tokens:,} tokens{held_out}. This call took {result.seconds:.0f} s, \
 including data preparation.
 
   {directory}/metrics.jsonl   the numbers of each log step, one JSON object per line
@@ -142,22 +164,80 @@ def _point_name() -> str:
     typed = OverridesParser.create().parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
     swept = {override.key_or_group for override in typed if override.is_sweep_override()}
     here = [text for text in HydraConfig.get().overrides.task if text.lstrip("+").split("=")[0] in swept]
-    return re.sub(r"[^\w.=,+-]+", "_", ",".join(here)) or str(HydraConfig.get().job.num)
+    return short_name(re.sub(r"[^\w.=,+-]+", "_", ",".join(here)) or str(HydraConfig.get().job.num))
 
 
-def _exit_with(error: Exception, code: int) -> NoReturn:
+def short_name(name: str) -> str:
+    """`name`, or where it is too long for a directory its beginning and a hash of all of it."""
+    if len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    start = name.encode()[: MAX_NAME_BYTES - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def check_points(arguments: list[str]) -> None:
+    """Raise what a point of a multirun would raise, before the first of them is trained.
+
+    Other sweepers choose their points while they run, and other configuration files are for Hydra to find: of these
+    nothing is checked here.
+    """
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    flags = [a.split("=")[0] for a in arguments if a.startswith("-")]
+    if not {"-m", "--multirun"} & set(flags) or set(flags) - {"-m", "--multirun"}:
+        return
+    if any(text.lstrip("+").startswith("hydra") for text in overrides):
+        return
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    if any(override.is_sweep_override() and not override.is_discrete_sweep() for override in parsed):
+        return
+    (points,) = BasicSweeper.split_arguments(parsed, None)
+    for point in points:
+        try:
+            config = from_mapping(TrainConfig, compose(point))
+            if not config.dry_run:
+                _check_run(config)
+        except (*USER_ERRORS, OmegaConfBaseException) as error:
+            raise ConfigError(f"{' '.join(point)}: {one_line(error)}; no point was started") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, with the key where a library tells it in a line of its own."""
+    text = str(error).split("Config search path")[0]
+    key = getattr(error, "full_key", None)
+    if isinstance(error, OmegaConfBaseException) and key:
+        kept = [line for line in text.split("\n") if not line.strip().startswith(("full_key:", "object_type="))]
+        advice = "; set it, or give the key a value" if isinstance(error, InterpolationResolutionError) else ""
+        text = f"{key}: " + " ".join(kept) + advice
+    return " ".join(text.split())
+
+
+def _code_of(error: BaseException) -> int:
+    """The exit code that an error of `FOREIGN_ERRORS` stands for."""
+    if isinstance(error, TrainingDiverged):
+        return DIVERGED
+    if isinstance(error, SaveError):
+        return NOT_SAVED
+    return FAILED if isinstance(error, StartError) else BAD_INPUT
+
+
+def _say(error: BaseException, prefix: str = "") -> None:
+    if is_first_of_host():
+        print(f"error: {prefix}{one_line(error)}", file=sys.stderr)
+
+
+def _exit_with(error: BaseException, code: int) -> NoReturn:
     """Print `error` as one line and exit."""
-    if environment_world()[2] == 0:  # once per host
-        lines = str(error).split("Config search path")[0].split("\n")
-        print("error: " + " ".join(line.strip() for line in lines if line.strip()), file=sys.stderr)
+    _say(error)
     sys.exit(code)
 
 
 def main() -> None:
     """The command."""
     overrides = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
+    _failed.clear()
     try:
         check_keys(overrides)
+        check_points(sys.argv[1:])
     except USER_ERRORS as error:
         _exit_with(error, BAD_INPUT)
     except HydraException:
@@ -166,8 +246,11 @@ def main() -> None:
     register_defaults()
     try:
         _run()
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException) as error:
         _exit_with(error, BAD_INPUT)
+    if _failed:
+        print(f"error: {len(_failed)} point(s) of the multirun failed, see above", file=sys.stderr)
+        sys.exit(next((code for code in (FAILED, NOT_SAVED, DIVERGED) if code in _failed), BAD_INPUT))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from train import stages
+from train.checkpoint import locate, storage
+from train.checkpoint.storage import CheckpointError, CheckpointPath
 from train.config.conversion import from_mapping, to_mapping
 from train.config.errors import ConfigError
 from train.config.schema import TrainConfig
-from train.distributed.groups import environment_world
+from train.distributed.environment import environment_world
 
 if TYPE_CHECKING:
     from train.trainer import RunResult
@@ -74,7 +76,17 @@ def run(config: TrainConfig) -> RunResult:
 
     began = time.monotonic()
     result = None
-    for number, link in enumerate(links(config)):
+    runs = links(config)
+    done = finished_before(runs)
+    for number, link in enumerate(runs):
+        if number in done:
+            if environment_world()[0] == 0:
+                print(
+                    f"stage {number + 1} of {len(runs)}: {link.run.name} has no checkpoint any more; a later stage "
+                    "began with it, so it is done",
+                    flush=True,
+                )
+            continue
         if config.run.max_minutes is not None:
             left = config.run.max_minutes - (time.monotonic() - began) / 60
             link = dataclasses.replace(link, run=dataclasses.replace(link.run, max_minutes=max(left, 1e-3)))
@@ -88,6 +100,49 @@ def run(config: TrainConfig) -> RunResult:
             break
     assert result is not None
     return result
+
+
+def finished_before(runs: list[TrainConfig]) -> set[int]:
+    """The stages that are done although none of their checkpoints is left: a later stage has begun with one.
+
+    Raises `ConfigError` where a stage would train, or is another one, and a later stage has begun already: that one
+    would go on with weights that come from what the stage was before.
+    """
+    if runs[0].resume == "never":  # every stage begins again
+        return set()
+    newest = [_newest(link) for link in runs]
+    begun = [number for number, checkpoint in enumerate(newest) if checkpoint is not None]
+    for number in range(max(begun, default=0)):
+        link, held, after = runs[number], newest[number], newest[number + 1]
+        later = runs[next(n for n in begun if n > number)]
+        if held is not None and held.step < link.run.steps:
+            raise ConfigError(
+                f"stage {number + 1} ({link.run.name}) is at step {held.step} of run.steps={link.run.steps}, and "
+                f"{later.run.name} began with its end before it was made longer: set its length back, or choose "
+                f"another run.name for the chain, or rename {later.run.directory} and the stages after it, which then "
+                "train again"
+            )
+        origin = None if after is None else _began_with(after)
+        if origin not in (None, link.run.name.rsplit("/", 1)[-1]):
+            raise ConfigError(
+                f"{runs[number + 1].run.name} began with {origin}, and its stage before is now {link.run.name}: set "
+                "the names and the order of the stages back, or choose another run.name for the chain"
+            )
+    return {number for number in range(max(begun, default=0)) if newest[number] is None}
+
+
+def _newest(link: TrainConfig) -> CheckpointPath | None:
+    checkpoints = storage.finished(locate.checkpoint_directory(link.run.directory, link.checkpoint.dir, link.run.name))
+    return checkpoints[-1] if checkpoints else None
+
+
+def _began_with(checkpoint: CheckpointPath) -> str | None:
+    """The last part of the `init_from` under which a stage's checkpoint was written, or None."""
+    try:
+        origin = locate.read_state(checkpoint).get("config", {}).get("init_from")
+    except CheckpointError:
+        return None  # damaged: the start of the stage reports it
+    return None if origin is None else str(origin).rstrip("/").rsplit("/", 1)[-1]
 
 
 def _set(settings: dict[str, Any], key: str, value: Any) -> None:

@@ -28,7 +28,7 @@ from train.logs.metrics import METRICS, read_records
 from train.logs.profiling import StepProfiler
 from train.logs.run_log import RunLog, line_printer
 from train.logs.step_sums import StepSums
-from train.start import Resume, Start
+from train.start import Resume, Start, changes_of_resumed
 from train.state import TrainState
 
 
@@ -86,7 +86,9 @@ class Run:
         state.checkpoints.quarantine_after(progress.step)
         log = _open_log(config, world, progress.step)
         if isinstance(start, Resume):
-            log_line(f"resumed from {start.checkpoint} at step {progress.step}")
+            changed = changes_of_resumed(config, start.checkpoint)
+            note = f"; changed since: {changed}" if changed else ""
+            log_line(f"resumed from {start.checkpoint} at step {progress.step}{note}")
             if (finite := progress.health.get("last_finite_step", progress.step)) < progress.step:
                 log_line(
                     f"the steps {finite + 1} to {progress.step} before it were skipped, because the loss or the "
@@ -94,6 +96,8 @@ class Run:
                 )
         else:
             log_line(f"starting {directory} afresh")
+        if shortened := _shortened_schedule(config):
+            log_line(shortened)
         return cls(config, world, state, progress, held_out, probes, log, log_line)
 
     def _take_over_health(self, progress: Progress) -> None:
@@ -145,7 +149,7 @@ class Run:
             )
         if self.objective is not None:
             record |= self.sums.read_parts(self.objective.take(), PARTS)
-        self.log.record({"step": step, **record, "lr": lr})
+        self.log.record({"step": step, **_finite(record), "lr": lr})
         if "loss" not in record:  # all steps were skipped: nothing is known of the weights
             return None
         if not self.state.spikes.is_spike(record["loss"]):
@@ -193,6 +197,9 @@ class Run:
             self.engine.anneal(self.config.stage.summary_projection_weight(step, self.config.run.steps))
             self.engine.refresh_norm_gain_flags()  # they drift apart slowly
             self.validation_loss = self._held_out.loss(self.engine)
+            if self.validation_loss is not None and not math.isfinite(self.validation_loss):
+                self.log_line(f"step {step}: the loss on the held-out documents is not finite")
+                self.validation_loss = None
             if self.validation_loss is not None:
                 self.log.record({"step": step, "tokens": self.sums.tokens, "validation_loss": self.validation_loss})
 
@@ -243,6 +250,23 @@ class Run:
         self.loader.close()
         self.state.checkpoints.close()
         self.log.close()
+
+
+def _shortened_schedule(config: TrainConfig) -> str:
+    """What is said about a schedule that does not fit into the run; empty where it does."""
+    optim, steps = config.optim, config.run.steps
+    fitted = optim.fitted(steps)
+    if fitted == optim:
+        return ""
+    asked, got = f"optim.warmup_steps={optim.warmup_steps}", f"{fitted.warmup_steps}"
+    if optim.schedule == "wsd" and optim.decay_steps:
+        asked, got = f"{asked} and optim.decay_steps={optim.decay_steps}", f"{got} and {fitted.decay_steps}"
+    return f"{asked} do not fit into run.steps={steps}: this run warms up and decays over {got} steps"
+
+
+def _finite(record: dict[str, float]) -> dict[str, float]:
+    """`record` without numbers that JSON has no words for."""
+    return {key: value for key, value in record.items() if math.isfinite(value)}
 
 
 def _open_log(config: TrainConfig, world: World, first_step: int) -> RunLog:

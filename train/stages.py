@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ksa_model.config import ModelConfig
+from train.config.differences import differences, in_arrows, under
 from train.config.errors import ConfigError
 from train.config.stage import EXTENDABLE, SUMMARY_PROJECTIONS, StageConfig
 
@@ -55,17 +56,11 @@ def describe_initialization(stage: StageConfig, source: str, state: Mapping[str,
 
     `source` names the checkpoint, `state` is its state.json, `now` the run's configuration with dotted keys.
     """
-    chosen = ("seq_len", "model.", "data.", "optim.", "run.samples_per_step", "run.precision")
-    changes = []
-    for key in sorted(key for key in now if key.startswith(chosen)):
-        before: Any = state.get("config", {})
-        for part in key.split("."):
-            if before is not None:  # a group that was null had none of its keys
-                before = before.get(part, now[key]) if isinstance(before, Mapping) else now[key]
-        if before != now[key]:
-            changes.append(f"{key} {before} -> {now[key]}")
+    chosen = ("seq_len", "model", "data", "optim", "run.samples_per_step", "run.precision")
+    found = differences(state.get("config", {}), now)
+    changed = in_arrows({key: pair for key, pair in found.items() if under(key, chosen)})
     moments = "weights and moments" if stage.inherits_moments else "weights"
     return (
         f"stage {stage.kind}: {moments} of {source} (step {state['step']}, {state.get('tokens', 0):,} tokens); "
-        f"{'changed: ' + ', '.join(changes) if changes else 'same settings'}"
+        f"{'changed: ' + changed if changed else 'same settings'}"
     )

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from train import stages
 from train.checkpoint import locate
-from train.checkpoint.storage import CheckpointPath, finished, is_restorable
+from train.checkpoint.storage import CheckpointError, CheckpointPath, finished, is_restorable
+from train.config import differences, run_directory
+from train.config.conversion import flatten, to_mapping
+from train.config.differences import Differences
 from train.config.schema import TrainConfig
 from train.hf import import_weights, tokenizers
 from train.hf.tokenizers import Owned
@@ -53,10 +56,18 @@ def find_start(config: TrainConfig) -> Start:
     verified here; `TrainState.verify` does that once all ranks are there. Raises one of `USER_ERRORS`.
     """
     own = checkpoint_directory(config)
-    if config.resume != "never" and not finished(own) and not is_restorable(own):
-        check_nothing_is_missing(config.run.directory, config.resume, own)
-    found = locate.find(config.resume, own)
+    try:
+        _check_own_checkpoints(config, own)
+        if config.resume != "never" and not finished(own) and not is_restorable(own):
+            check_nothing_is_missing(config.run.directory, config.resume, own)
+        found = locate.find(config.resume, own)
+    except OSError as error:  # a name that is too long, no permission, a file system that does not answer
+        raise CheckpointError(
+            f"checkpoint.dir={config.checkpoint.dir} and resume={config.resume}: checkpoints cannot be read "
+            f"({error.strerror or error}): name a directory that can be read and written"
+        ) from error
     if found is not None:
+        changes_of_resumed(config, found)
         return Resume(found)
     if config.init_from is None:
         return Fresh()
@@ -86,3 +97,83 @@ def tokenizer_of(config: TrainConfig, start: Start) -> Owned | None:
 def with_tokenizer(config: TrainConfig, owned: Owned | None) -> TrainConfig:
     """`config` with the tokenizer of the weights, where it names none. Raises `ConfigError` where they do not fit."""
     return config if owned is None else tokenizers.choose(config, owned)
+
+
+def changes_of_resumed(config: TrainConfig, checkpoint: CheckpointPath) -> str:
+    """The settings that differ from those `checkpoint` was written with, in words; empty where none does.
+
+    Raises `CheckpointError` where the run of `config` cannot go on from it: a checkpoint in the run's own directory
+    that another run wrote, or one of another model.
+    """
+    found = _differences(config, checkpoint)
+    if is_own(config, checkpoint):
+        _refuse_another_run(config, checkpoint, found)
+    model = {key: pair for key, pair in found.items() if _is_of_model(key)}
+    if model:
+        raise CheckpointError(
+            f"{checkpoint} is of another model or stage: {differences.in_words(model)}; set them back, or give "
+            f"init_from={checkpoint} in place of resume to begin a new run with its weights"
+        )
+    return differences.in_arrows(
+        {key: pair for key, pair in found.items() if not differences.under(key, differences.UNREPORTED)}
+    )
+
+
+def _check_own_checkpoints(config: TrainConfig, own: CheckpointPath) -> None:
+    """Refuse a directory of checkpoints that another run writes to, however the run begins: it would prune them."""
+    checkpoints = finished(own)
+    for checkpoint in reversed(checkpoints):
+        try:
+            found = _differences(config, checkpoint)
+        except CheckpointError:
+            continue  # damaged: choosing one reports it
+        _refuse_another_run(config, checkpoint, found)
+        return
+    if not checkpoints and config.resume == "auto":
+        _check_left_behind(config, own)
+
+
+def _check_left_behind(config: TrainConfig, own: CheckpointPath) -> None:
+    """Refuse to begin again where the run directory says that the run has its checkpoints in another place."""
+    directory = config.run.directory
+    if not (directory / run_directory.CONFIG).is_file():
+        return
+    before = run_directory.read_config(directory)
+    place = locate.checkpoint_directory(directory, before.checkpoint.dir, before.run.name)
+    if str(place) == str(own):
+        return
+    if checkpoints := finished(place):
+        raise CheckpointError(
+            f"checkpoint.dir={config.checkpoint.dir} and run.name={config.run.name} name {own}, which holds no "
+            f"checkpoint, but {directory} has its checkpoints in {place} (the newest is {checkpoints[-1].name}): move "
+            f"them there, or give resume={place} to go on from them, or resume=never to start from scratch"
+        )
+
+
+def _differences(config: TrainConfig, checkpoint: CheckpointPath) -> Differences:
+    """What differs between the configuration in a checkpoint and that of now."""
+    state, now = locate.read_state(checkpoint), flatten(to_mapping(config))
+    found = differences.differences(state.get("config", {}), now)
+    found.pop("model.vocab_size", None)  # filled in from the tokenizer, whose hash and shape are compared later
+    if state.get("own_share", 1.0) == 0:  # the summary projections were annealed away
+        found.pop("model.independent_qkv", None)
+    return found
+
+
+def _refuse_another_run(config: TrainConfig, checkpoint: CheckpointPath, found: Differences) -> None:
+    changed = differences.of_another_run(found)
+    if changed:
+        place = "" if config.checkpoint.dir is None else f"checkpoint.dir={config.checkpoint.dir}: "
+        raise CheckpointError(
+            f"{place}{checkpoint} was written by another run: {differences.in_words(changed)}; choose another run.name "
+            "for a new run, or set them back to go on with that one"
+        )
+
+
+def is_own(config: TrainConfig, checkpoint: CheckpointPath) -> bool:
+    """Whether a checkpoint lies where the run of `config` keeps its own."""
+    return str(checkpoint).startswith(f"{checkpoint_directory(config)}/")
+
+
+def _is_of_model(key: str) -> bool:
+    return differences.under(key, differences.SAME_MODEL) and not differences.under(key, differences.CHANGEABLE)

@@ -18,12 +18,14 @@ from train.checkpoint.storage import CheckpointError, CheckpointPath
 from train.config.conversion import flatten, to_mapping
 from train.config.quoting import override
 from train.config.schema import TrainConfig
+from train.distributed import same_start
 from train.distributed.groups import World
+from train.distributed.ranks import Ranks
 from train.health import SpikeDetector
 from train.hf import import_weights
 from train.hf.tokenizers import VOCABULARY
 from train.logs import saved
-from train.start import Fresh, Import, Inherit, Resume, Start, checkpoint_directory
+from train.start import Fresh, Import, Inherit, Resume, Start, changes_of_resumed, checkpoint_directory, is_own
 
 
 class TrainState:
@@ -39,6 +41,7 @@ class TrainState:
         self._vocabulary_sha256 = Tokenizer(data.tokenizer_path, config.data.end_token).vocabulary_sha256
         self._tokenizer_sha256 = hashlib.sha256(Path(data.tokenizer_path).read_bytes()).hexdigest()
         self.loader = make_loader(config, data, world)
+        same_start.check_plan(Ranks(world.store, world.rank, world.size, "plan", log_line), self.loader.state())
         self.engine = build_engine(config, world)
         self.spikes = SpikeDetector(config.run.spike_factor)
         self.checkpoints = Checkpoints(
@@ -56,6 +59,7 @@ class TrainState:
         """
         found = self.checkpoints.choose(self._config.resume)
         if found is not None:
+            changes_of_resumed(self._config, found)  # again: it may be one that could not be found before
             return Resume(found)
         if isinstance(start, Resume):
             raise CheckpointError(f"{start.checkpoint} was removed while the run was starting: start it again")
@@ -81,6 +85,7 @@ class TrainState:
         self._check_projections(checkpoint, state)
         progress, _ = self.checkpoints.load(checkpoint, self._config.run.seed)
         self.loader.load_state(progress.loader)
+        self._check_held_out(checkpoint, state)
         self.spikes = SpikeDetector(self._config.run.spike_factor, progress.health.get("recent_losses", ()))
         return progress
 
@@ -108,6 +113,16 @@ class TrainState:
             raise CheckpointError(
                 f"{checkpoint} was trained with the tokenizer of sha256 {tokenizer[:12]}, this run has "
                 f"{self._tokenizer_sha256[:12]}: give the tokenizer.model of that run as data.tokenizer"
+            )
+
+    def _check_held_out(self, checkpoint: CheckpointPath, state: dict[str, Any]) -> None:
+        """The loader compares the documents to train on; the run's own checkpoint also knows the held-out ones."""
+        others = state.get("data_fingerprint") not in (None, self._data_fingerprint)
+        if others and is_own(self._config, checkpoint) and not self._config.data.accept_changes:
+            raise CheckpointError(
+                f"data.validation_path={self._config.data.validation_path}: the held-out documents are not those that "
+                f"{checkpoint} was validated with, so its losses could not be compared; set them back, or continue "
+                "with data.accept_changes=true"
             )
 
     def _check_projections(self, checkpoint: CheckpointPath, state: dict[str, Any]) -> None:

@@ -19,10 +19,11 @@ from train import cadence
 from train.batches import Batch
 from train.build import compute_dtype, with_vocabulary
 from train.cadence import Action
+from train.checkpoint import probe
 from train.config import run_directory
 from train.config.errors import ConfigError
 from train.config.schema import TrainConfig, validate
-from train.distributed import groups
+from train.distributed import environment, groups, same_start
 from train.distributed.consensus import NO_REQUESTS, Decision, RankConsensus, Requests
 from train.distributed.engine import Engine
 from train.distributed.groups import World
@@ -33,7 +34,7 @@ from train.hf import tokenizers
 from train.logs.run_log import line_printer
 from train.logs.step_sums import StepSums, count
 from train.run import Run
-from train.start import Start, find_start, tokenizer_of, with_tokenizer
+from train.start import Start, checkpoint_directory, find_start, tokenizer_of, with_tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,23 +55,30 @@ def train(config: TrainConfig) -> RunResult:
     Raises one of `USER_ERRORS` if the run cannot start, and `TrainingDiverged` if it cannot go on.
     """
     began = time.perf_counter()
-    rank, world_size, _ = groups.environment_world()
+    _, world_size, _ = environment.environment_world()
     validate(config, world_size)
-    device = groups.pick_device(config.run.device)
-    _check_device(config, device)
-    run_directory.check(config.run.directory, config)
-    start = find_start(config)
-    owned = tokenizer_of(config, start)
-    chosen = with_tokenizer(config, owned)
-    if owned is not None and chosen is not config:
-        line_printer(rank == 0)(f"data.tokenizer={chosen.data.tokenizer}: the tokenizer of {owned.owner}")
-    config = chosen
+    environment.check()
     with StopRequest(config.run.max_minutes) as request:
-        data = data_pipeline.open_data(config.data, progress=rank == 0 and config.logging.progress)
-        if owned is not None:
-            tokenizers.check(owned, data.tokenizer_path, f"the tokenizer of the data, {data.tokenizer_path},")
-        config = dataclasses.replace(config, model=with_vocabulary(config.model, data.vocab_size))
-        world = groups.initialize(config.parallel, device)
+        ranks = groups.meet(config.parallel, say=line_printer(environment.is_first_of_host()))
+        same_start.check_settings(ranks, config)
+        with ranks.failing_together():
+            device = groups.pick_device(config.run.device)
+            _check_device(config, device)
+            run_directory.check(config.run.directory, config)
+            start = find_start(config)
+            owned = tokenizer_of(config, start)
+            chosen = with_tokenizer(config, owned)
+        if owned is not None and chosen is not config:
+            line_printer(ranks.is_main)(f"data.tokenizer={chosen.data.tokenizer}: the tokenizer of {owned.owner}")
+        config = chosen
+        probe.check_writable(config, checkpoint_directory(config), ranks)
+        with ranks.failing_together():
+            data = data_pipeline.open_data(config.data, progress=ranks.is_main and config.logging.progress)
+            if owned is not None:
+                tokenizers.check(owned, data.tokenizer_path, f"the tokenizer of the data, {data.tokenizer_path},")
+            config = dataclasses.replace(config, model=with_vocabulary(config.model, data.vocab_size))
+        same_start.check_data(ranks, data.fingerprint)
+        world = groups.initialize(config.parallel, device, ranks)
         try:
             return _train(config, world, data, start, request, began)
         finally:
@@ -91,6 +99,7 @@ def _train(
 ) -> RunResult:
     """`train`, once the process groups are there."""
     run = Run.open(config, world, data, start)
+    optim = config.optim.fitted(config.run.steps)
     step, last_step, stopped = run.first_step, cadence.last_step(config.run), False
     if step >= last_step:
         run.log_line(f"{run.directory} is at step {step} already: nothing to train")
@@ -109,7 +118,7 @@ def _train(
                     with run.profiler.range("data"):
                         batches = [batch.to(world.device) for batch in run.loader.next_step()]
                     watch.progress(step, "training")
-                    lr = config.optim.lr_at(step - 1, config.run.steps)
+                    lr = optim.lr_at(step - 1, config.run.steps)
                     requests = Requests(stop=request.is_due, save=run.save_is_due)
                     run.engine.anneal(config.stage.summary_projection_weight(step - 1, config.run.steps))
                     grad_norm = train_step(

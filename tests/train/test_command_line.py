@@ -101,6 +101,20 @@ def refused(monkeypatch, capsys, *arguments):
         (["checkpoint.dir=foo://bucket"], "foo://bucket cannot be opened"),
         (["init_from=README.md"], "init_from=README.md: neither a checkpoint"),
         (["run.root=README.md"], "README.md is not a directory that can be written"),
+        (
+            ["run.name=20240601"],
+            """run.name=20240601 must be a string; as text it is written with two pairs of quotes""",
+        ),
+        (["resume=true"], """'resume="true"'"""),
+        (["data.path=${oc.env:NO_SUCH_VARIABLE}"], "data.path: KeyError raised while resolving interpolation"),
+        (["run.name=${no_such_key}"], "run.name: Interpolation key 'no_such_key' not found; set it"),
+        (["run.name=${run.name}"], "run.name: Recursive interpolation detected"),
+        (["run.name=" + "x" * 300], "has 300 bytes between slashes, and a directory's name at most 240"),
+        (["run.root=/tmp/" + "x" * 300], "the directory cannot be reached (File name too long)"),
+        (["checkpoint.dir=/tmp/" + "x" * 300], "File name too long"),
+        (["checkpoint.dir=/proc/nowhere"], "checkpoint.dir=/proc/nowhere: rank 0 on "),
+        (["optim.lr=nan"], "optim.lr=nan must be a number, and finite"),
+        (["run.spike_factor=inf"], "run.spike_factor=inf must be a number, and finite"),
         (["logging.wandb=perhaps"], "logging.wandb='perhaps' is not one of online, offline, off"),
     ],
     ids=lambda x: x[-1] if isinstance(x, list) else "",
@@ -256,7 +270,7 @@ def test_a_run_that_is_longer_than_it_is_told_says_so(corpus, tmp_path):
 
     config = make_config(corpus, tmp_path, run__steps=10)
     words = closing_words(config, RunResult(tmp_path, 20, 100, None, 1.0, False), [])
-    assert "Step 20 of 10" not in words and "Step 20, run.steps=10: 100 tokens" in words and "run.steps=40" in words
+    assert "Step 20 of 10" not in words and "The run is at step 20, beyond run.steps=10: 100 tokens" in words and "run.steps=40" in words
 
 
 def test_a_last_save_that_fails_is_one_line_and_an_exit_code(corpus, tmp_path):
@@ -397,6 +411,83 @@ def test_torchrun(corpus, tmp_path, undisturbed):
     # The schedule depends on the number of steps, so compare the first, before any update.
     mine, want = (read_records(d / "metrics.jsonl")[0]["loss"] for d in (tmp_path / "default", undisturbed[1]))
     assert mine == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        (dict(SLURM_NTASKS="2", SLURM_PROCID="1"), "srun has started 2 tasks"),
+        (dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="0"), "without RANK and WORLD_SIZE each would train"),
+        (dict(RANK="x", WORLD_SIZE="2"), "RANK='x' in the environment must be a whole number"),
+    ],
+    ids=str,
+)
+def test_tasks_that_do_not_know_each_other(monkeypatch, capsys, tmp_path, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert message in refused(monkeypatch, capsys, f"run.root={tmp_path}")
+    assert not (tmp_path / "default").exists()
+
+
+def test_a_signal_during_preparation_is_answered(corpus, tmp_path):
+    slow = tmp_path / "slow.jsonl"
+    slow.write_text(json.dumps({"text": "some words of a document " * 300_000}) + "\n")
+    arguments = small_overrides(slow, tmp_path / "runs", data__cache_dir=tmp_path / "cache", data__vocab_size=8000)
+    command = commands.Command("train", *arguments)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache").glob("*")) and time.monotonic() < deadline and command.is_running:
+        time.sleep(0.01)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait() == REQUEUE, command.stderr
+    assert "asked to stop (SIGTERM) before the first step: nothing to save; start again" in command.stderr
+
+
+def test_closing_words_of_a_run_that_is_longer_than_asked(corpus, tmp_path):
+    from tests.train.runs import make_config
+    from train.__main__ import closing_words
+    from train.trainer import RunResult
+
+    result = RunResult(tmp_path / "default", 20, 100, None, 1.0, False)
+    words = closing_words(make_config(corpus, tmp_path, run__steps=10), result, [])
+    assert "The run is at step 20, beyond run.steps=10" in words and "of 10" not in words and "run.steps=40" in words
+
+
+def test_a_schedule_that_does_not_fit_is_said(corpus, tmp_path):
+    code, _, err = commands.run(
+        "train", *small_overrides(corpus, tmp_path, optim__warmup_steps=20, optim__decay_steps=80)
+    )
+    assert code == 0, err
+    assert "optim.warmup_steps=20 and optim.decay_steps=80 do not fit into run.steps=5" in err
+    assert "warms up and decays over 1 and 4 steps" in err
+    rates = [r["lr"] for r in read_records(tmp_path / "default/metrics.jsonl") if "lr" in r]
+    assert rates == pytest.approx([0.01, 0.00775, 0.0055, 0.00325, 0.001])
+
+
+def test_all_points_of_a_multirun_are_checked_before_the_first(corpus, tmp_path):
+    process = start(["-m", *small_overrides(corpus, tmp_path, run__steps=2, model__chunk_size="4,7")])
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == BAD_INPUT
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "model.chunk_size=7" in line and "is not a multiple of 7" in line and "no point was started" in line
+    assert not (tmp_path / "default").exists()
+
+
+def test_a_point_that_diverges_leaves_the_others(corpus, tmp_path):
+    swept = small_overrides(corpus, tmp_path, run__steps=4, run__max_bad_steps=2, optim__lr="1e30,1e-2")
+    process = start(["-m", *swept])
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == DIVERGED, err
+    assert "error: optim.lr=1e+30: loss or gradient was not finite" in err
+    assert "error: 1 point(s) of the multirun failed" in err
+    assert len(losses(read_records(tmp_path / "default/optim.lr=0.01/metrics.jsonl"))) == 4
+
+
+def test_names_of_points_fit_into_a_directory():
+    from train.__main__ import short_name
+
+    assert short_name("model.chunk_size=4") == "model.chunk_size=4"
+    one, other = (short_name("a=" + "é" * 200 + end) for end in "xy")
+    assert len(one.encode()) <= 240 and one != other and one.startswith("a=éé")
 
 
 def test_multirun_gives_every_point_its_own_directory(corpus, tmp_path):

@@ -59,6 +59,29 @@ def test_schedules_by_hand(settings, rates):
     assert schedule(8, **settings) == pytest.approx(rates)
 
 
+@pytest.mark.parametrize("kind", ["wsd", "cosine", "constant"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 40])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 5, 60])
+@pytest.mark.parametrize("decay_steps", [0, 1, 6, 38, 50])
+def test_a_fitted_schedule_has_no_jump_and_reaches_its_rate(kind, steps, warmup_steps, decay_steps):
+    optim = OptimConfig(lr=1.0, schedule=kind, warmup_steps=warmup_steps, decay_steps=decay_steps)
+    fitted = optim.fitted(steps)
+    rates = [fitted.lr_at(step, steps) for step in range(steps)]
+    decay = decay_steps if kind == "wsd" else 0
+    if warmup_steps + decay <= steps:
+        assert fitted == optim
+        return
+    assert fitted.warmup_steps + (fitted.decay_steps if decay else 0) == steps
+    if fitted.warmup_steps:
+        assert rates[fitted.warmup_steps - 1] == 1.0
+        assert rates[: fitted.warmup_steps] == sorted(rates[: fitted.warmup_steps])
+    falling = rates[fitted.warmup_steps :]
+    assert falling == sorted(falling, reverse=True)
+    if falling:
+        assert falling[-1] == pytest.approx(0.1)
+        assert rates[0] - falling[0] <= 1 and (not fitted.warmup_steps or 1 - falling[0] <= 0.9 / len(falling) + 1e-9)
+
+
 # A small model with every kind of layer. Layer 1 is the last that projects summaries, so only layer 0 updates them.
 LAYERS = "KKFSCG"
 PROJECTIONS = ["query.weight", "key.weight", "value.weight", "output.weight"]

@@ -152,6 +152,31 @@ def test_a_new_run_can_start_from_another_runs_checkpoint_and_be_interrupted(cor
     assert losses(got) == losses(straight[0])[10:]
 
 
+def test_a_second_run_in_a_shared_directory_is_refused_and_the_first_is_whole(corpus, tmp_path):
+    """Another RoPE base under the same name: it neither goes on with the first run's weights nor prunes them."""
+    shared = dict(checkpoint__dir=str(tmp_path / "shared"), run__steps=6, checkpoint__every_steps=3)
+    run(1, corpus, tmp_path / "a", **shared)
+    kept = [c.name for c in finished(tmp_path / "shared/default")]
+    with pytest.raises(AssertionError, match=r"was written by another run: model.rope_base was .* and is now 50000"):
+        run(1, corpus, tmp_path / "b", **shared, model__rope_base=5e4)
+    assert [c.name for c in finished(tmp_path / "shared/default")] == kept
+    assert not (tmp_path / "b/default").exists()
+
+
+def test_data_under_another_path_and_a_moved_run_go_on(corpus, tmp_path, straight):
+    run(1, corpus, tmp_path, run__stop_at_step=10)
+    (tmp_path / "default").rename(tmp_path / "moved")
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(corpus.read_bytes())
+    again = dict(run__name="moved", data__path=str(copy))
+    assert losses(run(1, corpus, tmp_path, **again)) == losses(straight[0])
+    with open(copy, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "another document " * 99}) + "\n")
+    own = dict(data__tokenizer=str(tmp_path / "moved/tokenizer.model"))
+    with pytest.raises(AssertionError, match=r"corpus was .* and is"):
+        run(1, corpus, tmp_path, **again, **own, run__steps=25)
+
+
 def test_going_back_sets_later_checkpoints_aside(corpus, tmp_path, straight):
     run(1, corpus, tmp_path, run__stop_at_step=12, checkpoint__keep_last=5)
     own = tmp_path / "default" / "checkpoints"

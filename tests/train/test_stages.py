@@ -191,6 +191,40 @@ def test_an_annealed_run_is_not_brought_back(chain, corpus, tmp_path):
     assert "annealed away at step 5, and with run.steps=9 they would have a weight of 0.44" in refused
 
 
+def chain_or_refusal(corpus: str, root: str, changes: dict):
+    from train.config.errors import ConfigError
+
+    try:
+        return run_chain(corpus, root, changes)["step"]
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_finished_chain_does_not_call_stale_stages_done(corpus, tmp_path):
+    """Its first stage is lengthened, renamed, or has lost its checkpoints."""
+    first, second = {"name": "a", "run.steps": 2}, {"name": "b", "run.steps": 3, "stage": "extend"}
+
+    def again(*stages):
+        return run_on_ranks(1, chain_or_refusal, str(corpus), str(tmp_path), dict(stages=list(stages)))[0]
+
+    assert again(first, second) == 3
+    before = sorted(str(p) for p in tmp_path.rglob("step-*"))
+    said = again(first | {"run.steps": 4}, second)
+    assert "stage 1 (default/0-a) is at step 2 of run.steps=4, and default/1-b began with its end" in said
+    assert "remove" not in said and "delete" not in said
+    assert "default/1-b began with 0-a, and its stage before is now default/0-c" in again(first | {"name": "c"}, second)
+    assert sorted(str(p) for p in tmp_path.rglob("step-*")) == before
+    assert again(first, second | {"run.steps": 5}) == 5  # the last may be longer
+    kept = (tmp_path / "default/0-a/metrics.jsonl").read_bytes()
+    (tmp_path / "default/0-a/checkpoints").rename(tmp_path / "elsewhere")
+    assert again(first, second | {"run.steps": 6}) == 6  # the first is not trained again
+    assert (tmp_path / "default/0-a/metrics.jsonl").read_bytes() == kept
+    (tmp_path / "elsewhere").rename(tmp_path / "default/0-a/checkpoints")
+    (tmp_path / "default/1-b").rename(tmp_path / "default/1-b.old")  # as the message says
+    assert again(first | {"run.steps": 4}, second) == 3
+    assert state_of(tmp_path / "default/0-a")["step"] == 4
+
+
 def test_some_keys_of_a_group_leave_the_others(corpus, tmp_path):
     from train import chain as chains
 

@@ -1,23 +1,28 @@
 """Where a run starts, found without data, process groups or a model."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 
 from tests.train.runs import make_config
 from train.checkpoint.storage import CheckpointPath
+from train.config import run_directory
+from train.config.conversion import to_mapping
 from train.config.errors import ConfigError
 from train.hf import import_weights
 from train.logs import saved
-from train.start import Fresh, Import, Inherit, Resume, find_start
+from train.start import Fresh, Import, Inherit, Resume, changes_of_resumed, find_start
 
 
-def write_checkpoint(run, step):
+def write_checkpoint(run, step, config=None, place="checkpoints", **facts):
     """What of a checkpoint is looked at here: nothing of it is verified."""
-    directory = run / "checkpoints" / f"step-{step:08d}"
+    directory = run / place / f"step-{step:08d}"
     directory.mkdir(parents=True)
     (directory / "manifest.json").write_text("{}")
-    (directory / "state.json").write_text(json.dumps({"format": 2, "step": step, "config": {"model": {}}}))
+    written = {"model": {}} if config is None else to_mapping(config)
+    (directory / "state.json").write_text(json.dumps({"format": 2, "step": step, "config": written, **facts}))
     return directory
 
 
@@ -110,3 +115,96 @@ def test_the_same_command_with_a_path_does_not_begin_there_again(config, tmp_pat
 def test_a_wrong_path_is_refused(config, key):
     with pytest.raises(ConfigError, match=f"{key}=nowhere: neither a checkpoint"):
         find_start(config(**{key: "nowhere"}))
+
+
+OTHER_MODELS = [
+    dict(model__rope_base=5e4),
+    dict(model__rope_scaling={"kind": "linear", "factor": 2}),
+    dict(model__window_chunks=4),
+    dict(model__chunk_size=8),
+    dict(model__layer_pattern="KSKF"),
+]
+
+
+@pytest.mark.parametrize(
+    "changes", [*OTHER_MODELS, dict(optim__lr=0.5), dict(data__seed=3), dict(seq_len=512)], ids=str
+)
+@pytest.mark.parametrize("resume", ["auto", "never", "PATH"])
+def test_checkpoints_of_another_run_are_left_alone(config, tmp_path, changes, resume):
+    """Two runs with one name below one checkpoint.dir: the second is refused, however it begins."""
+    shared = dict(checkpoint__dir=str(tmp_path / "shared"))
+    first = config(**shared, run__root=str(tmp_path / "a"))
+    write_checkpoint(tmp_path / "shared", 5, first, "default")
+    given = write_checkpoint(tmp_path / "other", 5)
+    second = shared | dict(run__root=str(tmp_path / "b"), resume=str(given) if resume == "PATH" else resume)
+    find_start(config(**second))  # the same run from another place goes on
+    key = next(iter(changes)).replace("__", ".")
+    with pytest.raises(ConfigError, match=rf"checkpoint.dir=.*step-00000005 was written by another run: {key}.* was"):
+        find_start(config(**second | changes))
+
+
+@pytest.mark.parametrize("changes", OTHER_MODELS, ids=str)
+def test_resume_keeps_the_model_and_lists_the_rest(config, tmp_path, changes):
+    given = write_checkpoint(tmp_path / "other", 5, config(run__name="other"))
+    key = next(iter(changes)).replace("__", ".")
+    with pytest.raises(ConfigError, match=rf"of another model or stage: {key}.*init_from=.* begin a new run"):
+        find_start(config(resume=str(given), run__name="new", **changes))
+    new = config(resume=str(given), run__name="new", optim__lr=0.5, run__steps=9, parallel__zero=2, run__log_every=7)
+    start = find_start(new)
+    assert isinstance(start, Resume)
+    said = changes_of_resumed(new, start.checkpoint)
+    assert said == "optim.lr 0.01 -> 0.5, parallel.zero 1 -> 2, run.steps 5 -> 9"
+
+
+def test_an_annealed_checkpoint_is_of_its_run(config, tmp_path):
+    write_checkpoint(tmp_path / "default", 5, config(model__independent_qkv=False), own_share=0)
+    assert isinstance(find_start(config(model__independent_qkv=True)), Resume)
+
+
+def test_a_run_that_moved_is_the_same_run(config, tmp_path):
+    """Its directory, and the data under another path; what the data are is compared by their fingerprint."""
+    corpora = [dict(name="a", source="jsonl", path="x", weight=1.0)]
+    mixed = dict(data__source="mixture", data__corpora=corpora, data__path=None)
+    for number, (before, after) in enumerate(
+        [
+            ({}, dict(data__path="/elsewhere/corpus.jsonl")),
+            (mixed, mixed | dict(data__corpora=[corpora[0] | dict(path="y")])),
+        ]
+    ):
+        run = tmp_path / f"a{number}"
+        write_checkpoint(run, 5, config(run__name=run.name, **before))
+        (run / "config.yaml").write_text(yaml.safe_dump(to_mapping(config(run__name=run.name, **before))))
+        moved = run.rename(tmp_path / f"b{number}")
+        asked = config(run__name=moved.name, **after)
+        run_directory.check(moved, asked)
+        assert isinstance(find_start(asked), Resume)
+
+
+def test_advice_about_a_run_directory_destroys_nothing(config, tmp_path):
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default/config.yaml").write_text(yaml.safe_dump(to_mapping(config())))
+    with pytest.raises(ConfigError) as refused:
+        run_directory.check(tmp_path / "default", config(optim__lr=0.5))
+    assert "optim.lr was 0.01 and is now 0.5; choose another run.name" in str(refused.value)
+    assert not any(word in str(refused.value) for word in ("remove", "delete"))
+
+
+@pytest.mark.parametrize("now", [dict(checkpoint__dir="{}/new"), dict(run__name="moved", checkpoint__dir="{}/old")])
+def test_checkpoints_in_another_place_are_not_forgotten(config, tmp_path, now):
+    """A new checkpoint.dir, or a run directory that was moved: the run must not begin again in silence."""
+    before = config(checkpoint__dir=str(tmp_path / "old"))
+    write_checkpoint(tmp_path / "old", 5, before, "default")
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default/config.yaml").write_text(yaml.safe_dump(to_mapping(before)))
+    now = {key: value.format(tmp_path) for key, value in now.items()}
+    if "run__name" in now:
+        (tmp_path / "default").rename(tmp_path / "moved")
+    with pytest.raises(
+        ConfigError, match=r"holds no checkpoint, but .* has its checkpoints in .*/old/default .*000005"
+    ):
+        find_start(config(**now))
+    assert find_start(config(resume="never", **now)) == Fresh()
+    assert isinstance(find_start(config(resume=str(tmp_path / "old/default"), **now)), Resume)
+    if "run__name" in now:
+        shutil.move(tmp_path / "old/default", tmp_path / "old/moved")
+        assert isinstance(find_start(config(**now)), Resume)

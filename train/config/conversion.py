@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
 
 from data_pipeline import values
-from data_pipeline.values import convert, from_text, key_values, nearest
+from data_pipeline.values import convert, from_text, how_to_quote, key_values, nearest
 from train.config.errors import ConfigError
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "from_mapping",
     "from_text",
     "from_words",
+    "how_to_quote",
     "key_values",
     "nearest",
     "to_mapping",

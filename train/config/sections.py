@@ -7,11 +7,13 @@ and `stage` in `train/config/stage.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.config import TASKS
 from train.config.errors import ConfigError
+
+MAX_NAME_BYTES = 240  # file systems allow 255, and suffixes are added to some names
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ class RunConfig:
             raise ConfigError(f"run.eval_samples={self.eval_samples} must not be negative; 0 turns validation off")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"run.precision={self.precision!r} is not one of fp32, bf16")
+        if any(ord(character) < 32 for character in self.name + self.root):
+            raise ConfigError(f"run.name={self.name!r} and run.root={self.root!r} must hold no control characters")
+        for part in self.name.split("/"):
+            if (size := len(part.encode("utf-8", "surrogateescape"))) > MAX_NAME_BYTES:
+                raise ConfigError(
+                    f"run.name={part[:40]}... has {size} bytes between slashes, and a directory's name at most "
+                    f"{MAX_NAME_BYTES}: choose a shorter one"
+                )
         if not self.name or self.name.startswith("/") or ".." in self.name.split("/"):
             raise ConfigError(f"run.name={self.name!r} must be a relative path below run.root={self.root!r}")
 
@@ -152,6 +162,18 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas={list(self.betas)} must each be at least 0 and below 1")
+
+    def fitted(self, total_steps: int) -> OptimConfig:
+        """This schedule, with warm-up and decay made shorter where both together do not fit into `total_steps`.
+
+        They keep their proportion. Otherwise the rate would jump where warm-up ends inside the decay, or end before it
+        has reached `lr`.
+        """
+        decay = self.decay_steps if self.schedule == "wsd" else 0
+        if self.warmup_steps + decay <= total_steps:
+            return self
+        warmup = min(total_steps, round(total_steps * self.warmup_steps / (self.warmup_steps + decay)))
+        return replace(self, warmup_steps=warmup, decay_steps=total_steps - warmup if decay else self.decay_steps)
 
     def lr_at(self, step: int, total_steps: int) -> float:
         """Learning rate of 0-based `step` of `total_steps`."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from train.config.errors import ConfigError
+from train.config.errors import ConfigError, StartError
 from train.config.sections import ParallelConfig
+from train.distributed.environment import environment_world
+from train.distributed.ranks import Ranks
 from train.distributed.torch_patches import abort_process_groups, current_device_is_the_cpu
 
 
@@ -87,13 +90,6 @@ class DeepSpeedTopology:
         return self._world.data_context_group.rank()
 
 
-def environment_world() -> tuple[int, int, int]:
-    """(rank, number of ranks, local rank) from the variables that torchrun sets; without them (0, 1, 0)."""
-    return tuple(
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )  # type: ignore[return-value]
-
-
 def pick_device(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda` -> this rank's device."""
     if name not in ("auto", "cpu", "cuda"):
@@ -105,8 +101,22 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", environment_world()[2] % torch.cuda.device_count())
 
 
-def initialize(config: ParallelConfig, device: torch.device) -> World:
-    """Start torch.distributed (NCCL on CUDA, gloo on the CPU) and the groups; one process alone gets groups of one."""
+def meet(config: ParallelConfig, say: Callable[[str], object] = lambda line: None) -> Ranks:
+    """The ranks of the job, once all are there. Needs no device.
+
+    Raises `ConfigError` if they cannot meet where the environment says, and `StartError` if some do not come within
+    `parallel.timeout_minutes`. `say` takes a line for the user.
+    """
+    rank, size, _ = environment_world()
+    store = dist.HashStore() if size == 1 else _job_store(rank, size, timedelta(minutes=config.timeout_minutes))
+    return Ranks(store, rank, size, "start", say)
+
+
+def initialize(config: ParallelConfig, device: torch.device, ranks: Ranks | None = None) -> World:
+    """Start torch.distributed (NCCL on CUDA, gloo on the CPU) and the groups; one process alone gets groups of one.
+
+    `ranks`: those of the job, if they have met already.
+    """
     rank, size, _ = environment_world()
     config.data(size)
     if device.type == "cuda":
@@ -114,9 +124,7 @@ def initialize(config: ParallelConfig, device: torch.device) -> World:
     elif not torch.cuda.is_available():
         current_device_is_the_cpu()
     timeout = timedelta(minutes=config.timeout_minutes)
-    store: dist.Store = dist.HashStore()
-    if "MASTER_ADDR" in os.environ:
-        store = _job_store(rank, size, timeout)
+    store = (ranks or meet(config)).store
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -172,10 +180,33 @@ def _job_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     """The store that all ranks share, with a prefix that no earlier job of these processes used."""
     global _jobs
     if not _rendezvous:
-        _rendezvous.append(next(dist.rendezvous("env://", rank, size, timeout=timeout))[0])
+        _rendezvous.append(_rendezvous_store(rank, size, timeout))
     _rendezvous[0].set_timeout(timeout)
     _jobs += 1
     return dist.PrefixStore(f"job{_jobs}", _rendezvous[0])
+
+
+def _rendezvous_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store at MASTER_ADDR and MASTER_PORT, which all ranks have reached."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    place = f"MASTER_ADDR={address} MASTER_PORT={port}"
+    try:
+        return next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise ConfigError(
+                f"MASTER_PORT={port} is in use on {address} by another process: set another port on all ranks, or let "
+                "torchrun find one (--rdzv-backend=c10d --rdzv-endpoint=HOST:0), as `python -m launch` does"
+            ) from error
+        raise StartError(
+            f"{place}: rank {rank} cannot reach rank 0 there: check address, port and firewall, and that rank 0 runs"
+        ) from error
+    except dist.DistStoreError as error:
+        raise StartError(
+            f"{place}: not all of WORLD_SIZE={size} ranks came within parallel.timeout_minutes="
+            f"{timeout.total_seconds() / 60:g} ({' '.join(str(error).split())}): start them all, or raise "
+            "parallel.timeout_minutes"
+        ) from error
 
 
 def shutdown() -> None:

@@ -13,11 +13,13 @@ import threading
 import time
 from types import FrameType
 
+from train.distributed.environment import is_first_of_host
+
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run saved its state and wants to be started again
 BAD_INPUT = 2  # the configuration or the data cannot be used; nothing was started
-NOT_SAVED = (
-    74  # EX_IOERR: the last checkpoint could not be written; started again, the run continues from the one before
-)
+FAILED = 1  # something went wrong outside the configuration; starting it again may help
+# EX_IOERR: the last checkpoint could not be written; started again, the run continues from the one before
+NOT_SAVED = 74
 DIVERGED = 65  # EX_DATAERR: the run trained and cannot go on as configured; starting it again would end the same way
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -61,6 +63,10 @@ class StopRequest:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if not self._stepping:
+            if is_first_of_host():
+                name = signal.Signals(number).name
+                # not print: a handler may interrupt one
+                os.write(2, f"asked to stop ({name}) before the first step: nothing to save; start again\n".encode())
             raise SystemExit(REQUEUE)
         if self.reason is not None:
             os._exit(128 + number)
