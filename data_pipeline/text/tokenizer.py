@@ -32,6 +32,8 @@ TRAINING_CHARACTERS = 8_000_000
 CHUNK_CHARACTERS = 32768
 """Long documents are encoded in sections of about this size, cut after a newline."""
 _TRAINING_LINE = 4096
+_IDENTITY = b"\x0a\x08identity"  # in a model file: the name of the rule that leaves text as it is
+_AWKWARD = ("a", " a  b \t\r\n ", "\ufb01 \u2460 A\u030a \u3000\u200b\ufeff", SPACE_SYMBOL, "<0x41></s><unk>")
 _TRAINING_THREADS = 2  # a constant: unigram sums floats per thread, and the model must not depend on the machine
 
 
@@ -112,6 +114,7 @@ class Tokenizer:
         kind: `SentencePiece` or `Hugging Face`.
         vocab_size: number of token ids.
         eos_id: the token that ends a document; `data_pipeline.text.end_token` says which one that is.
+        lossless: whether it is a model as `train_tokenizer` makes it, which gives every text back.
         unknown_id: the token that stands for characters which the vocabulary cannot spell, or None.
         fingerprint: sha256 (hex) of the file.
         description: what stands beside the file about it, see `data_pipeline.text.end_token.describe`.
@@ -135,6 +138,7 @@ class Tokenizer:
         self.vocab_size: int = self._model.vocab_size
         self.eos_id: int = self._model.eos_id
         self.unknown_id: int | None = self._model.unknown_id
+        self.lossless: bool = self._model.lossless
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -154,7 +158,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids. End tokens are dropped; bytes that form no character become U+FFFD."""
-        return self._model.decode([int(token) for token in ids])
+        return self._model.decode(ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids])
 
     def token(self, token_id: int) -> str:
         """The tokenizer's own spelling of a token."""
@@ -209,6 +213,8 @@ class _SentencePiece:
         space_symbol = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         has_bytes = all(self._model.is_byte(piece) for piece in space_symbol)
         self._space_symbol = np.array(space_symbol, dtype=np.int32) if has_bytes and self._splits_exactly else None
+        unchanged = self._space_symbol is not None and _IDENTITY in content
+        self.lossless = unchanged and all(self.decode(self.encode(text).tolist()) == text for text in _AWKWARD)
 
     def encode(self, text: str) -> np.ndarray:
         # Sections cut after a newline are several times faster on megabytes. For BPE the ids are the same; unigram may
