@@ -23,6 +23,7 @@ class HuggingFaceTokenizer:
     """
 
     kind = "Hugging Face"
+    lossless = False  # some are; nothing in the file says so
 
     def __init__(self, path: str | Path, content: bytes, description: Mapping[str, Any]) -> None:
         try:

@@ -180,8 +180,7 @@ def _build(directory: Path, config: DataConfig, corpus: Corpus, progress: bool) 
         bar.update(sum(file.num_bytes for file in corpus.files[: output.position.file]) + output.position.offset)
         started, num_text_bytes = time.perf_counter(), 0
         pieces = _count_bytes(corpus.pieces(output.position), bar)
-        # A tokenizer that is trained here gives every text back; a given one is compared.
-        for encoded in encode_all(pieces, tokenizer, dtype, compare=config.tokenizer is not None):
+        for encoded in encode_all(pieces, tokenizer, dtype, compare=not tokenizer.lossless):
             output.add(encoded)
             num_text_bytes += encoded.num_bytes
             rate = num_text_bytes / 1e6 / max(time.perf_counter() - started, 1e-9)

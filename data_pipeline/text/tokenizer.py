@@ -37,6 +37,8 @@ CHUNK_CHARACTERS = 32768
 _MIN_VOCAB = 260
 _MAX_VOCAB = 2**31
 _TRAINING_LINE = 4096
+_IDENTITY = b"\x0a\x08identity"  # in a model file: the name of the rule that leaves text as it is
+_AWKWARD = ("a", " a  b \t\r\n ", "\ufb01 \u2460 A\u030a \u3000\u200b\ufeff", SPACE_SYMBOL, "<0x41></s><unk>")
 _TRAINING_THREADS = 2  # a constant: unigram sums floats per thread, and the model must not depend on the machine
 
 
@@ -117,6 +119,7 @@ class Tokenizer:
         kind: `SentencePiece` or `Hugging Face`.
         vocab_size: number of token ids.
         eos_id: the token that ends a document; `data_pipeline.text.end_token` says which one that is.
+        lossless: whether it is a model as `train_tokenizer` makes it, which gives every text back.
         unknown_id: the token that stands for characters which the vocabulary cannot spell, or None.
         fingerprint: sha256 (hex) of the file.
         description: what stands beside the file about it, see `data_pipeline.text.end_token.describe`.
@@ -149,6 +152,7 @@ class Tokenizer:
         self.unknown_id: int | None = self._model.unknown_id
         if self.vocab_size > _MAX_VOCAB:
             raise DataError(f"{path}: has the token id {self.vocab_size - 1}; ids are at most {_MAX_VOCAB - 1}")
+        self.lossless: bool = self._model.lossless
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -178,7 +182,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids. End tokens are dropped; bytes that form no character become U+FFFD."""
-        return self._model.decode([int(token) for token in ids])
+        return self._model.decode(ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids])
 
     def token(self, token_id: int) -> str:
         """The tokenizer's own spelling of a token."""
@@ -230,6 +234,8 @@ class _SentencePiece:
         space_symbol = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         has_bytes = all(self._model.is_byte(piece) for piece in space_symbol)
         self._space_symbol = np.array(space_symbol, dtype=np.int32) if has_bytes and self._splits_exactly else None
+        unchanged = self._space_symbol is not None and _IDENTITY in content
+        self.lossless = unchanged and all(self.decode(self.encode(text).tolist()) == text for text in _AWKWARD)
 
     def encode(self, text: str) -> np.ndarray:
         # Sections cut after a newline are several times faster on megabytes. For BPE the ids are the same; unigram may

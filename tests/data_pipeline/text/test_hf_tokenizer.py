@@ -134,6 +134,31 @@ def test_counts_survive_an_interruption(tmp_path, monkeypatch):
     assert resumed.fingerprint == whole.fingerprint
 
 
+def test_only_models_trained_here_are_known_to_lose_nothing(tmp_path, model_path):
+    import sentencepiece
+
+    from data_pipeline.text.tokenizer import train_tokenizer
+
+    texts = write_corpus(tmp_path / "c.jsonl", 300)
+    train_tokenizer(texts, tmp_path / "unigram.model", 330, "unigram")
+    assert Tokenizer(model_path).lossless and Tokenizer(tmp_path / "unigram.model").lossless
+    own = dict(byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
+               allow_whitespace_only_pieces=True, user_defined_symbols=["\n", "\t"], normalization_rule_name="identity",
+               unk_id=0, eos_id=1, bos_id=-1, pad_id=-1)  # fmt: skip
+    for change in (
+        dict(normalization_rule_name="nfkc"),
+        dict(add_dummy_prefix=True),
+        dict(remove_extra_whitespaces=True),
+        dict(byte_fallback=False),
+    ):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_prefix=str(tmp_path / "m"), vocab_size=330, minloglevel=3,
+            hard_vocab_limit=False, model_type="unigram", **(own | change),
+        )  # fmt: skip
+        assert not Tokenizer(tmp_path / "m.model").lossless, change
+    assert not Tokenizer(unigram(tmp_path / "hf")).lossless
+
+
 def test_a_tokenizer_that_is_trained_here_loses_nothing(tmp_path):
     write_corpus(tmp_path / "c.jsonl", 50)
     config = DataConfig(source="jsonl", path=str(tmp_path / "c.jsonl"), vocab_size=330, cache_dir=str(tmp_path / "out"))

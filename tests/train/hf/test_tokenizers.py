@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from data_pipeline import DataConfig, Tokenizer
+from data_pipeline import DataConfig, DataError, Tokenizer
 from data_pipeline.text.prepare import prepare
 from tests.data_pipeline.text.test_end_token import CHAT, make_json
 from tests.ksa_model.test_model import small_config
@@ -167,7 +167,16 @@ def test_an_export_whose_tokenizer_was_replaced_is_refused(world, tmp_path, caps
     assert len(said.strip().splitlines()) == 1 and not (tmp_path / "again").exists()
 
 
-def test_training_from_a_run_says_which_tokenizer_it_takes(qwen, tmp_path, capfd, corpus):
+def test_a_run_says_which_tokenizer_it_takes(config, qwen, tmp_path, capsys):
+    """Before the data are opened, which may take hours."""
+    from train.trainer import train
+
+    with pytest.raises(DataError, match="no such file"):
+        train(config(init_from=f"hf:{qwen}", data__path=str(tmp_path / "nowhere.jsonl")))
+    assert f"data.tokenizer={qwen}/tokenizer.json: the tokenizer of {qwen}\n" in capsys.readouterr().err
+
+
+def test_training_from_a_run_takes_its_tokenizer(qwen, tmp_path, corpus):
     from tests.train.runs import run_training
 
     assert import_command.main([str(qwen), f"out={tmp_path}/base"]) == 0
@@ -180,7 +189,6 @@ def test_training_from_a_run_says_which_tokenizer_it_takes(qwen, tmp_path, capfd
     state = locate.read_state(finished(run / "checkpoints")[-1])
     assert state["step"] == 2
     assert state["vocabulary_sha256"] == Tokenizer(qwen / "tokenizer.json").vocabulary_sha256
-    assert f"data.tokenizer={tmp_path}/base/tokenizer.model: the tokenizer of" in capfd.readouterr().err
 
 
 # -- what an export says about its tokenizer --------------------------------------------------------------------------
