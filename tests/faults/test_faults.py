@@ -16,6 +16,7 @@ import torch
 
 from tests.faults.worlds import World
 from tests.train.runs import losses, newest_tensors
+from train.checkpoint import storage
 from train.checkpoint.__main__ import verify
 from train.checkpoint.storage import finished
 from train.distributed.signals import REQUEUE
@@ -206,6 +207,26 @@ def test_full_disk(corpus, tmp_path, undisturbed):
 
         world = train_while(corpus, tmp_path, disk, fill, filler.unlink)
         assert "No space left on device" in world.output()
+        (tmp_path / "default" / "checkpoints").symlink_to(disk / "default")
+        assert_same_end(tmp_path / "default", undisturbed)
+    finally:
+        subprocess.run(["umount", str(disk)])
+
+
+def test_a_disk_with_room_for_two_checkpoints_and_a_half_keeps_two(corpus, tmp_path, undisturbed):
+    measured = World(RANKS, corpus, tmp_path / "measured", RUN | dict(run__stop_at_step=1))
+    assert measured.end() == [0] * RANKS, measured.output()
+    size = storage.size(checkpoints(measured)[-1])
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not mounted("-t", "tmpfs", "-o", f"size={int(2.6 * size)}", "tmpfs", str(disk)):
+        pytest.skip("needs to mount a small tmpfs, which this user may not")
+    try:
+        world = World(RANKS, corpus, tmp_path, RUN | dict(checkpoint__dir=str(disk), checkpoint__keep_last=2))
+        assert world.end() == [0] * RANKS, world.output()
+        assert [place.step for place in finished(disk / "default")] == [STEPS - EVERY, STEPS]
+        assert "is full: removed step-00000003 before step 9 is saved" in world.output()
+        assert "CHECKPOINT FAILED" not in world.output() and verify(finished(disk / "default")) == 0
         (tmp_path / "default" / "checkpoints").symlink_to(disk / "default")
         assert_same_end(tmp_path / "default", undisturbed)
     finally:

@@ -6,6 +6,7 @@ Help, torchrun and multirun start a new interpreter, as a user would; the others
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,14 +275,19 @@ def test_a_run_that_is_longer_than_it_is_told_says_so(corpus, tmp_path):
 
 
 def test_a_last_save_that_fails_is_one_line_and_an_exit_code(corpus, tmp_path):
-    """A file stands where the directory of checkpoints should be."""
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "disk" / "default").write_text("in the way")
-    elsewhere = dict(run__steps=2, checkpoint__dir=tmp_path / "disk")
-    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path, **elsewhere))
+    """A file takes the place of the directory of checkpoints while the run trains."""
+    metrics, steps = tmp_path / "default" / "metrics.jsonl", 300
+    elsewhere = dict(run__steps=steps, checkpoint__every_steps=1000, checkpoint__dir=tmp_path / "disk")
+    command = commands.Command("train", *small_overrides(corpus, tmp_path, **elsewhere))
+    while command.is_running and not (metrics.is_file() and metrics.read_bytes()):
+        time.sleep(0.01)
+    shutil.rmtree(tmp_path / "disk", ignore_errors=True)
+    (tmp_path / "disk").write_text("in the way")
+    code = command.wait()
+    err = command.stderr
     assert code == NOT_SAVED, err
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert "step 2 could not be saved" in error and "continues from its beginning" in error
+    assert f"step {steps} could not be saved" in error and "continues from its beginning" in error
     assert "Traceback" not in err and len(read_records(tmp_path / "default" / "metrics.jsonl")) >= 2
 
 

@@ -229,10 +229,11 @@ class Checkpoints:
         `num_bytes`: of this rank's part. Returns None if something was removed, else what is missing in words; an empty
         text where the disk is not full. Collective.
         """
-        needed = sum(self._group.gather(num_bytes)) + storage.MARGIN
+        tensor_bytes = sum(self._group.gather(num_bytes))
 
         def remove() -> str:
             free = storage.free_bytes(self.directory)
+            needed = storage.MARGIN + max([tensor_bytes, *map(storage.size, storage.finished(self.directory)[-1:])])
             if free is None or (free >= needed and not any(code in error for code in _NO_SPACE)):
                 return json.dumps("")
             removed = storage.tidy(self.directory)

@@ -304,6 +304,11 @@ def free_bytes(directory: CheckpointPath) -> int | None:
     return found.f_bavail * found.f_frsize
 
 
+def size(checkpoint: CheckpointPath) -> int:
+    """Bytes of all files of a checkpoint; beside the tensors, every piece of one has some."""
+    return sum(checkpoint.entries().values())
+
+
 def is_restorable(directory: CheckpointPath) -> bool:
     """Whether `tidy` will restore a finished checkpoint, because a process was killed while it replaced it."""
     return any(name.endswith(_REPLACED) for name in directory.entries())

@@ -44,7 +44,7 @@ class Tracker:
     """A W&B run that never stops training: a failure in it is reported once, and the run continues without it.
 
     A training run that is started again continues the same W&B run, whose id is in the run directory. Offline, W&B
-    writes a directory for each start; all of them have the id, and `wandb sync` makes one run of them.
+    writes a directory for each start, and all of them have the id.
     """
 
     def __init__(self, settings: LoggingConfig, directory: Path, *, name: str, config: dict[str, Any]):
