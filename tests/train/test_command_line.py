@@ -271,7 +271,11 @@ def test_a_run_that_is_longer_than_it_is_told_says_so(corpus, tmp_path):
 
     config = make_config(corpus, tmp_path, run__steps=10)
     words = closing_words(config, RunResult(tmp_path, 20, 100, None, 1.0, False), [])
-    assert "Step 20 of 10" not in words and "The run is at step 20, beyond run.steps=10: 100 tokens" in words and "run.steps=40" in words
+    assert (
+        "Step 20 of 10" not in words
+        and "The run is at step 20, beyond run.steps=10: 100 tokens" in words
+        and "run.steps=40" in words
+    )
 
 
 def test_a_last_save_that_fails_is_one_line_and_an_exit_code(corpus, tmp_path):
