@@ -54,7 +54,7 @@ def _run(composed: DictConfig) -> None:
         code = _code_of(error)
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             _exit_with(error, code)
-        _say(error, f"{_point_name()}: ")
+        _print_error(error, f"{_point_name()}: ")
         _failed.append(code)
         return
     if result is not None and result.interrupted:
@@ -220,14 +220,14 @@ def _code_of(error: BaseException) -> int:
     return FAILED if isinstance(error, StartError) else BAD_INPUT
 
 
-def _say(error: BaseException, prefix: str = "") -> None:
+def _print_error(error: BaseException, prefix: str = "") -> None:
     if is_first_of_host():
         print(f"error: {prefix}{one_line(error)}", file=sys.stderr)
 
 
 def _exit_with(error: BaseException, code: int) -> NoReturn:
     """Print `error` as one line and exit."""
-    _say(error)
+    _print_error(error)
     sys.exit(code)
 
 

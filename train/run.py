@@ -224,7 +224,7 @@ class Run:
 
     @property
     def save_is_due(self) -> bool:
-        """Whether this rank's clock says so; the ranks agree on it in the next step."""
+        """Whether `checkpoint.every_minutes` has passed on this rank; the ranks agree on it in the next step."""
         minutes = self.config.checkpoint.every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
@@ -239,7 +239,7 @@ class Run:
         self._saved_at, self._saved_step = time.monotonic(), step
 
     def _health(self, step: int) -> dict[str, int]:
-        """What the checkpoint of `step` says about its weights; see `train.checkpoint.retention`."""
+        """Health facts of the checkpoint of `step`; see `train.checkpoint.retention`."""
         skipped = self.consensus.skipped_in_a_row()
         health = {"last_finite_step": last_finite_step(step, skipped, self._counted_from, self._finite_step)}
         return health | ({} if self.config.run.spike_factor is None else {"last_calm_step": self._calm_step})
@@ -253,7 +253,7 @@ class Run:
 
 
 def _shortened_schedule(config: TrainConfig) -> str:
-    """What is said about a schedule that does not fit into the run; empty where it does."""
+    """A log line about a schedule that does not fit into the run; empty where it fits."""
     optim, steps = config.optim, config.run.steps
     fitted = optim.fitted(steps)
     if fitted == optim:

@@ -134,7 +134,7 @@ def _check_own_checkpoints(config: TrainConfig, own: CheckpointPath) -> None:
 
 
 def _check_left_behind(config: TrainConfig, own: CheckpointPath) -> None:
-    """Refuse to begin again where the run directory says that the run has its checkpoints in another place."""
+    """Refuse to begin again where the run's checkpoints are in another directory, by its config.yaml."""
     directory = config.run.directory
     if not (directory / run_directory.CONFIG).is_file():
         return

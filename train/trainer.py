@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> RunResult:
     validate(config, world_size)
     environment.check()
     with StopRequest(config.run.max_minutes) as request:
-        ranks = groups.meet(config.parallel, say=line_printer(environment.is_first_of_host()))
+        ranks = groups.rendezvous(config.parallel, line_printer(environment.is_first_of_host()))
         same_start.check_settings(ranks, config)
         with ranks.failing_together():
             device = groups.pick_device(config.run.device)

@@ -49,7 +49,7 @@ CHANGEABLE = (
     "data.tokenizer",  # a checkpoint knows the tokenizer that it was trained with
     "model.attention_backend",
 )
-# Keys that say where a call runs and how it is watched. A resumed run does not report them as changes.
+# Keys that tell where a call runs and how it is watched. A resumed run does not report them as changes.
 UNREPORTED = (
     "logging",
     "checkpoint",

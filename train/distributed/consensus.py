@@ -15,7 +15,7 @@ class Requests:
     """What one rank asks for."""
 
     stop: bool = False  # end the run: a signal, or its own time limit
-    save: bool = False  # save a checkpoint: its own clock says that one is due
+    save: bool = False  # save a checkpoint: `checkpoint.every_minutes` has passed on this rank
 
 
 NO_REQUESTS = Requests()

@@ -1,4 +1,4 @@
-"""What the environment says about the ranks of this job. Imports nothing heavy.
+"""The ranks of this job, read from environment variables. Imports nothing heavy.
 
 torchrun and the launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Slurm and MPI start several
 tasks without them; each task would then be a job of one rank, and all would write to one run directory.

@@ -101,15 +101,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", environment_world()[2] % torch.cuda.device_count())
 
 
-def meet(config: ParallelConfig, say: Callable[[str], object] = lambda line: None) -> Ranks:
+def rendezvous(config: ParallelConfig, log_line: Callable[[str], object] = lambda line: None) -> Ranks:
     """The ranks of the job, once all are there. Needs no device.
 
-    Raises `ConfigError` if they cannot meet where the environment says, and `StartError` if some do not come within
-    `parallel.timeout_minutes`. `say` takes a line for the user.
+    Raises `ConfigError` if the address in the environment cannot be used, and `StartError` if some ranks do not come
+    within `parallel.timeout_minutes`. `log_line` takes a line for the user.
     """
     rank, size, _ = environment_world()
     store = dist.HashStore() if size == 1 else _job_store(rank, size, timedelta(minutes=config.timeout_minutes))
-    return Ranks(store, rank, size, "start", say)
+    return Ranks(store, rank, size, "start", log_line)
 
 
 def initialize(config: ParallelConfig, device: torch.device, ranks: Ranks | None = None) -> World:
@@ -124,7 +124,7 @@ def initialize(config: ParallelConfig, device: torch.device, ranks: Ranks | None
     elif not torch.cuda.is_available():
         current_device_is_the_cpu()
     timeout = timedelta(minutes=config.timeout_minutes)
-    store = (ranks or meet(config)).store
+    store = (ranks or rendezvous(config)).store
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,

@@ -1,7 +1,7 @@
-"""The ranks of a job before and beside its process groups: they talk through the job's store.
+"""The ranks of a job before and beside its process groups: they exchange values through the job's store.
 
 Nothing here has a time limit of its own, so a rank may prepare data for hours while the others wait. A rank that fails
-says so, and all others end with its message.
+tells the others, and all end with its message.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch.distributed as dist
 from train.config.errors import ConfigError, StartError
 from train.config.schema import USER_ERRORS
 
-SAY_EVERY = 60.0  # seconds between two lines about ranks that are waited for
+WAIT_LINE_SECONDS = 60.0  # seconds between two lines about ranks that are waited for
 _FAILED = "failed"
-_END_SECONDS = 5.0  # longer than the pause between two looks of a rank that waits
+_END_SECONDS = 5.0  # longer than the pause between two checks of a rank that waits
 
 
 class Ranks:
@@ -30,11 +30,11 @@ class Ranks:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, scope: str, say: Callable[[str], object] = lambda line: None
+        self, store: dist.Store, rank: int, size: int, scope: str, log_line: Callable[[str], object] = lambda line: None
     ):
-        """`scope`: a word that no other `Ranks` over this store has. `say` takes a line about ranks waited for."""
+        """`scope`: a word that no other `Ranks` over this store has. `log_line` takes a line about ranks waited for."""
         self.rank, self.size, self.store = rank, size, store
-        self._talk, self._say, self._calls = dist.PrefixStore(scope, store), say, 0
+        self._scoped_store, self._log_line, self._calls = dist.PrefixStore(scope, store), log_line, 0
 
     @property
     def is_main(self) -> bool:
@@ -52,7 +52,7 @@ class Ranks:
         except USER_ERRORS as error:
             if self.size > 1:
                 with suppress(dist.DistError):  # they have ended already
-                    self._talk.set(_FAILED, f"{self.name()}: {error}")
+                    self._scoped_store.set(_FAILED, f"{self.name()}: {error}")
                 self._end()
             raise
 
@@ -63,7 +63,7 @@ class Ranks:
         topic = self._topic()
         if self.is_main:
             with _lost("the other ranks"):
-                self._talk.set(topic, value)
+                self._scoped_store.set(topic, value)
             return value
         return self._wait(topic, what)
 
@@ -77,13 +77,13 @@ class Ranks:
         else:
             topic = self._topic()
             with _lost("the main rank"):
-                self._talk.set(f"{topic}/{self.rank}", value)
+                self._scoped_store.set(f"{topic}/{self.rank}", value)
             if self.is_main:
                 values = [
                     self._wait(f"{topic}/{rank}", f"rank {rank} of {self.size}, {what}") for rank in range(self.size)
                 ]
                 verdict = judge(values)
-                self._talk.set(f"{topic}/verdict", verdict or " ")
+                self._scoped_store.set(f"{topic}/verdict", verdict or " ")
             else:
                 verdict = self._wait(f"{topic}/verdict", f"the ranks, {what}").strip()
         if verdict:
@@ -100,10 +100,10 @@ class Ranks:
         if self.size == 1:
             return
         with suppress(dist.DistError):
-            ended, deadline = self._talk.add("ended", 1), time.monotonic() + _END_SECONDS
+            ended, deadline = self._scoped_store.add("ended", 1), time.monotonic() + _END_SECONDS
             while self.is_main and ended < self.size and time.monotonic() < deadline:
                 time.sleep(0.05)
-                ended = self._talk.add("ended", 0)
+                ended = self._scoped_store.add("ended", 0)
 
     def _topic(self) -> str:
         self._calls += 1
@@ -111,22 +111,22 @@ class Ranks:
 
     def _wait(self, key: str, what: str) -> str:
         """The value of a key, once it is there. `what` completes "waiting for"."""
-        pause, began, said = 0.005, time.monotonic(), 0.0
+        pause, began, last_line = 0.005, time.monotonic(), 0.0
         while True:
             with _lost(what):
-                if self._talk.check([key]):
-                    return self._talk.get(key).decode()
-                failed = self._talk.check([_FAILED])
-                message = self._talk.get(_FAILED).decode() if failed else None
+                if self._scoped_store.check([key]):
+                    return self._scoped_store.get(key).decode()
+                failed = self._scoped_store.check([_FAILED])
+                message = self._scoped_store.get(_FAILED).decode() if failed else None
             if message is not None:
                 self._end()
                 raise ConfigError(message)
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
             waited = time.monotonic() - began
-            if waited - said >= SAY_EVERY:
-                said = waited
-                self._say(f"waiting for {what} ({waited / 60:.0f} min)")
+            if waited - last_line >= WAIT_LINE_SECONDS:
+                last_line = waited
+                self._log_line(f"waiting for {what} ({waited / 60:.0f} min)")
 
 
 def difference(values: list[str], advice: str) -> str:

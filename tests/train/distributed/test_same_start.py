@@ -119,7 +119,7 @@ def meet(timeout_minutes, size=None, wait=True):
     if os.environ[RANK] != "0" and not wait:
         return "absent"
     config = groups.ParallelConfig(timeout_minutes=timeout_minutes)
-    return outcome(lambda: groups.meet(config).size)
+    return outcome(lambda: groups.rendezvous(config).size)
 
 
 def test_ranks_that_do_not_come_are_counted():
