@@ -67,6 +67,12 @@ def find_start(config: TrainConfig) -> Start:
             f"({error.strerror or error}): name a directory that can be read and written"
         ) from error
     if found is not None:
+        if is_own(config, found) and not _is_readable(found):
+            # `TrainState.verify` quarantines it. Until then the newest one that can be read stands for it.
+            readable = (checkpoint for checkpoint in reversed(finished(own)) if _is_readable(checkpoint))
+            if (intact := next(readable, None)) is None:
+                return Resume(found)
+            found = intact
         changes_of_resumed(config, found)
         return Resume(found)
     if config.init_from is None:
@@ -89,7 +95,7 @@ def tokenizer_of(config: TrainConfig, start: Start) -> Owned | None:
             return tokenizers.of_import(config.init_from.removeprefix(import_weights.HF_PREFIX))
         case Inherit(checkpoint):
             return tokenizers.of_checkpoint(checkpoint, Path(config.init_from or ""))
-        case Resume(checkpoint):
+        case Resume(checkpoint) if _is_readable(checkpoint):
             return tokenizers.of_checkpoint(checkpoint, config.run.directory, Path(config.resume))
     return None
 
@@ -117,6 +123,14 @@ def changes_of_resumed(config: TrainConfig, checkpoint: CheckpointPath) -> str:
     return differences.in_arrows(
         {key: pair for key, pair in found.items() if not differences.under(key, differences.UNREPORTED)}
     )
+
+
+def _is_readable(checkpoint: CheckpointPath) -> bool:
+    try:
+        locate.read_state(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _check_own_checkpoints(config: TrainConfig, own: CheckpointPath) -> None:

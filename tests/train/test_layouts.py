@@ -83,7 +83,8 @@ def test_reproduces_one_rank(layout, corpus, tmp_path, one_rank):
             assert difference < 1e-5, (key, float(difference))
 
 
-GATED = CHANGES | dict(model__layer_pattern="GKGF")
+# Warm-up and decay that fit into the steps: a rate that jumps would let rounding grow beyond the tolerance.
+GATED = CHANGES | dict(model__layer_pattern="GKGF", optim__warmup_steps=2, optim__decay_steps=3)
 
 
 @pytest.fixture(scope="module")
