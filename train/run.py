@@ -149,7 +149,7 @@ class Run:
             )
         if self.objective is not None:
             record |= self.sums.read_parts(self.objective.take(), PARTS)
-        self.log.record({"step": step, **_finite(record), "lr": lr})
+        self.log.record({"step": step, **record, "lr": lr})
         if "loss" not in record:  # all steps were skipped: nothing is known of the weights
             return None
         if not self.state.spikes.is_spike(record["loss"]):
@@ -262,11 +262,6 @@ def _shortened_schedule(config: TrainConfig) -> str:
     if optim.schedule == "wsd" and optim.decay_steps:
         asked, got = f"{asked} and optim.decay_steps={optim.decay_steps}", f"{got} and {fitted.decay_steps}"
     return f"{asked} do not fit into run.steps={steps}: this run warms up and decays over {got} steps"
-
-
-def _finite(record: dict[str, float]) -> dict[str, float]:
-    """`record` without numbers that JSON has no words for."""
-    return {key: value for key, value in record.items() if math.isfinite(value)}
 
 
 def _open_log(config: TrainConfig, world: World, first_step: int) -> RunLog:
