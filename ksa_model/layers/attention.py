@@ -1,4 +1,4 @@
-"""The attention sub-layer of the mixers `K`, `F`, `S` and `C`: project, rotate, attend.
+"""The attention sub-layer of the mixers `K`, `F`, `S`, `C`, `H` and `P`: project, pool, rotate, attend.
 
 Legend: T text rows, S summary rows, H query heads and G key/value heads *of this tensor rank*, d head dimension, h
 hidden size. Rows enter in the sharded state of `TensorParallel` and leave in the gathered one.
@@ -22,6 +22,7 @@ from ksa_model.memory import SavedOutput
 from ksa_model.ops.attention import joint
 from ksa_model.ops.backend import Backend
 from ksa_model.ops.linear import Norm, Weight
+from ksa_model.ops.pooling import ChunkRows
 from ksa_model.parallel.context import ContextParallel
 
 SMALL_BATCH = 256  # up to this many rows of a decoding step, one launch for queries and keys is faster than two
@@ -29,8 +30,8 @@ SMALL_BATCH = 256  # up to this many rows of a decoding step, one launch for que
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """cos and sin of every row's angles, [rows, 1, d/2] fp32, for text and for summaries. YaRN multiplies both by its
-    attention factor."""
+    """cos and sin of every row's angles, [rows, 1, d/2] fp32, for text and for summaries or pooled keys, which have the
+    positions of summaries. YaRN multiplies both by its attention factor."""
 
     text: tuple[torch.Tensor, torch.Tensor]
     summary: tuple[torch.Tensor, torch.Tensor]
@@ -73,7 +74,11 @@ class RMSNorm(nn.Module):
 
 @dataclass
 class Heads:
-    """One layer's projections: q [T, H, d], k and v [T, G, d], and those of summaries with S rows, or None."""
+    """One layer's projections: q [T, H, d], k and v [T, G, d], and those of summaries with S rows, or None.
+
+    In a layer that pools, the pooled keys and values take the place of those of summaries, and `unpooled` holds the
+    rows that they were pooled from, for a decoding cache.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -81,6 +86,7 @@ class Heads:
     q_summary: torch.Tensor | None = None
     k_summary: torch.Tensor | None = None
     v_summary: torch.Tensor | None = None
+    unpooled: ChunkRows | None = None
 
 
 # (attention, heads, layout) -> outputs of text rows, and of summary rows where the layer updates them. A gated delta
@@ -92,7 +98,8 @@ class Attention(nn.Module):
     """Attention of one layer over both streams.
 
     Parameters: `query`, `key`, `value`, `output`. If the layer handles summaries and these have projections of their
-    own: `summary_key`, `summary_value`, and `summary_query` where the layer updates summaries.
+    own: `summary_key`, `summary_value`, and `summary_query` where the layer updates summaries. In a layer with learned
+    pooling: `pool_score` [G, h] and `pool_bias` [G*k]; both start at zero, which makes every weight 1/k.
     """
 
     def __init__(
@@ -115,6 +122,9 @@ class Attention(nn.Module):
         self.summary_key = column(kv) if own and layer.projects_summaries else None
         self.summary_value = column(kv) if own and layer.projects_summaries else None
         self.summary_projection_weight: torch.Tensor | None = None  # see `Decoder.anneal`
+        # Never in fp8: it is small.
+        self.pool_score = tp.column(h, config.num_kv_heads, init_std=0.0) if layer.mixer == "H" else None
+        self.pool_bias = tp.share(torch.zeros(config.num_kv_heads * config.chunk_size)) if layer.mixer == "H" else None
         self.output = tp.row(q, h, config.init_std / (2 * config.num_layers) ** 0.5, fp8)
         if config.qk_norm:
             # Every rank norms its own heads only.
@@ -139,12 +149,20 @@ class Attention(nn.Module):
     def project(self, x: torch.Tensor, norm: Norm, layout: SequenceLayout, rotary: RotaryTables) -> Heads:
         """Queries, keys and values of both streams, normed and rotated. Those that the layer does not need are None."""
         text = [weight_of(self.query), weight_of(self.key), weight_of(self.value)]
+        if self.pool_score is not None:
+            text.append(weight_of(self.pool_score))
         names = ["key", "value"] * self.layer.projects_summaries + ["query"] * self.layer.updates_summaries
         summary = [w for name in names for w in self._summary_weights(name)] if layout.num_summary else []
-        q, k, v, *of_summary = self.tp.project(self.backend, x, norm, layout.num_text, text, summary)
-        heads = Heads(*(self._heads(x) for x in (q, k, v)))
+        q, k, v, *rest = self.tp.project(self.backend, x, norm, layout.num_text, text, summary)
+        scores, of_summary = rest[: len(text) - 3], rest[len(text) - 3 :]
+        heads = Heads(self._heads(q), self._heads(k), self._heads(v))
         own = {name: self._heads(self._summary_rows(of_summary)) for name in names} if layout.num_summary else {}
         heads.q_summary, heads.k_summary, heads.v_summary = (own.get(name) for name in ("query", "key", "value"))
+        if self.layer.pools:
+            heads.unpooled = ChunkRows(heads.k, heads.v, scores[0] if scores else None, self.pool_bias)
+            if layout.num_summary:
+                pooled = self.backend.pooling.pool(heads.unpooled, self.config.chunk_size)
+                heads.k_summary, heads.v_summary = pooled
         self._norm_rotate(heads, rotary)
         if not layout.num_summary:  # kernels need at least one row
             if self.layer.projects_summaries:
@@ -180,7 +198,7 @@ class Attention(nn.Module):
         """
         layer, kernels, context = attention.layer, attention.backend.attention, attention.context
         q, k, v, k_summary, v_summary = heads.q, heads.k, heads.v, heads.k_summary, heads.v_summary
-        if layer.mixer == "K":
+        if layer.has_far:
             assert k_summary is not None and v_summary is not None
             inputs = q, k, v, k_summary, v_summary
             out = joint.ksa_attention(inputs, layout, layer.window_chunks, kernels, context, kept)

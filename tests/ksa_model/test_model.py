@@ -65,8 +65,25 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
 
     def heads(x, weight, norm_name=None, table=None):
         x = (x @ p[weight].t()).unflatten(-1, (-1, config.head_dim))
+        return turned(x, norm_name, table)
+
+    def turned(x, norm_name, table):
         x = norm(x, norm_name) if norm_name and config.qk_norm else x
         return turn(x, table) if table else x
+
+    def pooled(name, xn):
+        """Chunk by chunk and head by head: the weights of the chunk's tokens, and their sums of keys and values."""
+        k, v = heads(xn, name + "key.weight"), heads(xn, name + "value.weight")
+        ks, vs = (torch.zeros(pack.num_chunks, config.num_kv_heads, config.head_dim) for _ in range(2))
+        for chunk in range(pack.num_chunks):
+            rows = slice(chunk * config.chunk_size, (chunk + 1) * config.chunk_size)
+            for head in range(config.num_kv_heads):
+                weights = torch.full((config.chunk_size,), 1 / config.chunk_size)
+                if name + "pool_bias" in p:
+                    scores = xn[rows] @ p[name + "pool_score.weight"][head]
+                    weights = torch.softmax(scores + p[name + "pool_bias"].view(-1, config.chunk_size)[head], 0)
+                ks[chunk, head], vs[chunk, head] = weights @ k[rows, head], weights @ v[rows, head]
+        return turned(ks, name + "key_norm.weight", rotary.summary), vs
 
     def mlp(x, block):
         gate, up, down = (p[f"{block}mlp.{name}.weight"].t() for name in ("gate", "up", "down"))
@@ -82,7 +99,9 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         if layer.projects_summaries:
             ks = heads(sn, a + own + "key.weight", a + "key_norm.weight", rotary.summary)
             vs = heads(sn, a + own + "value.weight")
-        if layer.mixer == "K":
+        if layer.mixer in "HP":
+            ks, vs = pooled(a, xn)
+        if layer.mixer in "KHP":
             out = reference.ksa_attention(q, k, v, ks, vs, pack, layer.window_chunks)
         else:
             window = config.window_tokens if layer.mixer == "S" else layer.window_chunks
@@ -109,6 +128,11 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         dict(layer_pattern="SC", tie_embeddings=True),
         dict(layer_pattern="KF", independent_qkv=False, qk_norm=False),
         dict(layer_pattern="KK", window_chunks=(0, 3), num_kv_heads=1),
+        dict(layer_pattern="HHHF"),
+        dict(layer_pattern="PHSC", window_chunks=(0, 2, 0, 1)),
+        dict(layer_pattern="H", num_kv_heads=1, qk_norm=False, chunk_size=3, window_chunks=0),
+        dict(layer_pattern="HF", chunk_size=8, attention_backend="blocked", full_layers_update_summaries=False),
+        dict(layer_pattern="PH", chunk_size=1, attention_backend="reference"),
     ],
     ids=str,
 )
@@ -120,6 +144,8 @@ def test_loss_and_gradients_match_a_plain_decoder(world, changes):
         for name, p in decoder.named_parameters():
             if p.ndim == 1:
                 p.copy_(torch.rand_like(p) + 0.5)
+            elif "pool_score" in name:
+                p.normal_(0, 0.5)
             elif "embedding" not in name:
                 p.mul_(4)
     tokens, labels = random_text(pack)
@@ -135,7 +161,7 @@ def test_loss_and_gradients_match_a_plain_decoder(world, changes):
 
 def test_every_parameter_gets_a_gradient(world):
     """No parameter exists that nothing reads: ZeRO and checkpoints would carry it for ever."""
-    for pattern in ("KKKF", "F", "FKSC", "SSSS", "CKKK"):
+    for pattern in ("KKKF", "F", "FKSC", "SSSS", "CKKK", "HPHF"):
         decoder = build(world, small_config(layer_pattern=pattern))
         pack = make_layout([30, 9], 4, 1, 0)
         decoder(*random_text(pack), pack).backward()
@@ -143,7 +169,7 @@ def test_every_parameter_gets_a_gradient(world):
         assert not missing, (pattern, missing)
 
 
-@pytest.mark.parametrize("pattern", ["KKKF", "K", "KSCF"])
+@pytest.mark.parametrize("pattern", ["KKKF", "K", "KSCF", "H", "PSCF"])
 def test_text_is_causal_and_documents_are_separate(world, pattern):
     """Changing one token changes no earlier row and no other document, and does change the last row of its own."""
     config = small_config(layer_pattern=pattern, num_layers=4)
@@ -185,7 +211,7 @@ def test_packing_does_not_change_a_document(world):
 
 
 def test_parameter_count_is_what_is_built(world):
-    for pattern in ("KKKF", "F", "FKSC", "CKKK"):
+    for pattern in ("KKKF", "F", "FKSC", "CKKK", "HPHF"):
         config = small_config(layer_pattern=pattern, vocab_size=64)
         built = dict(build(world, config).named_parameters())
         assert config.num_parameters()["total"] == sum(p.numel() for p in built.values()), pattern

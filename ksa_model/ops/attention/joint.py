@@ -46,7 +46,8 @@ def ksa_attention(
 ) -> torch.Tensor:
     """KSA of text rows: near text and far summaries under one softmax. Twin: `reference.ksa_attention`.
 
-    inputs: q_text [T, H, d]; k_text, v_text [T, G, d]; k_summary, v_summary [S, G, d] -> [T, H, d] in q's dtype. Rows
+    inputs: q_text [T, H, d]; k_text, v_text [T, G, d]; k_summary, v_summary [S, G, d] -> [T, H, d] in q's dtype. The
+    mixers `H` and `P` pass pooled keys and values for those of summaries, one for each chunk. Rows
     of padding give 0. `kernels`: `Backend.attention`. With `context`, the rows and `layout` are this rank's share of
     the sample. `kept` holds the result for a second run on the same inputs (the dense reference computes it again).
     """
