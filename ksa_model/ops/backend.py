@@ -92,7 +92,7 @@ class Backend:
     @functools.cached_property
     def pooling(self) -> ModuleType:
         """`pool` of the keys and values of chunks."""
-        return pooling
+        return self._triton("ksa_model.ops.triton_pooling") or pooling
 
     @functools.cached_property
     def recompute_in_backward(self) -> bool:
