@@ -135,7 +135,8 @@ def _plan(k: torch.Tensor, v: torch.Tensor, chunk_size: int, learned: bool):
     chunks, heads, d = len(k) // chunk_size, *k.shape[1:]
     block_k, block_d = triton.next_power_of_2(chunk_size), triton.next_power_of_2(d)
     at_once = max(1, TILE // (block_k * block_d))
-    sizes = dict(HEADS=heads, K=chunk_size, D=d, LEARNED=learned, BLOCK_C=at_once, BLOCK_K=block_k, BLOCK_D=block_d)
+    sizes = dict(HEADS=heads, K=chunk_size, D=d, LEARNED=learned, BLOCK_C=at_once, BLOCK_K=block_k, BLOCK_D=block_d,
+                 num_warps=4 if block_k * block_d <= TILE else 8)  # fmt: skip
     return (triton.cdiv(chunks, at_once), heads), sizes, (chunks, k.stride(0), v.stride(0))
 
 
