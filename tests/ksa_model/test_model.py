@@ -77,19 +77,24 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         a = b + "attention."
         own = "summary_" if config.independent_qkv else ""
         xn, sn = norm(x, b + "attention_norm.weight"), norm(s, b + "attention_norm.weight")
-        q = heads(xn, a + "query.weight", a + "query_norm.weight", rotary.text)
-        k, v = heads(xn, a + "key.weight", a + "key_norm.weight", rotary.text), heads(xn, a + "value.weight")
+        turned = rotary if config.rotate_full_layers or layer.mixer != "F" else rotary.unrotated
+        q = heads(xn, a + "query.weight", a + "query_norm.weight", turned.text)
+        k, v = heads(xn, a + "key.weight", a + "key_norm.weight", turned.text), heads(xn, a + "value.weight")
         if layer.projects_summaries:
-            ks = heads(sn, a + own + "key.weight", a + "key_norm.weight", rotary.summary)
+            ks = heads(sn, a + own + "key.weight", a + "key_norm.weight", turned.summary)
             vs = heads(sn, a + own + "value.weight")
-        if layer.mixer == "K":
+        if layer.mixer == "K" and rotary.far is not None:
+            qf = heads(xn, a + "query.weight", a + "query_norm.weight", rotary.far.text)
+            kf = heads(sn, a + own + "key.weight", a + "key_norm.weight", rotary.far.summary)
+            out = reference.ksa_attention(q, k, v, kf, vs, pack, layer.window_chunks, qf)
+        elif layer.mixer == "K":
             out = reference.ksa_attention(q, k, v, ks, vs, pack, layer.window_chunks)
         else:
             window = config.window_tokens if layer.mixer == "S" else layer.window_chunks
             out = reference.text_attention(q, k, v, pack, layer.mixer, window)
         x = x + out.flatten(1) @ p[a + "output.weight"].t()
         if layer.updates_summaries:
-            qs = heads(sn, a + own + "query.weight", a + "query_norm.weight", rotary.summary)
+            qs = heads(sn, a + own + "query.weight", a + "query_norm.weight", turned.summary)
             s = s + reference.summary_attention(qs, k, v, ks, vs, pack).flatten(1) @ p[a + "output.weight"].t()
             s = s + mlp(norm(s, b + "mlp_norm.weight"), b)
         x = x + mlp(norm(x, b + "mlp_norm.weight"), b)
@@ -109,6 +114,9 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         dict(layer_pattern="SC", tie_embeddings=True),
         dict(layer_pattern="KF", independent_qkv=False, qk_norm=False),
         dict(layer_pattern="KK", window_chunks=(0, 3), num_kv_heads=1),
+        dict(far_position_scale=0.0, rotate_full_layers=False),
+        dict(layer_pattern="K", far_position_scale=0.25, summary_tokens=2),
+        dict(layer_pattern="FK", rotate_full_layers=False, qk_norm=False, independent_qkv=False),
     ],
     ids=str,
 )
