@@ -31,10 +31,16 @@ SMALL_BATCH = 256  # up to this many rows of a decoding step, one launch for que
 @dataclass(frozen=True)
 class RotaryTables:
     """cos and sin of every row's angles, [rows, 1, d/2] fp32, for text and for summaries or pooled keys, which have the
-    positions of summaries. YaRN multiplies both by its attention factor."""
+    positions of summaries. YaRN multiplies both by its attention factor.
+
+    `far`: tables for the far part of layers that have one, where its positions are scaled. `unrotated`: tables for `F`
+    layers without positions.
+    """
 
     text: tuple[torch.Tensor, torch.Tensor]
     summary: tuple[torch.Tensor, torch.Tensor]
+    far: RotaryTables | None = None
+    unrotated: RotaryTables | None = None
 
     @staticmethod
     def build(layout: SequenceLayout, config: ModelConfig, device: torch.device) -> RotaryTables:
@@ -50,7 +56,16 @@ class RotaryTables:
                 cos, sin = cos * factor, sin * factor
             return cos.float(), sin.float()
 
-        return RotaryTables(table(layout.text_positions), table(layout.summary_positions))
+        def scaled(scale: float) -> RotaryTables:
+            return RotaryTables(table(layout.text_positions * scale), table(layout.summary_positions * scale))
+
+        has_far = config.has_summaries or config.has_pooled
+        return RotaryTables(
+            table(layout.text_positions),
+            table(layout.summary_positions),
+            far=scaled(config.far_position_scale) if has_far and config.scales_far_positions else None,
+            unrotated=None if config.rotate_full_layers or not config.has_mixer("F") else scaled(0.0),
+        )
 
 
 class RMSNorm(nn.Module):
@@ -78,6 +93,8 @@ class Heads:
 
     In a layer that pools, the pooled keys and values take the place of those of summaries, and `unpooled` holds the
     rows that they were pooled from, for a decoding cache.
+
+    `q_far` [T, H, d] and `k_far` [S, G, d] replace q and k_summary in the far part where its positions are scaled.
     """
 
     q: torch.Tensor
@@ -87,6 +104,8 @@ class Heads:
     k_summary: torch.Tensor | None = None
     v_summary: torch.Tensor | None = None
     unpooled: ChunkRows | None = None
+    q_far: torch.Tensor | None = None
+    k_far: torch.Tensor | None = None
 
 
 # (attention, heads, layout) -> outputs of text rows, and of summary rows where the layer updates them. A gated delta
@@ -167,6 +186,7 @@ class Attention(nn.Module):
         if not layout.num_summary:  # kernels need at least one row
             if self.layer.projects_summaries:
                 heads.k_summary, heads.v_summary = heads.k[:0], heads.v[:0]
+                heads.k_far = None if heads.q_far is None else heads.k[:0]
             if self.layer.updates_summaries:
                 heads.q_summary = heads.q[:0]
         return heads
@@ -200,8 +220,8 @@ class Attention(nn.Module):
         q, k, v, k_summary, v_summary = heads.q, heads.k, heads.v, heads.k_summary, heads.v_summary
         if layer.has_far:
             assert k_summary is not None and v_summary is not None
-            inputs = q, k, v, k_summary, v_summary
-            out = joint.ksa_attention(inputs, layout, layer.window_chunks, kernels, context, kept)
+            inputs = q, k, v, heads.k_far if heads.k_far is not None else k_summary, v_summary
+            out = joint.ksa_attention(inputs, layout, layer.window_chunks, kernels, context, kept, q_far=heads.q_far)
         else:
             window = attention.config.window_tokens if layer.mixer == "S" else layer.window_chunks
             out = joint.text_attention((q, k, v), layout, layer.mixer, window, kernels, context, kept)
@@ -213,7 +233,10 @@ class Attention(nn.Module):
     def _norm_rotate(self, heads: Heads, rotary: RotaryTables) -> None:
         """Norm and rotate the queries and keys of both streams; replaces them in `heads`."""
         normed, eps = self.config.qk_norm, self.config.norm_eps
-        if (gemv := self.backend.gemv_for(len(heads.q), SMALL_BATCH)) is not None:
+        if self.layer.mixer == "F" and rotary.unrotated is not None:
+            rotary = rotary.unrotated
+        far = rotary.far if self.layer.has_far else None
+        if far is None and (gemv := self.backend.gemv_for(len(heads.q), SMALL_BATCH)) is not None:
             streams = [gemv.Stream(heads.q, heads.k, *rotary.text)]
             if heads.k_summary is not None:
                 streams.append(gemv.Stream(heads.q_summary, heads.k_summary, *rotary.summary))
@@ -223,7 +246,11 @@ class Attention(nn.Module):
                 ((heads.q_summary, heads.k_summary),) = of_summary
             return
         q_gain, k_gain = (self.query_norm.ready().gain, self.key_norm.ready().gain) if normed else (None, None)
+        if far is not None:
+            heads.q_far, heads.k_far = heads.q, heads.k_summary
         for name, gain, table in (
+            ("q_far", q_gain, None if far is None else far.text),
+            ("k_far", k_gain, None if far is None else far.summary),
             ("q", q_gain, rotary.text),
             ("k", k_gain, rotary.text),
             ("q_summary", q_gain, rotary.summary),

@@ -8,14 +8,16 @@ Results are merged into docs/results/does_ksa_pay.json by model and seed after e
 over many starts and finished work is never lost. Pictures and a Markdown table are made from that file.
 
     only=NAME,...      some of the models            seeds=0,1,2       seeds of the weights
-    phases=train,evaluate,speed,report               steps=N           of each run
+    phases=train,evaluate,speed,decode,report        steps=N           of each run
     parallel=3         processes at a time, a device minutes=7         a run stops after this time and counts as it is
     samples=8          probes of each kind           lengths=1024,...  lengths of the last evaluation
+    yarn=4,16          evaluate again with positions scaled by YaRN (none by default)
     root=runs/pay      out=docs/results              overrides='...'   further overrides, e.g. a smaller model on a CPU
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import platform
@@ -31,10 +33,11 @@ import yaml
 
 from data_pipeline import open_data
 from data_pipeline.store.files import atomic_write
-from tests.bench import evidence, workload
+from tests.bench import decode, evidence, workload
 from tests.bench.evidence import Job
 from train.checkpoint import locate
 from train.checkpoint.storage import finished
+from train.distributed import groups
 from train.logs.metrics import METRICS, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -43,11 +46,14 @@ TASKS = ("needle", "multikey", "joint", "chain")
 FILE = "does_ksa_pay.json"
 THRESHOLDS = (0.5, 0.9)
 CACHE_LENGTHS = ("8192", "32768", "131072")
+DECODE_REQUESTS = 8  # a single request to a model of this size waits for launches, not for memory
+TRAINED_AT = 8192
 SPEED_STEPS = 40
 LONG_PROBES = "data.stages=[{seq_len: 16384, samples: 1000000, draws: [{corpus: long, weight: 1.0}]}]"
 DEFAULTS: dict[str, Any] = dict(
-    only=None, seeds="0", phases="train,evaluate,speed,report", steps=None, parallel=3, minutes=7, samples=8,
-    lengths="1024,2048,4096,8192,16384,32768,131072", overrides="", root="runs/pay", out="docs/results",
+    only=None, seeds="0", phases="train,evaluate,speed,decode,report", steps=None, parallel=3, minutes=7,
+    samples=8, lengths="1024,2048,4096,8192,16384,32768,131072", yarn=None, overrides="", root="runs/pay",
+    out="docs/results",
 )  # fmt: skip
 Models = dict[str, Any]  # name -> {"seeds": {seed: run}, "alone": {"tokens_per_second": ...}}
 
@@ -66,6 +72,8 @@ def main() -> None:
     if "speed" in phases:
         speed = [Job(f"speed-{name}", speed_command(name, options)) for name in names]
         evidence.run_all(speed, options | {"parallel": 1}, lambda: None)
+    if "decode" in phases:
+        merge(options, {name: decode_times(name, options) for name in names})
     models = merge(options)
     if "report" in phases:
         draw(models, ROOT / options["out"])
@@ -81,11 +89,10 @@ def jobs(names: list[str], seeds: list[str], phases: list[str], options: dict[st
         if phase in phases:
             for seed in seeds:
                 for name in names:
-                    yield (
-                        train_job(name, seed, options)
-                        if phase == "train"
-                        else evaluate_job(name, seed, options, phases)
-                    )
+                    if phase == "train":
+                        yield train_job(name, seed, options)
+                    else:
+                        yield from evaluate_jobs(name, seed, options, phases)
 
 
 def train_job(name: str, seed: str, options: dict[str, Any]) -> Job:
@@ -96,10 +103,16 @@ def train_job(name: str, seed: str, options: dict[str, Any]) -> Job:
     return Job(f"{name}-{seed}", ["train", f"+evidence=pay/{name}", *own, *shlex.split(options["overrides"])])
 
 
-def evaluate_job(name: str, seed: str, options: dict[str, Any], phases: list[str]) -> Job:
-    arguments = ["train.evaluate", f"{options['root']}/{name}-{seed}", f"tasks={','.join(TASKS)}"]
-    arguments += [f"lengths={options['lengths']}", f"samples={options['samples']}", "depths=3", "seed=977"]
-    return Job(f"evaluate-{name}-{seed}", arguments, f"{name}-{seed}" if "train" in phases else None)
+def evaluate_jobs(name: str, seed: str, options: dict[str, Any], phases: list[str]) -> Iterator[Job]:
+    """The evaluation of a run, after those with YaRN: an evaluated run is complete."""
+    directory, after = f"{options['root']}/{name}-{seed}", f"{name}-{seed}" if "train" in phases else None
+    arguments = ["train.evaluate", directory, f"tasks={','.join(TASKS)}", f"samples={options['samples']}", "depths=3"]
+    arguments += ["seed=977", f"lengths={options['lengths']}"]
+    for factor in [] if options["yarn"] is None else str(options["yarn"]).split(","):
+        scaling = f"{{kind: yarn, factor: {factor}, original_max_positions: {TRAINED_AT}}}"
+        own = [f"rope_scaling={scaling}", f"out={directory}/yarn-{factor}"]
+        yield Job(f"yarn-{factor}-{name}-{seed}", [*arguments, *own], after)
+    yield Job(f"evaluate-{name}-{seed}", arguments, after)
 
 
 def speed_command(name: str, options: dict[str, Any]) -> list[str]:
@@ -109,11 +122,24 @@ def speed_command(name: str, options: dict[str, Any]) -> list[str]:
     return ["train", f"+evidence=pay/{name}", *own, *shlex.split(options["overrides"])]
 
 
+def decode_times(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of a decoding step of `DECODE_REQUESTS` requests by length, with random weights."""
+    config = workload.configured([f"+evidence=pay/{name}", *shlex.split(options["overrides"])])
+    world = groups.initialize(groups.ParallelConfig(), groups.pick_device("auto"))
+    model = decode.build(dataclasses.replace(config.model, vocab_size=config.data.vocab_size), world)
+    rate, found = decode.copy_rate(world.device), {}
+    for length in CACHE_LENGTHS:
+        found[length] = decode.time_mode(model, int(length), DECODE_REQUESTS, rate)
+        decode.release()
+    groups.shutdown()
+    return {"requests": DECODE_REQUESTS, "step_ms": {length: timed["step_ms"] for length, timed in found.items()}}
+
+
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def merge(options: dict[str, Any]) -> Models:
-    """Merge all results below `root` into the file; returns its models."""
+def merge(options: dict[str, Any], decoding: dict[str, Any] | None = None) -> Models:
+    """Merge all results below `root`, and decoding times, into the file; returns its models."""
     root, path = ROOT / options["root"], ROOT / options["out"] / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {"models": {}}
@@ -132,6 +158,8 @@ def merge(options: dict[str, Any]) -> Models:
         rates = [r["tokens_per_second"] for r in read_records(directory / METRICS) if "loss" in r]
         if len(rates) > 2 and directory.name in found["models"]:
             found["models"][directory.name]["alone"] = facts | {"tokens_per_second": statistics.median(rates[1:])}
+    for name, times in (decoding or {}).items():
+        found["models"].setdefault(name, {"seeds": {}})["decode"] = facts | times
     with atomic_write(path) as file:
         file.write((json.dumps(found, separators=(",", ":")) + "\n").encode())
     return found["models"]
@@ -141,6 +169,7 @@ def result(directory: Path) -> dict[str, Any]:
     """What one run leaves: its curve of probes, [tokens, {task: {length: token accuracy}}], and its evaluation."""
     records = read_records(directory / METRICS)
     state = locate.read_state(finished(directory / "checkpoints")[-1])
+    yarn = {path.parent.name.removeprefix("yarn-"): path for path in directory.glob("yarn-*/evaluation.json")}
     curve = [
         [r["tokens"], {t: {n: s["token_accuracy"] for n, s in by.items()} for t, by in r["probes"].items()}]
         for r in records
@@ -153,7 +182,12 @@ def result(directory: Path) -> dict[str, Any]:
         "curve": curve,
         "probe_seconds": round(sum(r.get("probe_seconds", 0) for r in records), 2),
         "evaluation": json.loads((directory / "evaluation.json").read_text()),
+        "yarn": {factor: _recall_by_length(json.loads(path.read_text())) for factor, path in sorted(yarn.items())},
     }
+
+
+def _recall_by_length(evaluation: dict[str, Any]) -> dict[str, float]:
+    return {str(length): round(final_recall(evaluation, str(length)), 4) for length in evaluation["lengths"]}
 
 
 def curve_lengths(models: Models) -> list[str]:

@@ -65,13 +65,13 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
 
     def heads(x, weight, norm_name=None, table=None):
         x = (x @ p[weight].t()).unflatten(-1, (-1, config.head_dim))
-        return turned(x, norm_name, table)
+        return normed_and_turned(x, norm_name, table)
 
-    def turned(x, norm_name, table):
+    def normed_and_turned(x, norm_name, table):
         x = norm(x, norm_name) if norm_name and config.qk_norm else x
         return turn(x, table) if table else x
 
-    def pooled(name, xn):
+    def pooled(name, xn, table):
         """Chunk by chunk and head by head: the weights of the chunk's tokens, and their sums of keys and values."""
         k, v = heads(xn, name + "key.weight"), heads(xn, name + "value.weight")
         ks, vs = (torch.zeros(pack.num_chunks, config.num_kv_heads, config.head_dim) for _ in range(2))
@@ -83,7 +83,7 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
                     scores = xn[rows] @ p[name + "pool_score.weight"][head]
                     weights = torch.softmax(scores + p[name + "pool_bias"].view(-1, config.chunk_size)[head], 0)
                 ks[chunk, head], vs[chunk, head] = weights @ k[rows, head], weights @ v[rows, head]
-        return turned(ks, name + "key_norm.weight", rotary.summary), vs
+        return normed_and_turned(ks, name + "key_norm.weight", table), vs
 
     def mlp(x, block):
         gate, up, down = (p[f"{block}mlp.{name}.weight"].t() for name in ("gate", "up", "down"))
@@ -94,21 +94,28 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         a = b + "attention."
         own = "summary_" if config.independent_qkv else ""
         xn, sn = norm(x, b + "attention_norm.weight"), norm(s, b + "attention_norm.weight")
-        q = heads(xn, a + "query.weight", a + "query_norm.weight", rotary.text)
-        k, v = heads(xn, a + "key.weight", a + "key_norm.weight", rotary.text), heads(xn, a + "value.weight")
+        turned = rotary if config.rotate_full_layers or layer.mixer != "F" else rotary.unrotated
+        q = heads(xn, a + "query.weight", a + "query_norm.weight", turned.text)
+        k, v = heads(xn, a + "key.weight", a + "key_norm.weight", turned.text), heads(xn, a + "value.weight")
         if layer.projects_summaries:
-            ks = heads(sn, a + own + "key.weight", a + "key_norm.weight", rotary.summary)
+            ks = heads(sn, a + own + "key.weight", a + "key_norm.weight", turned.summary)
             vs = heads(sn, a + own + "value.weight")
-        if layer.mixer in "HP":
-            ks, vs = pooled(a, xn)
-        if layer.mixer in "KHP":
+        if layer.pools:
+            ks, vs = pooled(a, xn, rotary.summary)
+        if layer.has_far and rotary.far is not None:
+            qf = heads(xn, a + "query.weight", a + "query_norm.weight", rotary.far.text)
+            kf, _ = pooled(a, xn, rotary.far.summary) if layer.pools else (None, None)
+            if layer.mixer == "K":
+                kf = heads(sn, a + own + "key.weight", a + "key_norm.weight", rotary.far.summary)
+            out = reference.ksa_attention(q, k, v, kf, vs, pack, layer.window_chunks, qf)
+        elif layer.has_far:
             out = reference.ksa_attention(q, k, v, ks, vs, pack, layer.window_chunks)
         else:
             window = config.window_tokens if layer.mixer == "S" else layer.window_chunks
             out = reference.text_attention(q, k, v, pack, layer.mixer, window)
         x = x + out.flatten(1) @ p[a + "output.weight"].t()
         if layer.updates_summaries:
-            qs = heads(sn, a + own + "query.weight", a + "query_norm.weight", rotary.summary)
+            qs = heads(sn, a + own + "query.weight", a + "query_norm.weight", turned.summary)
             s = s + reference.summary_attention(qs, k, v, ks, vs, pack).flatten(1) @ p[a + "output.weight"].t()
             s = s + mlp(norm(s, b + "mlp_norm.weight"), b)
         x = x + mlp(norm(x, b + "mlp_norm.weight"), b)
@@ -133,6 +140,10 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         dict(layer_pattern="H", num_kv_heads=1, qk_norm=False, chunk_size=3, window_chunks=0),
         dict(layer_pattern="HF", chunk_size=8, attention_backend="blocked", full_layers_update_summaries=False),
         dict(layer_pattern="PH", chunk_size=1, attention_backend="reference"),
+        dict(layer_pattern="PHSF", far_position_scale=0.5, rotate_full_layers=False),
+        dict(far_position_scale=0.0, rotate_full_layers=False),
+        dict(layer_pattern="K", far_position_scale=0.25, summary_tokens=2),
+        dict(layer_pattern="FK", rotate_full_layers=False, qk_norm=False, independent_qkv=False),
     ],
     ids=str,
 )
