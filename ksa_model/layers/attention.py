@@ -91,8 +91,8 @@ class RMSNorm(nn.Module):
 class Heads:
     """One layer's projections: q [T, H, d], k and v [T, G, d], and those of summaries with S rows, or None.
 
-    In a layer that pools, the pooled keys and values take the place of those of summaries, and `unpooled` holds the
-    rows that they were pooled from, for a decoding cache.
+    In a layer that pools, the pooled keys and values take the place of those of summaries. `unpooled` holds the rows
+    that they are pooled from, and `pooled_table` the rotation of pooled keys, for a decoding cache.
 
     `q_far` [T, H, d] and `k_far` [S, G, d] replace q and k_summary in the far part where its positions are scaled.
     """
@@ -104,6 +104,7 @@ class Heads:
     k_summary: torch.Tensor | None = None
     v_summary: torch.Tensor | None = None
     unpooled: ChunkRows | None = None
+    pooled_table: tuple[torch.Tensor, torch.Tensor] | None = None
     q_far: torch.Tensor | None = None
     k_far: torch.Tensor | None = None
 
@@ -179,6 +180,7 @@ class Attention(nn.Module):
         heads.q_summary, heads.k_summary, heads.v_summary = (own.get(name) for name in ("query", "key", "value"))
         if self.layer.pools:
             heads.unpooled = ChunkRows(heads.k, heads.v, scores[0] if scores else None, self.pool_bias)
+            heads.pooled_table = rotary.summary
             if layout.num_summary:
                 pooled = self.backend.pooling.pool(heads.unpooled, self.config.chunk_size)
                 heads.k_summary, heads.v_summary = pooled
@@ -190,6 +192,11 @@ class Attention(nn.Module):
             if self.layer.updates_summaries:
                 heads.q_summary = heads.q[:0]
         return heads
+
+    def rotate_pooled(self, k: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Pooled keys [C, G, d] normed and rotated, as `project` does it for the chunks of a sample."""
+        gain = self.key_norm.ready().gain if self.config.qk_norm else None
+        return self.backend.rows.norm_rotate(k, gain, self.config.norm_eps, *table)
 
     def _summary_weights(self, name: str) -> list[Weight]:
         """The weights of one projection of summary rows: their own, that of text, or both during annealing."""
@@ -256,7 +263,7 @@ class Attention(nn.Module):
             ("q_summary", q_gain, rotary.summary),
             ("k_summary", k_gain, rotary.summary),
         ):
-            if (x := getattr(heads, name)) is not None:
+            if (x := getattr(heads, name)) is not None and table is not None:
                 rotated = self.backend.rows.norm_rotate(x, gain, eps, *table, keep_input=self.gains_are_uneven)
                 setattr(heads, name, rotated)
 

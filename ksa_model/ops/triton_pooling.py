@@ -116,16 +116,16 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        grads = [grad.contiguous() for grad in grads]
-        grad_k, grad_v = (grads[0].new_empty(ctx.shape) for _ in range(2))
+        given = [grad.contiguous() for grad in grads]
+        grad_k, grad_v = (given[0].new_empty(ctx.shape) for _ in range(2))
         if not ctx.learned:
             grid, sizes, numbers = _plan(grad_k, grad_v, ctx.chunk_size, False)
-            _pool_backward[grid](*[grad_k] * 4, *grads, grad_k, grad_v, grad_k, *numbers, **sizes)
+            _pool_backward[grid](*[grad_k] * 4, *given, grad_k, grad_v, grad_k, *numbers, **sizes)
             return grad_k, grad_v, None, None, None
         k, v, scores, bias = ctx.saved_tensors
         grad_scores = torch.empty(scores.shape, dtype=torch.float32, device=k.device)
         grid, sizes, numbers = _plan(k, v, ctx.chunk_size, True)
-        _pool_backward[grid](k, v, scores, bias, *grads, grad_k, grad_v, grad_scores, *numbers, **sizes)
+        _pool_backward[grid](k, v, scores, bias, *given, grad_k, grad_v, grad_scores, *numbers, **sizes)
         grad_bias = grad_scores.unflatten(0, (-1, ctx.chunk_size)).sum(0).t().flatten()
         return grad_k, grad_v, grad_scores.to(scores.dtype), grad_bias.to(bias.dtype), None
 
