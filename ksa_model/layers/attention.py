@@ -195,8 +195,13 @@ class Attention(nn.Module):
 
     def rotate_pooled(self, k: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Pooled keys [C, G, d] normed and rotated, as `project` does it for the chunks of a sample."""
-        gain = self.key_norm.ready().gain if self.config.qk_norm else None
-        return self.backend.rows.norm_rotate(k, gain, self.config.norm_eps, *table)
+        norm = self.norm_of_keys
+        return self.backend.rows.norm_rotate(k, norm and norm.gain, self.config.norm_eps, *table)
+
+    @property
+    def norm_of_keys(self) -> Norm | None:
+        """The norm of each key's head, if the model has one."""
+        return self.key_norm.ready() if self.config.qk_norm else None
 
     def _summary_weights(self, name: str) -> list[Weight]:
         """The weights of one projection of summary rows: their own, that of text, or both during annealing."""
