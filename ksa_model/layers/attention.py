@@ -59,11 +59,10 @@ class RotaryTables:
         def scaled(scale: float) -> RotaryTables:
             return RotaryTables(table(layout.text_positions * scale), table(layout.summary_positions * scale))
 
-        has_far = config.has_summaries or config.has_pooled
         return RotaryTables(
             table(layout.text_positions),
             table(layout.summary_positions),
-            far=scaled(config.far_position_scale) if has_far and config.scales_far_positions else None,
+            far=scaled(config.far_position_scale) if config.has_far and config.scales_far_positions else None,
             unrotated=None if config.rotate_full_layers or not config.has_mixer("F") else scaled(0.0),
         )
 
