@@ -258,7 +258,12 @@ class ModelConfig:
     @property
     def has_pooled(self) -> bool:
         """Whether any layer pools chunks of text (`H`, `P`). Such models have no summary rows."""
-        return any(letter in self.layer_pattern for letter in "HP")
+        return any(layer.pools for layer in self.layers)
+
+    @property
+    def has_far(self) -> bool:
+        """Whether any layer attends to summaries or to pooled chunks."""
+        return self.has_summaries or self.has_pooled
 
     @property
     def scales_far_positions(self) -> bool:

@@ -151,8 +151,13 @@ class LayerCache:
         if self.open_chunk is None:
             return
         assert heads.unpooled is not None and heads.pooled_table is not None
-        k, v = self.open_chunk.add(heads.unpooled, step.position, step.chunk_size)
-        self._keep_summaries(step, attention.rotate_pooled(k, heads.pooled_table), v)
+        if self._kernels is not None:
+            state = self.open_chunk.sums, self.open_chunk.weights
+            norm, rule = attention.norm_of_keys, self._rule(self._kernels)
+            self._kernels.pool_token(heads.unpooled, step.position, state, norm, heads.pooled_table, self._buffer, rule)
+        else:
+            k, v = self.open_chunk.add(heads.unpooled, step.position, step.chunk_size)
+            self._keep_summaries(step, attention.rotate_pooled(k, heads.pooled_table), v)
 
     def _keep_summaries(self, step: Step, k: torch.Tensor | None, v: torch.Tensor | None) -> None:
         """Add the summary rows k, v [B*m, G, d] of a step to the cache, if the layer keeps summaries."""

@@ -59,11 +59,10 @@ class RotaryTables:
         def scaled(scale: float) -> RotaryTables:
             return RotaryTables(table(layout.text_positions * scale), table(layout.summary_positions * scale))
 
-        has_far = config.has_summaries or config.has_pooled
         return RotaryTables(
             table(layout.text_positions),
             table(layout.summary_positions),
-            far=scaled(config.far_position_scale) if has_far and config.scales_far_positions else None,
+            far=scaled(config.far_position_scale) if config.has_far and config.scales_far_positions else None,
             unrotated=None if config.rotate_full_layers or not config.has_mixer("F") else scaled(0.0),
         )
 
@@ -195,8 +194,13 @@ class Attention(nn.Module):
 
     def rotate_pooled(self, k: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Pooled keys [C, G, d] normed and rotated, as `project` does it for the chunks of a sample."""
-        gain = self.key_norm.ready().gain if self.config.qk_norm else None
-        return self.backend.rows.norm_rotate(k, gain, self.config.norm_eps, *table)
+        norm = self.norm_of_keys
+        return self.backend.rows.norm_rotate(k, norm and norm.gain, self.config.norm_eps, *table)
+
+    @property
+    def norm_of_keys(self) -> Norm | None:
+        """The norm of each key's head, if the model has one."""
+        return self.key_norm.ready() if self.config.qk_norm else None
 
     def _summary_weights(self, name: str) -> list[Weight]:
         """The weights of one projection of summary rows: their own, that of text, or both during annealing."""

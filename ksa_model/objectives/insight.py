@@ -22,13 +22,13 @@ def summary_weights(model: Decoder, tokens: torch.Tensor, layout: SequenceLayout
 
     Bin b has the summaries of chunks that are 2^b to 2^(b+1) - 1 chunks back. Results of several samples can be added;
     row 0 / row 1 is the mean weight per row. The remaining weight of a row goes to text. tokens: int64 [T]. Reports `K`
-    layers only, and needs a model without tensor and context parallelism.
+    layers, and `H` and `P` layers with pooled keys for summaries. Needs a model without tensor and context parallelism.
     """
     bins = max(1, layout.num_chunks.bit_length())
     found: dict[int, torch.Tensor] = {}
 
     def core(attention: Attention, heads: Heads, layout: SequenceLayout):
-        if attention.layer.mixer == "K":
+        if attention.layer.has_far:
             found[attention.layer.index] = _weights(heads, layout, attention.layer.window_chunks, bins)
         return attention.core(attention, heads, layout)
 

@@ -245,3 +245,30 @@ def test_wrong_layout_is_named(world):
     pack = build_layout(np.array([0]), np.array([8]), 8, chunk_size=8)
     with pytest.raises(ModelConfigError, match="the layout has chunk_size=8"):
         decoder(torch.zeros(8, dtype=torch.long), torch.zeros(8, dtype=torch.long), pack)
+
+
+def test_learned_pooling_begins_as_mean_pooling(world):
+    """The same seed gives the same other weights, so a comparison of the two begins at one loss."""
+    pack = make_layout([50, 3, 41, 17], 4, 1, 0)
+    tokens, labels = random_text(pack)
+    learned, means = (build(world, small_config(layer_pattern=pattern)) for pattern in ("HHHF", "PPPF"))
+    others = dict(means.named_parameters())
+    for name, p in learned.named_parameters():
+        assert (p == 0).all() if "pool_" in name else torch.equal(p, others.pop(name)), name
+    assert not others
+    torch.testing.assert_close(learned(tokens, labels, pack), means(tokens, labels, pack), rtol=1e-6, atol=1e-6)
+    spread_pooling(learned)
+    assert abs(learned(tokens, labels, pack) - means(tokens, labels, pack)) > 1e-4
+
+
+def test_a_far_token_is_reached_only_through_its_pooled_chunk(world):
+    """One H layer, W=0: the last row sees the first chunk's token with the weight that the chunk gives it."""
+    decoder = build(world, small_config(layer_pattern="H", num_layers=1, window_chunks=0))
+    pack = make_layout([24], 4, 1, 0)
+    tokens, _ = random_text(pack)
+    changed = tokens.clone()
+    changed[1] = (changed[1] + 1) % 61
+    assert (decoder.logits(tokens, pack)[23] - decoder.logits(changed, pack)[23]).abs().max() > 0
+    with torch.no_grad():  # the second token of a chunk gets no weight
+        decoder.blocks[0].attention.pool_bias.view(-1, 4)[:, 1] = -1e4
+    assert (decoder.logits(tokens, pack)[23] - decoder.logits(changed, pack)[23]).abs().max() == 0

@@ -104,7 +104,7 @@ def _on_documents(
         packs = [maker(held_out.at(i)).to(device) for i in range(min(config.samples, held_out.num_samples))]
         if "perplexity" in config.tasks:
             result.setdefault("perplexity", {})[str(length)] = probes.loss_by_position(model, packs)
-        if "insight" in config.tasks and model.config.has_summaries:
+        if "insight" in config.tasks and model.config.has_far:
             result.setdefault("insight", {})[str(length)] = probes.weight_of_summaries(model, packs)
     return result
 

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ksa_model.ops.linear import Norm
+from ksa_model.ops.pooling import ChunkRows
 from ksa_model.ops.triton_gemv import precision
 
 # Programs of the attention over a cache, each with a share of the rows: about one per multiprocessor, since merging the
@@ -206,6 +208,56 @@ def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, R
                      KEEP)  # fmt: skip
 
 
+@triton.jit
+def _pool_token(k, v, scores, bias, positions, sums, weights, gain, cos, sin, keys, values, rows, heads, eps,
+                RING: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, LEARNED: tl.constexpr,
+                NORM: tl.constexpr):  # fmt: skip
+    """One head of one request: the sums with the token added, and the pooled key and value of its chunk so far. The
+    features of a head are in two halves, which RoPE rotates together."""
+    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pair = request * heads + head
+    column = tl.arange(0, BLOCK)
+    inside = column < HALF
+    position = tl.load(positions + request)
+    first = position % CHUNK == 0
+    score = 0.0
+    if LEARNED:
+        score = tl.load(scores + pair).to(tl.float32) + tl.load(bias + head * CHUNK + position % CHUNK).to(tl.float32)
+    top = tl.load(weights + 2 * pair)
+    highest = tl.where(first, score, tl.maximum(top, score))
+    decay, weight = tl.where(first, 0.0, tl.exp(top - highest)), tl.exp(score - highest)
+    total = tl.load(weights + 2 * pair + 1) * decay + weight
+    tl.store(weights + 2 * pair, highest)
+    tl.store(weights + 2 * pair + 1, total)
+    at, held = pair * 2 * HALF + column, sums + pair * 4 * HALF + column
+    left = tl.load(held, mask=inside, other=0.0) * decay + tl.load(k + at, mask=inside, other=0.0) * weight
+    right = (
+        tl.load(held + HALF, mask=inside, other=0.0) * decay + tl.load(k + at + HALF, mask=inside, other=0.0) * weight
+    )
+    tl.store(held, left, mask=inside)
+    tl.store(held + HALF, right, mask=inside)
+    # Rounded where the operations in torch round: after the mean, after the norm and after the rotation.
+    left = (left / total).to(k.dtype.element_ty).to(tl.float32)
+    right = (right / total).to(k.dtype.element_ty).to(tl.float32)
+    if NORM:
+        scale = 1 / tl.sqrt((tl.sum(left * left, 0) + tl.sum(right * right, 0)) / (2 * HALF) + eps)
+        left *= scale * tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
+        right *= scale * tl.load(gain + HALF + column, mask=inside, other=0.0).to(tl.float32)
+        left = left.to(k.dtype.element_ty).to(tl.float32)
+        right = right.to(k.dtype.element_ty).to(tl.float32)
+    c = tl.load(cos + request * HALF + column, mask=inside, other=0.0)
+    s = tl.load(sin + request * HALF + column, mask=inside, other=0.0)
+    target = (pair * rows + RING + position // CHUNK) * 2 * HALF + column
+    tl.store(keys + target, (left * c - right * s).to(keys.dtype.element_ty), mask=inside)
+    tl.store(keys + target + HALF, (right * c + left * s).to(keys.dtype.element_ty), mask=inside)
+    for half in tl.static_range(2):
+        to = half * HALF
+        value = tl.load(held + 2 * HALF + to, mask=inside, other=0.0) * decay
+        value += tl.load(v + at + to, mask=inside, other=0.0) * weight
+        tl.store(held + 2 * HALF + to, value, mask=inside)
+        tl.store(values + target + to, (value / total).to(values.dtype.element_ty), mask=inside)
+
+
 class Rule(NamedTuple):
     """The slots of a layer's rows in its cache, and which of them a token attends to.
 
@@ -242,6 +294,33 @@ def store_summaries(buffer: torch.Tensor, chunks: torch.Tensor, rule: Rule, k: t
     _store_summaries[(count, heads)](
         k.contiguous(), v.contiguous(), buffer[0], buffer[1], chunks, buffer.shape[3], heads, RING=rule.ring,
         OWN=count // buffer.shape[1], D=d, BLOCK=triton.next_power_of_2(d), num_warps=1,
+    )  # fmt: skip
+
+
+def pool_token(
+    rows: ChunkRows,
+    positions: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor],
+    norm: Norm | None,
+    table: tuple[torch.Tensor, torch.Tensor],
+    buffer: torch.Tensor,
+    rule: Rule,
+) -> None:
+    """Add a token of each request at `positions` int64 [B] to its open chunk, and store the pooled key and value of
+    that chunk so far in buffer [2, B, G, N, d], after the ring of text: `OpenChunk.add`, the norm and rotation of the
+    pooled key by `table` and `store_summaries` in one launch.
+
+    rows: k, v [B, G, d] and of `H` scores [B, G]. `state`: `OpenChunk.sums` and `OpenChunk.weights`.
+    """
+    k, v = rows.k.contiguous(), rows.v.contiguous()
+    learned = rows.scores is not None and rows.bias is not None
+    scores = rows.scores.contiguous() if rows.scores is not None else k  # otherwise never read
+    batch, heads, d = k.shape
+    _pool_token[(batch, heads)](
+        k, v, scores, rows.bias if learned else k, positions, *state, k if norm is None else norm.gain, *table,
+        buffer[0], buffer[1], buffer.shape[3], heads, 0.0 if norm is None else norm.eps, RING=rule.ring,
+        CHUNK=rule.chunk_size, HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), LEARNED=learned,
+        NORM=norm is not None, num_warps=1,
     )  # fmt: skip
 
 

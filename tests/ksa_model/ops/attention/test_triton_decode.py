@@ -7,11 +7,15 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.
 
 from ksa_model.decoding.cache import DecodingCache, _summarise
 from ksa_model.decoding.generate import Sampling, generate
+from ksa_model.decoding.open_chunk import OpenChunk
 from ksa_model.layers.tensor_parallel import TensorParallel
 from ksa_model.model import Decoder
+from ksa_model.ops import rows as plain_rows
 from ksa_model.ops import triton_gemv, triton_rows
 from ksa_model.ops.attention import triton_decode
 from ksa_model.ops.attention.triton_decode import Rule, Summaries
+from ksa_model.ops.linear import Norm
+from ksa_model.ops.pooling import ChunkRows
 from tests.ksa_model.decoding.test_cache import model_for
 from tests.ksa_model.test_model import small_config
 
@@ -32,6 +36,32 @@ def test_store_summaries():
             want[0, i, :, slot], want[1, i, :, slot] = k[2 * i + own], v[2 * i + own]
     triton_decode.store_summaries(buffer, torch.tensor(chunks, device=DEVICE), Rule(5, 2, 1, 2), k, v)
     assert torch.equal(buffer, want)
+
+
+@pytest.mark.parametrize("learned, normed", [(True, True), (False, True), (True, False)], ids=str)
+@pytest.mark.parametrize("kv_heads, d, k", [(2, 8, 4), (1, 24, 3), (3, 16, 1)])
+def test_a_token_is_pooled_as_in_torch(learned, normed, kv_heads, d, k):
+    """Token by token over two chunks and a half, from a slot that another chunk has left its sums in."""
+    batch, rule = 3, Rule(2 * k, k, 1, 1)
+    tables = [table.view(batch, 1, d // 2) for table in (draw(batch * d // 2, seed=5), draw(batch * d // 2, seed=6))]
+    norm = Norm(draw(d, seed=7), 1e-5) if normed else None
+    bias = draw(kv_heads * k, seed=8) if learned else None
+    chunks = [OpenChunk(batch, kv_heads, d, DEVICE) for _ in range(2)]
+    for chunk in chunks:
+        chunk.sums.copy_(draw(*chunk.sums.shape, seed=9))
+        chunk.weights.copy_(draw(*chunk.weights.shape, seed=10).abs())
+    got, want = (torch.full((2, batch, kv_heads, 2 * k + 6, d), 3.0, device=DEVICE) for _ in range(2))
+    for step in range(2 * k + (k + 1) // 2):
+        positions = torch.tensor([step, step + k, step + 2 * k], device=DEVICE)
+        rows = ChunkRows(*(draw(batch, kv_heads, d, seed=100 * step + i) for i in range(2)),
+                         3 * draw(batch, kv_heads, seed=100 * step + 2) if learned else None, bias)  # fmt: skip
+        triton_decode.pool_token(rows, positions, (chunks[0].sums, chunks[0].weights), norm, tables, got, rule)
+        pooled, value = chunks[1].add(rows, positions, k)
+        pooled = plain_rows.norm_rotate(pooled, norm and norm.gain, 1e-5, *tables)
+        triton_decode.store_summaries(want, positions // k, rule, pooled, value)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(chunks[0].sums, chunks[1].sums, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(chunks[0].weights, chunks[1].weights, rtol=1e-5, atol=1e-5)
 
 
 def seen_rows(position, rule, rows):
@@ -129,7 +159,15 @@ def test_summarise(monkeypatch, rule, m, heads):
     assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(layer_pattern="KSCF", window_chunks=0, summary_tokens=2)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(layer_pattern="KSCF", window_chunks=0, summary_tokens=2),
+        dict(layer_pattern="HPSF", window_chunks=0),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("several", [True, False])
 def test_a_whole_model_decodes_with_these_kernels(world, monkeypatch, changes, several):
     """Decoding through them, as on a GPU: rows for every shape a step has, read to the last allocated one."""
@@ -225,7 +263,7 @@ def test_attention_takes_as_many_rows_as_fit(limit, dtype, d, group, rows, taken
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "pattern, k, window, m", [("KKKF", 8, 5, 1), ("KSCF", 3, 0, 2), ("F", 8, 0, 1), ("K", 1, 1, 1)]
+    "pattern, k, window, m", [("KKKF", 8, 5, 1), ("KSCF", 3, 0, 2), ("F", 8, 0, 1), ("K", 1, 1, 1), ("HHPF", 8, 2, 1)]
 )
 def test_graphs_say_what_the_cpu_says(world, pattern, k, window, m):
     config = small_config(layer_pattern=pattern, chunk_size=k, window_chunks=window, summary_tokens=m)
