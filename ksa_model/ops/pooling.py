@@ -33,8 +33,8 @@ class ChunkRows(NamedTuple):
 def pool(rows: ChunkRows, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled keys and values [C, G, d] in the dtype of k; sums and weights are fp32. Without scores, means."""
     if rows.scores is None or rows.bias is None:
-        return _Means.apply(rows.k, rows.v, chunk_size)
-    return _WeightedSums.apply(rows.k, rows.v, pool_weights(rows.scores, rows.bias, chunk_size))
+        return _PoolMeans.apply(rows.k, rows.v, chunk_size)
+    return _PoolSums.apply(rows.k, rows.v, pool_weights(rows.scores, rows.bias, chunk_size))
 
 
 def pool_weights(scores: torch.Tensor, bias: torch.Tensor, chunk_size: int) -> torch.Tensor:
@@ -43,7 +43,7 @@ def pool_weights(scores: torch.Tensor, bias: torch.Tensor, chunk_size: int) -> t
     return torch.softmax(by_chunk + bias.float().view(-1, chunk_size).t(), dim=1)
 
 
-class _Means(torch.autograd.Function):
+class _PoolMeans(torch.autograd.Function):
     """The means of each chunk. Saves nothing."""
 
     @staticmethod
@@ -57,7 +57,7 @@ class _Means(torch.autograd.Function):
         return *((grad / size).unsqueeze(1).expand(-1, size, -1, -1).flatten(0, 1) for grad in grads), None
 
 
-class _WeightedSums(torch.autograd.Function):
+class _PoolSums(torch.autograd.Function):
     """Sums of each chunk with fp32 weights [C, k, G]. Saves its inputs; autograd would save them in fp32."""
 
     @staticmethod

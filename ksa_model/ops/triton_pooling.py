@@ -98,10 +98,10 @@ def pool(rows: ChunkRows, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See `pooling.pool`."""
     if triton.next_power_of_2(chunk_size) * triton.next_power_of_2(rows.k.shape[2]) > MAX_TILE:
         return pooling.pool(rows, chunk_size)
-    return _Pool.apply(*rows, chunk_size)
+    return _PoolChunks.apply(*rows, chunk_size)
 
 
-class _Pool(torch.autograd.Function):
+class _PoolChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, v, scores, bias, chunk_size: int):
         ctx.chunk_size, ctx.shape, ctx.learned = chunk_size, k.shape, scores is not None

@@ -106,6 +106,13 @@ def test_peak_memory_of_every_preset():
     assert list(counted) == sorted(counted, reverse=True)
 
 
+@pytest.mark.parametrize("name", ["none", "selective"])
+def test_peak_memory_of_pooled_layers(name):
+    base = WIDE | dict(model__layer_pattern="HPHF", model__num_layers=12, model__ffn_size=1024, run__samples_per_step=4)
+    measured, counted = run_on_ranks(1, peak_bytes, base | PRESETS[name])[0]
+    assert counted == pytest.approx(measured, rel=0.05)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_activations_grow_with_the_sample_alone(name):
     """Twice the tokens take twice the bytes."""
