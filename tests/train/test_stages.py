@@ -20,6 +20,8 @@ CHAIN = [
         "seq_len": 512,
         "model.rope_base": 5e4,
         "model.rope_scaling": SCALED,
+        "model.rotate_far": False,
+        "model.rotate_full_layers": False,
     },
 ]
 
@@ -102,7 +104,8 @@ def test_extension_changes_what_it_says_and_nothing_else(chain, corpus, tmp_path
     before, after = state_of(root / "2-anneal")["config"], state_of(root / "3-extend")["config"]
     changed = {key for key in after if after[key] != before[key]}
     assert changed == {"seq_len", "model", "run", "stage", "init_from"}
-    assert {k for k in after["model"] if after["model"][k] != before["model"][k]} == {"rope_base", "rope_scaling"}
+    of_model = {k for k in after["model"] if after["model"][k] != before["model"][k]}
+    assert of_model == {"rope_base", "rope_scaling", "rotate_far", "rotate_full_layers"}
     assert (after["run"]["steps"], after["seq_len"]) == (3, 512)
     # Without a step of its own it is the same weights and moments, bit for bit.
     changes = dict(
@@ -125,10 +128,12 @@ def test_what_an_extension_takes_over_is_said(corpus, tmp_path):
     from train.stages import describe_initialization
 
     plain, scaled = (make_config(corpus, tmp_path, model__rope_scaling=scaling) for scaling in (None, SCALED))
+    unrotated = make_config(corpus, tmp_path, model__rotate_far=False, model__rotate_full_layers=False)
     for before, now, words in (
         (plain, scaled, "model.rope_scaling.factor None -> 2.0"),
         (scaled, plain, "'factor': 2.0"),
         (scaled, scaled, "same settings"),
+        (plain, unrotated, "changed: model.rotate_far True -> False, model.rotate_full_layers True -> False"),
     ):
         state = {"step": 3, "config": to_mapping(before)}
         assert words in describe_initialization(StageConfig("extend"), "there", state, flatten(to_mapping(now)))

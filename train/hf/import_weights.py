@@ -28,6 +28,7 @@ from train.config.conversion import to_mapping
 from train.config.errors import ConfigError
 from train.config.schema import TrainConfig, from_saved
 from train.config.sections import RunConfig
+from train.config.stage import ROTATION
 from train.distributed.groups import World
 from train.hf.files import HfDirectory, HfError
 from train.hf.tokenizers import IMPORTED, RUN_TOKENIZER, TOKENIZERS, VOCABULARY, find_tokenizer
@@ -225,7 +226,7 @@ def initialise(engine: Any, world: World, config: TrainConfig, run: CheckpointPa
     engine.finish_loading(engine.optimizer_steps())
     note = "".join(
         f"; model.{name}={getattr(config.model, name)} here, {getattr(weights.source.config, name)} there"
-        for name in ("rope_base", "rope_scaling")
+        for name in ROTATION
         if getattr(config.model, name) != getattr(weights.source.config, name)
     )
     return f"weights from {config.init_from}, {weights.source.kind}{note}{weights.describe_unused()}"
