@@ -334,6 +334,9 @@ def test_generation_of_every_kind(world, tmp_path, capsys, rotates):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     prompt = torch.tensor([[5, 9, 11, 2, 7]])
     settings = dict(max_new_tokens=20, do_sample=False, pad_token_id=0, num_beams=3)
+    blocks = torch.randint(0, 61, (1, 1100), generator=torch.Generator().manual_seed(4))  # several of query rows
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(blocks).logits[0], our_logits(decoder, blocks[0].tolist()), rtol=0, atol=1e-4)
     beams = theirs.generate(prompt, **settings)
     assert torch.equal(beams, theirs.generate(prompt, use_cache=False, **settings))
     with torch.no_grad():
