@@ -126,8 +126,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
-    far_position_scale: float = 1.0  # of far keys (`K`, `H`, `P`) and the queries that read them; 0: no rotation
-    rotate_full_layers: bool = True  # false: `F` layers without positions (NoPE)
+    rotate_far: bool = True  # RoPE on far keys (`K`, `H`, `P`) and on the queries that read them
+    rotate_full_layers: bool = True  # RoPE in `F` layers
     norm_eps: float = 1e-6
     init_std: float = 0.02
     vocab_multiple: int = 128  # of the padded vocabulary; shapes do not depend on the tensor-parallel size
@@ -178,8 +178,6 @@ class ModelConfig:
             raise ModelConfigError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs")
         if not 1 < self.rope_base < math.inf:
             raise ModelConfigError(f"model.rope_base={self.rope_base} must be above 1 and finite")
-        if not 0 <= self.far_position_scale < math.inf:
-            raise ModelConfigError(f"model.far_position_scale={self.far_position_scale} must be finite and at least 0")
         if self.rope_scaling is not None and self.rope_scaling.kind == "ntk" and self.head_dim == 2:
             raise ModelConfigError(
                 "model.rope_scaling.kind=ntk keeps the highest frequency, and model.head_dim=2 has no other; "
@@ -266,8 +264,9 @@ class ModelConfig:
         return self.has_summaries or self.has_pooled
 
     @property
-    def scales_far_positions(self) -> bool:
-        return self.far_position_scale != 1
+    def rotates_everything(self) -> bool:
+        """Whether every query and key has RoPE."""
+        return (self.rotate_far or not self.has_far) and (self.rotate_full_layers or not self.has_mixer("F"))
 
     def has_mixer(self, letter: str) -> bool:
         return letter in self.layer_pattern

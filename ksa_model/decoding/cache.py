@@ -125,25 +125,24 @@ class LayerCache:
         layer keeps any.
         """
         q, k_own, v_own = heads.q_summary, heads.k_summary, heads.v_summary
+        k_kept = k_own if heads.k_far is None else heads.k_far
         kernels, joined = self._kernels, None
-        if kernels is not None and not kernels.can_attend(
-            heads.q, self._buffer
-        ):  # heads too wide for the device's tiles
-            kernels = None
+        if kernels is not None and not kernels.can_attend(heads.q, self._buffer, heads.q_far is not None):
+            kernels = None  # heads too wide for the device's tiles
         if q is not None and summary is not None:  # before this token may overwrite a slot of the chunk
-            own = None if kernels is None else kernels.Summaries(q, k_own, v_own, step.chunk, summary)
+            own = None if kernels is None else kernels.Summaries(q, k_own, v_own, step.chunk, summary, k_kept)
             if kernels is not None and kernels.can_join(self._buffer, self._rule(kernels), own):
                 joined = own
             elif kernels is None or not kernels.summarise(self._buffer, self._rule(kernels), own):
                 summary.copy_(_summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own))
-                self._keep_summaries(step, k_own, v_own)
+                self._keep_summaries(step, k_kept, v_own)
         elif step.closing:
-            self._keep_summaries(step, k_own, v_own)
+            self._keep_summaries(step, k_kept, v_own)
         if kernels is None:
             text.copy_(self._attend(heads, step))
         else:
             operands = heads.q, heads.k, heads.v, self._buffer, step.position, self._arrivals
-            kernels.attend(*operands, self._rule(kernels), text, joined)
+            kernels.attend(*operands, self._rule(kernels), text, joined, heads.q_far)
 
     def pool(self, attention: Attention, heads: Heads, step: Step) -> None:
         """Add the step's rows to the open chunks of a layer that pools, and their pooled keys and values to the
@@ -174,10 +173,15 @@ class LayerCache:
         visible = step.visible(self)
         keys, values = self._buffer[:, :, :, : visible.shape[1]]
         # Query heads that share a key/value head are rows of one GEMM, so no key is copied.
-        found = torch.nn.functional.scaled_dot_product_attention(
-            heads.q.unflatten(1, (keys.shape[1], -1)), keys, values, attn_mask=visible[:, None, None]
-        )
-        return found.flatten(1, 2)
+        q = heads.q.unflatten(1, (keys.shape[1], -1))
+        if heads.q_far is None:
+            found = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None, None])
+            return found.flatten(1, 2)
+        near, far = keys.tensor_split([self.ring_rows or 0], dim=2)
+        q_far = heads.q_far.unflatten(1, (keys.shape[1], -1))
+        scores = torch.cat([q @ near.transpose(2, 3), q_far @ far.transpose(2, 3)], dim=3).float() * q.shape[3] ** -0.5
+        weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
+        return (weights.to(values.dtype) @ values).flatten(1, 2)
 
 
 class Step(SequenceLayout):
@@ -340,7 +344,8 @@ class DecodingCache:
                 assert heads.k_summary is not None and heads.v_summary is not None
                 row = self._upload(starts[summary_request] // k * m + summary_index)
                 slots = self._upload(cache.summary_slots(summary_index))
-                cache.write(self._upload(summary_request), slots, heads.k_summary[row], heads.v_summary[row])
+                k_kept = heads.k_summary if heads.k_far is None else heads.k_far
+                cache.write(self._upload(summary_request), slots, k_kept[row], heads.v_summary[row])
             if cache.open_chunk is not None:
                 assert heads.unpooled is not None
                 cache.open_chunk.prefill(heads.unpooled, ends, lengths, k)

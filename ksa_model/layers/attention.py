@@ -33,13 +33,11 @@ class RotaryTables:
     """cos and sin of every row's angles, [rows, 1, d/2] fp32, for text and for summaries or pooled keys, which have the
     positions of summaries. YaRN multiplies both by its attention factor.
 
-    `far`: tables for the far part of layers that have one, where its positions are scaled. `unrotated`: tables for `F`
-    layers without positions.
+    `unrotated`: tables of angle 0, where the far part of a layer or an `F` layer has no RoPE.
     """
 
     text: tuple[torch.Tensor, torch.Tensor]
     summary: tuple[torch.Tensor, torch.Tensor]
-    far: RotaryTables | None = None
     unrotated: RotaryTables | None = None
 
     @staticmethod
@@ -56,15 +54,10 @@ class RotaryTables:
                 cos, sin = cos * factor, sin * factor
             return cos.float(), sin.float()
 
-        def scaled(scale: float) -> RotaryTables:
-            return RotaryTables(table(layout.text_positions * scale), table(layout.summary_positions * scale))
-
-        return RotaryTables(
-            table(layout.text_positions),
-            table(layout.summary_positions),
-            far=scaled(config.far_position_scale) if config.has_far and config.scales_far_positions else None,
-            unrotated=None if config.rotate_full_layers or not config.has_mixer("F") else scaled(0.0),
-        )
+        text, summary = layout.text_positions, layout.summary_positions
+        if config.rotates_everything:
+            return RotaryTables(table(text), table(summary))
+        return RotaryTables(table(text), table(summary), RotaryTables(table(text * 0), table(summary * 0)))
 
 
 class RMSNorm(nn.Module):
@@ -93,7 +86,7 @@ class Heads:
     In a layer that pools, the pooled keys and values take the place of those of summaries. `unpooled` holds the rows
     that they are pooled from, and `pooled_table` the rotation of pooled keys, for a decoding cache.
 
-    `q_far` [T, H, d] and `k_far` [S, G, d] replace q and k_summary in the far part where its positions are scaled.
+    `q_far` [T, H, d] and `k_far` [S, G, d] replace q and k_summary in a far part without RoPE.
     """
 
     q: torch.Tensor
@@ -179,7 +172,7 @@ class Attention(nn.Module):
         heads.q_summary, heads.k_summary, heads.v_summary = (own.get(name) for name in ("query", "key", "value"))
         if self.layer.pools:
             heads.unpooled = ChunkRows(heads.k, heads.v, scores[0] if scores else None, self.pool_bias)
-            heads.pooled_table = rotary.summary
+            heads.pooled_table = (rotary if self.config.rotate_far else rotary.unrotated or rotary).summary
             if layout.num_summary:
                 pooled = self.backend.pooling.pool(heads.unpooled, self.config.chunk_size)
                 heads.k_summary, heads.v_summary = pooled
@@ -244,9 +237,12 @@ class Attention(nn.Module):
     def _norm_rotate(self, heads: Heads, rotary: RotaryTables) -> None:
         """Norm and rotate the queries and keys of both streams; replaces them in `heads`."""
         normed, eps = self.config.qk_norm, self.config.norm_eps
-        if self.layer.mixer == "F" and rotary.unrotated is not None:
+        far = None
+        if self.layer.mixer == "F" and not self.config.rotate_full_layers:
+            assert rotary.unrotated is not None
             rotary = rotary.unrotated
-        far = rotary.far if self.layer.has_far else None
+        elif self.layer.has_far and not self.config.rotate_far:
+            far = rotary.unrotated
         if far is None and (gemv := self.backend.gemv_for(len(heads.q), SMALL_BATCH)) is not None:
             streams = [gemv.Stream(heads.q, heads.k, *rotary.text)]
             if heads.k_summary is not None:
@@ -265,7 +261,8 @@ class Attention(nn.Module):
             ("q", q_gain, rotary.text),
             ("k", k_gain, rotary.text),
             ("q_summary", q_gain, rotary.summary),
-            ("k_summary", k_gain, rotary.summary),
+            # With `k_far`, only summaries read their rotated keys.
+            ("k_summary", k_gain, rotary.summary if far is None or heads.q_summary is not None else None),
         ):
             if (x := getattr(heads, name)) is not None and table is not None:
                 rotated = self.backend.rows.norm_rotate(x, gain, eps, *table, keep_input=self.gains_are_uneven)

@@ -113,11 +113,11 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
             vs = heads(sn, a + own + "value.weight")
         if layer.pools:
             ks, vs = pooled(a, xn, rotary.summary)
-        if layer.has_far and rotary.far is not None:
-            qf = heads(xn, a + "query.weight", a + "query_norm.weight", rotary.far.text)
-            kf, _ = pooled(a, xn, rotary.far.summary) if layer.pools else (None, None)
+        if layer.has_far and not config.rotate_far:
+            qf = heads(xn, a + "query.weight", a + "query_norm.weight", rotary.unrotated.text)
+            kf, _ = pooled(a, xn, rotary.unrotated.summary) if layer.pools else (None, None)
             if layer.mixer == "K":
-                kf = heads(sn, a + own + "key.weight", a + "key_norm.weight", rotary.far.summary)
+                kf = heads(sn, a + own + "key.weight", a + "key_norm.weight", rotary.unrotated.summary)
             out = reference.ksa_attention(q, k, v, kf, vs, pack, layer.window_chunks, qf)
         elif layer.has_far:
             out = reference.ksa_attention(q, k, v, ks, vs, pack, layer.window_chunks)
@@ -151,9 +151,9 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         dict(layer_pattern="H", num_kv_heads=1, qk_norm=False, chunk_size=3, window_chunks=0),
         dict(layer_pattern="HF", chunk_size=8, attention_backend="blocked", full_layers_update_summaries=False),
         dict(layer_pattern="PH", chunk_size=1, attention_backend="reference"),
-        dict(layer_pattern="PHSF", far_position_scale=0.5, rotate_full_layers=False),
-        dict(far_position_scale=0.0, rotate_full_layers=False),
-        dict(layer_pattern="K", far_position_scale=0.25, summary_tokens=2),
+        dict(layer_pattern="PHSF", rotate_far=False, rotate_full_layers=False),
+        dict(rotate_far=False, rotate_full_layers=False),
+        dict(layer_pattern="K", rotate_far=False, summary_tokens=2),
         dict(layer_pattern="FK", rotate_full_layers=False, qk_norm=False, independent_qkv=False),
     ],
     ids=str,

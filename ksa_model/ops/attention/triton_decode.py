@@ -58,21 +58,21 @@ def _is_visible(row, position, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: 
 
 
 @triton.jit
-def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, q_own, k_own, v_own, chunks, out_own, rows,
-            heads, scale, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr,
-            GROUP: tl.constexpr, ROWS_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-            SHARES: tl.constexpr, PRECISION: tl.constexpr, SUMMARIES: tl.constexpr, QUERIES: tl.constexpr,
-            KEYS: tl.constexpr, GROUP_2: tl.constexpr):  # fmt: skip
+def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, q_own, k_own, v_own, chunks, out_own,
+            k_kept, q_far, rows, heads, scale, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
+            OWN: tl.constexpr, GROUP: tl.constexpr, ROWS_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+            BLOCK: tl.constexpr, SHARES: tl.constexpr, PRECISION: tl.constexpr, SUMMARIES: tl.constexpr,
+            QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP_2: tl.constexpr, FAR: tl.constexpr):  # fmt: skip
     """The query heads of one key/value head of one request over one share of its rows: output and log-sum-exp. The
     program whose share has the token's own row takes it from k and v and stores it for later tokens. The last program
     of a (request, head) pair to finish merges the shares and resets the count of arrivals. With SUMMARIES one more
-    program computes the summaries of a chunk."""
+    program computes the summaries of a chunk. With FAR, rows after the ring have queries of their own."""
     request, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     share = tl.program_id(1)
     if SUMMARIES > 0:
         if share == SHARES:
-            _summarise_chunk(q_own, keys, values, k_own, v_own, chunks, out_own, rows, heads, scale, request, head,
-                             RING, GROUP, CHUNK, SUMMARIES, QUERIES, KEYS, D, BLOCK_D, PRECISION,
+            _summarise_chunk(q_own, keys, values, k_own, v_own, chunks, out_own, k_kept, rows, heads, scale, request,
+                             head, RING, GROUP, CHUNK, SUMMARIES, QUERIES, KEYS, D, BLOCK_D, PRECISION,
                              OWN > 0)  # fmt: skip
             return
     position = tl.load(positions + request)
@@ -89,11 +89,11 @@ def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, q_o
     column, query_row = tl.arange(0, BLOCK_D), tl.arange(0, ROWS_Q)
     in_column = column < D
     pair = request * heads + head
-    query = tl.load(
-        q + (pair * GROUP + query_row[:, None]) * D + column[None, :],
-        mask=(query_row < GROUP)[:, None] & in_column[None, :],
-        other=0.0,
-    )
+    at_query = (pair * GROUP + query_row[:, None]) * D + column[None, :]
+    real_query = (query_row < GROUP)[:, None] & in_column[None, :]
+    query = tl.load(q + at_query, mask=real_query, other=0.0)
+    if FAR:
+        query_far = tl.load(q_far + at_query, mask=real_query, other=0.0)
     top = tl.full([ROWS_Q], float("-inf"), tl.float32)
     total = tl.zeros([ROWS_Q], tl.float32)
     acc = tl.zeros([ROWS_Q, BLOCK_D], tl.float32)
@@ -106,6 +106,10 @@ def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, q_o
         value = tl.load(values + cells, mask=held, other=0.0)
         visible = inside & (row != slot) & _is_visible(row, position, RING, CHUNK, WINDOW, OWN)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        if FAR:
+            if begin + BLOCK > RING:
+                scores_far = tl.dot(query_far, tl.trans(key), input_precision=PRECISION) * scale
+                scores = tl.where((row >= RING)[None, :], scores_far, scores)
         scores = tl.where(visible[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -163,12 +167,12 @@ def _merge(parts, weights, out, pair, GROUP: tl.constexpr, GROUP_2: tl.constexpr
 
 
 @triton.jit
-def _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, request, head, RING: tl.constexpr,
-                     GROUP: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, QUERIES: tl.constexpr,
-                     KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-                     KEEP: tl.constexpr):  # fmt: skip
-    """The OWN summaries of one chunk, for the query heads of one key/value head of one request. With KEEP their keys
-    and values are stored after the ring."""
+def _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, k_kept, rows, heads, scale, request, head,
+                     RING: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr,
+                     QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                     PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+    """The OWN summaries of one chunk, for the query heads of one key/value head of one request. With KEEP the keys
+    `k_kept` and their values are stored after the ring."""
     column, query, key = tl.arange(0, BLOCK_D), tl.arange(0, QUERIES), tl.arange(0, KEYS)
     in_column, member, own = column < D, query % GROUP, query // GROUP
     real = own < OWN
@@ -195,17 +199,17 @@ def _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, rows, heads, sc
             source = ((request * OWN + one) * heads + head) * D + column
             kept_at = RING + tl.load(chunks + request) * OWN + one
             target = ((request * heads + head) * rows + kept_at) * D + column
-            tl.store(keys + target, tl.load(k_own + source, mask=in_column), mask=in_column)
+            tl.store(keys + target, tl.load(k_kept + source, mask=in_column), mask=in_column)
             tl.store(values + target, tl.load(v_own + source, mask=in_column), mask=in_column)
 
 
 @triton.jit
-def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, RING: tl.constexpr, GROUP: tl.constexpr,
-               CHUNK: tl.constexpr, OWN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
-               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
-    _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, tl.program_id(0).to(tl.int64),
-                     tl.program_id(1), RING, GROUP, CHUNK, OWN, QUERIES, KEYS, D, BLOCK_D, PRECISION,
-                     KEEP)  # fmt: skip
+def _summarise(q, keys, values, k_own, v_own, chunks, out, k_kept, rows, heads, scale, RING: tl.constexpr,
+               GROUP: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+               D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+    _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, k_kept, rows, heads, scale,
+                     tl.program_id(0).to(tl.int64), tl.program_id(1), RING, GROUP, CHUNK, OWN, QUERIES, KEYS, D,
+                     BLOCK_D, PRECISION, KEEP)  # fmt: skip
 
 
 @triton.jit
@@ -274,17 +278,23 @@ class Rule(NamedTuple):
 
 
 class Summaries(NamedTuple):
-    """The m summaries of chunk `chunk` [B] (int64) of each request: q [B*m, H, d], k and v [B*m, G, d], out like q."""
+    """The m summaries of chunk `chunk` [B] (int64) of each request: q [B*m, H, d], k and v [B*m, G, d], out like q.
+
+    `k_kept` [B*m, G, d]: their keys as the cache keeps them. They differ from `k` in a layer whose far part has no
+    RoPE.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     chunk: torch.Tensor
     out: torch.Tensor
+    k_kept: torch.Tensor
 
     def for_kernel(self) -> Summaries:
         """With contiguous inputs."""
-        return self._replace(q=self.q.contiguous(), k=self.k.contiguous(), v=self.v.contiguous())
+        inputs = ("q", "k", "v", "k_kept")
+        return self._replace(**{name: getattr(self, name).contiguous() for name in inputs})
 
 
 def store_summaries(buffer: torch.Tensor, chunks: torch.Tensor, rule: Rule, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -332,12 +342,12 @@ def summarise(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
     """
     if not _fits_device(buffer, rule, summaries):
         return False
-    q, k, v, chunk, out = summaries.for_kernel()
+    q, k, v, chunk, out, k_kept = summaries.for_kernel()
     (batch, kv_heads), (total, heads, d) = buffer.shape[1:3], q.shape
     group, m = heads // kv_heads, total // batch
     _summarise[(batch, kv_heads)](
-        q, buffer[0], buffer[1], k, v, chunk, out, buffer.shape[3], kv_heads, d**-0.5, RING=rule.ring, GROUP=group,
-        CHUNK=rule.chunk_size, OWN=m, D=d, BLOCK_D=_padded(d), PRECISION=precision(q), KEEP=rule.own > 0,
+        q, buffer[0], buffer[1], k, v, chunk, out, k_kept, buffer.shape[3], kv_heads, d**-0.5, RING=rule.ring,
+        GROUP=group, CHUNK=rule.chunk_size, OWN=m, D=d, BLOCK_D=_padded(d), PRECISION=precision(q), KEEP=rule.own > 0,
         **_tile_of_summaries(rule.chunk_size, group, m),
     )  # fmt: skip
     return True
@@ -348,9 +358,10 @@ def can_join(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
     return rule.ring != rule.chunk_size and _fits_device(buffer, rule, summaries)
 
 
-def can_attend(q: torch.Tensor, buffer: torch.Tensor) -> bool:
-    """Whether `attend` of q [B, H, d] over buffer [2, B, G, N, d] fits the device."""
-    return _rows_at_a_time(q.shape[1] // buffer.shape[2], q.shape[2], q.dtype, _shared_memory(q.device)) > 0
+def can_attend(q: torch.Tensor, buffer: torch.Tensor, has_far: bool = False) -> bool:
+    """Whether `attend` of q [B, H, d] over buffer [2, B, G, N, d] fits the device; `has_far`: with queries of the far
+    part."""
+    return _rows_at_a_time(q.shape[1] // buffer.shape[2], q.shape[2], q.dtype, _shared_memory(q.device), has_far) > 0
 
 
 def _fits_device(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
@@ -373,10 +384,10 @@ def _fits(chunk_size: int, group: int, m: int, d: int, dtype: torch.dtype, limit
     return chunk_size + m <= MAX_KEYS and _bytes_of_summaries(chunk_size, group, m, d, dtype, limit) <= limit
 
 
-def _rows_at_a_time(group: int, d: int, dtype: torch.dtype, limit: float = math.inf) -> int:
+def _rows_at_a_time(group: int, d: int, dtype: torch.dtype, limit: float = math.inf, has_far: bool = False) -> int:
     """The largest tile, in rows of a cache, that fits `limit` bytes of shared memory; 0: none."""
     rows = (BLOCK_ROWS, BLOCK_ROWS // 2, BLOCK_ROWS // 4)
-    return next((count for count in rows if _bytes_of_attention(count, group, d, dtype, limit) <= limit), 0)
+    return next((count for count in rows if _bytes_of_attention(count, group, d, dtype, limit, has_far) <= limit), 0)
 
 
 def _bytes_of_summaries(chunk_size: int, group: int, m: int, d: int, dtype: torch.dtype, limit: float) -> int:
@@ -387,14 +398,14 @@ def _bytes_of_summaries(chunk_size: int, group: int, m: int, d: int, dtype: torc
     return (queries + tiles * keys) * _padded(d) * dtype.itemsize + SLACK_BYTES
 
 
-def _bytes_of_attention(rows: int, group: int, d: int, dtype: torch.dtype, limit: float) -> int:
+def _bytes_of_attention(rows: int, group: int, d: int, dtype: torch.dtype, limit: float, has_far: bool = False) -> int:
     """Shared memory of `_attend` without summaries: queries, keys and values of the pipeline's stages, and weights,
     unless each warp has its own query rows."""
     queries, stages = _padded(group), _stages(d, dtype)
     if dtype.itemsize > 2 or not _in_place(queries, limit):
         stages -= 1  # the one in use is in registers
     weights = 0 if dtype.itemsize <= 2 and queries >= 128 else queries * rows
-    return ((queries + 2 * stages * rows) * _padded(d) + weights) * dtype.itemsize + SLACK_BYTES
+    return ((queries * (1 + has_far) + 2 * stages * rows) * _padded(d) + weights) * dtype.itemsize + SLACK_BYTES
 
 
 def _in_place(queries: int, limit: float) -> bool:
@@ -427,6 +438,7 @@ def attend(
     rule: Rule,
     out: torch.Tensor,
     summaries: Summaries | None = None,
+    q_far: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Store k, v [B, G, d] of the tokens at `positions` [B] (int64) in buffer [2, B, G, N, d]; then attention of q
     [B, H, d] over the buffer's rows by `rule`, into out [B, H, d]. Rows after the last visible one are not read. Needs
@@ -434,6 +446,7 @@ def attend(
 
     arrivals: int32 [B*G] zeros, which are zeros again afterwards; concurrent launches need one each.
     summaries: also computed as by `summarise`, in the same launch. Needs `can_join`.
+    q_far: like q, for the rows after the ring; None: q.
     """
     batch, heads, d = q.shape
     kv_heads, group = buffer.shape[2], heads // buffer.shape[2]
@@ -443,15 +456,16 @@ def attend(
     parts = torch.empty(pairs, shares, group, d, dtype=torch.float32, device=q.device)
     weights = torch.empty(pairs, shares, group, dtype=torch.float32, device=q.device)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    own, m = Summaries(q, k, v, positions, out), 0  # never read
-    block = _rows_at_a_time(group, d, q.dtype, _shared_memory(q.device))
+    own, m = Summaries(q, k, v, positions, out, k), 0  # never read
+    has_far, q_far = q_far is not None, q if q_far is None else q_far.contiguous()
+    block = _rows_at_a_time(group, d, q.dtype, _shared_memory(q.device), has_far)
     if summaries is not None:
         own, m = summaries.for_kernel(), len(summaries.q) // batch
     _attend[(pairs, shares + (m > 0))](
-        q, k, v, buffer[0], buffer[1], positions, parts, weights, arrivals, out, *own, buffer.shape[3], kv_heads,
-        d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group,
+        q, k, v, buffer[0], buffer[1], positions, parts, weights, arrivals, out, *own, q_far, buffer.shape[3],
+        kv_heads, d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group,
         ROWS_Q=_padded(group), D=d, BLOCK_D=_padded(d), BLOCK=block, SHARES=shares, PRECISION=precision(q),
-        SUMMARIES=m, num_stages=_stages(d, q.dtype), GROUP_2=triton.next_power_of_2(group),
+        SUMMARIES=m, num_stages=_stages(d, q.dtype), GROUP_2=triton.next_power_of_2(group), FAR=has_far,
         **_tile_of_summaries(rule.chunk_size, group, m),
     )  # fmt: skip
     return out

@@ -50,6 +50,15 @@ def test_cached_equals_uncached(world, pattern, k, window):
         assert_greedy(decoder, prompt, continuation)
 
 
+@pytest.mark.parametrize("pattern, far, full", [("KKKF", False, False), ("KF", True, False), ("HPSF", False, True)])
+def test_cached_equals_uncached_without_rope(world, pattern, far, full):
+    decoder = model_for(world, layer_pattern=pattern, chunk_size=3, rotate_far=far, rotate_full_layers=full)
+    prompts = [[7], list(range(17)), list(range(30, 42))]
+    generated, _ = generate(decoder, prompts, Sampling(max_tokens=50))
+    for prompt, continuation in zip(prompts, generated):
+        assert_greedy(decoder, prompt, continuation)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern, k, window, m, tokens", [
     ("KKKF", 8, 5, 1, 2000), ("KSCF", 3, 1, 2, 600), ("PHFH", 4, 3, 1, 600),

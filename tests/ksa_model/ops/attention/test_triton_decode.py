@@ -78,18 +78,20 @@ def seen_rows(position, rule, rows):
 @pytest.mark.parametrize("heads, kv_heads, d", [(4, 2, 16), (8, 1, 24), (2, 2, 64), (6, 2, 24)])
 @pytest.mark.parametrize("programs", [24, 3], ids=["several shares", "one share"])  # some of several are empty
 @pytest.mark.parametrize(
-    "rule, positions",
+    "rule, positions, has_far",
     [
-        (Rule(0, 4, 0, 0), [0, 69, 32]),  # F
-        (Rule(24, 4, -1, 0), [0, 23, 61]),  # S
-        (Rule(12, 4, 2, 0), [3, 12, 50]),  # C
-        (Rule(12, 4, 2, 1), [11, 12, 1200]),  # K
-        (Rule(3, 3, 0, 2), [0, 3, 100]),
-        (Rule(1, 1, 0, 1), [0, 1, 77]),
+        (Rule(0, 4, 0, 0), [0, 69, 32], False),  # F
+        (Rule(24, 4, -1, 0), [0, 23, 61], False),  # S
+        (Rule(12, 4, 2, 0), [3, 12, 50], False),  # C
+        (Rule(12, 4, 2, 1), [11, 12, 1200], False),  # K
+        (Rule(3, 3, 0, 2), [0, 3, 100], False),
+        (Rule(1, 1, 0, 1), [0, 1, 77], False),
+        (Rule(12, 4, 2, 1), [11, 12, 1200], True),  # K without RoPE in its far part
+        (Rule(60, 4, 14, 2), [59, 400, 61], True),  # far rows begin within a tile
     ],
     ids=str,
 )
-def test_attend(monkeypatch, heads, kv_heads, d, rule, positions, programs):
+def test_attend(monkeypatch, heads, kv_heads, d, rule, positions, programs, has_far):
     monkeypatch.setattr(triton_decode, "PROGRAMS", programs)
     rows = max(max(seen_rows(position, rule, 0)) for position in positions) + 3
     q, k, v = draw(3, heads, d), draw(3, kv_heads, d, seed=2), draw(3, kv_heads, d, seed=3)
@@ -106,10 +108,14 @@ def test_attend(monkeypatch, heads, kv_heads, d, rule, positions, programs):
         buffer[:, i, :, slot] = 1e4  # the token's own row comes from k and v
     keys, values = (x.nan_to_num().repeat_interleave(heads // kv_heads, dim=1) for x in filled)
     mask = real[:, None, None]
-    want = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
+    q_far = draw(3, heads, d, seed=4) if has_far else q
+    queries = torch.where(torch.arange(rows, device=DEVICE)[:, None] < rule.ring, q[:, :, None], q_far[:, :, None])
+    scores = ((queries * keys).sum(-1) * d**-0.5).masked_fill(~mask[:, :, 0], float("-inf"))
+    want = (scores.softmax(-1)[..., None] * values).sum(2)
     arrivals, at = torch.zeros(3 * kv_heads, dtype=torch.int32, device=DEVICE), torch.tensor(positions, device=DEVICE)
     for _ in range(2):  # the second launch finds the count of arrivals as the first did
-        got = triton_decode.attend(q, k, v, buffer, at, arrivals, rule, torch.full_like(q, float("nan")))
+        operands = q, k, v, buffer, at, arrivals, rule, torch.full_like(q, float("nan"))
+        got = triton_decode.attend(*operands, q_far=q_far if has_far else None)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert not arrivals.any()
     torch.testing.assert_close(buffer, filled, rtol=0, atol=0, equal_nan=True)
@@ -125,13 +131,14 @@ def test_summarise(monkeypatch, rule, m, heads):
     rows = ring + 5 * rule.own if ring else 19
     buffer, chunk = draw(2, 3, 2, rows, 24), torch.tensor([2, 4, 0], device=DEVICE)
     q, k_own, v_own = draw(3 * m, heads, 24, seed=1), draw(3 * m, 2, 24, seed=2), draw(3 * m, 2, 24, seed=3)
+    k_kept = draw(3 * m, 2, 24, seed=9)
     positions = chunk[:, None] * k + torch.arange(k, device=DEVICE)
     slots = (positions % ring if ring else positions).clamp(max=rows - 1)
     at = slots[None, :, None, :, None].expand(2, -1, 2, -1, 24)
     want, filled = _summarise(q, *buffer.gather(3, at), k_own, v_own), buffer.clone()
     if rule.own:
-        triton_decode.store_summaries(filled, chunk, rule, k_own, v_own)
-    summaries, before = Summaries(q, k_own, v_own, chunk, torch.empty_like(q)), buffer.clone()
+        triton_decode.store_summaries(filled, chunk, rule, k_kept, v_own)
+    summaries, before = Summaries(q, k_own, v_own, chunk, torch.empty_like(q), k_kept), buffer.clone()
     assert triton_decode.summarise(buffer, rule, summaries)
     torch.testing.assert_close(summaries.out, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(buffer, filled)
@@ -155,7 +162,7 @@ def test_summarise(monkeypatch, rule, m, heads):
     assert torch.equal(got, want)
     torch.testing.assert_close(summaries.out, _summarise(q, *before.gather(3, at), k_own, v_own), rtol=1e-4, atol=1e-5)
     if rule.own:
-        triton_decode.store_summaries(alone, chunk, rule, k_own, v_own)
+        triton_decode.store_summaries(alone, chunk, rule, k_kept, v_own)
     assert torch.equal(together, alone)
 
 
@@ -265,9 +272,11 @@ def test_attention_takes_as_many_rows_as_fit(limit, dtype, d, group, rows, taken
 @pytest.mark.parametrize(
     "pattern, k, window, m", [("KKKF", 8, 5, 1), ("KSCF", 3, 0, 2), ("F", 8, 0, 1), ("K", 1, 1, 1), ("HHPF", 8, 2, 1)]
 )
-def test_graphs_say_what_the_cpu_says(world, pattern, k, window, m):
-    config = small_config(layer_pattern=pattern, chunk_size=k, window_chunks=window, summary_tokens=m)
-    on_cpu = model_for(world, layer_pattern=pattern, chunk_size=k, window_chunks=window, summary_tokens=m)
+@pytest.mark.parametrize("rotates", [True, False])
+def test_graphs_say_what_the_cpu_says(world, pattern, k, window, m, rotates):
+    shape = dict(layer_pattern=pattern, chunk_size=k, window_chunks=window, summary_tokens=m)
+    shape |= dict(rotate_far=rotates, rotate_full_layers=rotates)
+    config, on_cpu = small_config(**shape), model_for(world, **shape)
     prompts = [[7], [5, 9, 11, 2], list(range(40))]
     want, _ = generate(on_cpu, prompts, Sampling(max_tokens=300))
     on_gpu = Decoder(config, TensorParallel(world.tensor_group)).cuda().eval()
