@@ -123,6 +123,9 @@ def _attention(model: ModelConfig, layer: LayerConfig, shape: RankShape) -> Mixe
         heads += (text * (q + kv) + projected * kv + summaries * q) * per_feature
     if summaries and not shape.fused:  # copies of keys and values by chunk for the summary queries
         heads += (text + projected) * 2 * kv * b + summaries * q * b
+    if layer.has_far and not model.rotate_far:  # far queries and keys besides those with RoPE; only a summary's own
+        own_key = projected if summaries else 0  # attention reads its rotated key
+        heads += (text * q + own_key * kv) * b
     heads += _pooling(model, layer, shape)
     log_sum_exp = text * q // model.head_dim * 4
     out = updated * q * b * (2 if summaries else 1)  # the joined streams are a copy

@@ -261,7 +261,8 @@ class Attention(nn.Module):
             ("q", q_gain, rotary.text),
             ("k", k_gain, rotary.text),
             ("q_summary", q_gain, rotary.summary),
-            ("k_summary", k_gain, rotary.summary),
+            # With `k_far`, only summaries read their rotated keys.
+            ("k_summary", k_gain, rotary.summary if far is None or heads.q_summary is not None else None),
         ):
             if (x := getattr(heads, name)) is not None and table is not None:
                 rotated = self.backend.rows.norm_rotate(x, gain, eps, *table, keep_input=self.gains_are_uneven)

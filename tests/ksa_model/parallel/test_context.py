@@ -62,6 +62,7 @@ def test_exchanges(size):
 
 
 POOLED = dict(summary_tokens=1, layer_pattern="HFSPH")
+WITHOUT_ROPE = dict(rotate_far=False, rotate_full_layers=False)
 
 
 def model_on_a_rank(tensor: int, sequence: bool, context: int, memory: MemoryConfig, changes: dict):
@@ -104,7 +105,7 @@ def model_on_a_rank(tensor: int, sequence: bool, context: int, memory: MemoryCon
 def one_rank():
     return {
         name: run_on_ranks(1, model_on_a_rank, 1, False, 1, MemoryConfig(), changes)[0]
-        for name, changes in (("summaries", {}), ("pooled", POOLED))
+        for name, changes in (("summaries", {}), ("pooled", POOLED), ("without RoPE", WITHOUT_ROPE))
     }
 
 
@@ -124,6 +125,14 @@ def test_loss_and_gradients_match_one_rank(tensor, sequence, context, memory, on
 def test_pooled_chunks_match_one_rank(tensor, sequence, context, memory, one_rank):
     found = run_on_ranks(tensor * context, model_on_a_rank, tensor, sequence, context, memory, POOLED)
     assert_like_one_rank(found, one_rank["pooled"])
+
+
+@pytest.mark.parametrize("tensor, sequence, context, memory", [
+    (1, False, 2, MemoryConfig("selective")), (1, False, 4, MemoryConfig()), (2, True, 2, MemoryConfig("full")),
+])  # fmt: skip
+def test_far_keys_without_rope_match_one_rank(tensor, sequence, context, memory, one_rank):
+    found = run_on_ranks(tensor * context, model_on_a_rank, tensor, sequence, context, memory, WITHOUT_ROPE)
+    assert_like_one_rank(found, one_rank["without RoPE"])
 
 
 def assert_like_one_rank(found, one_rank):
