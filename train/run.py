@@ -52,7 +52,7 @@ class Run:
         """`state` is that of a run that has come as far as `progress`; `log_line` takes a line for the user."""
         self.config, self.world, self.state, self.log, self.log_line = config, world, state, log, log_line
         self.directory = config.run.directory
-        self.first_step = progress.step
+        self.first_step, self.has_trained = progress.step, False
         self.engine, self.loader = state.engine, state.loader
         self.profiler = StepProfiler(config.perf, self.engine.module, world, self.directory)
         self.objective = config.stage.objective()

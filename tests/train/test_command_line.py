@@ -21,7 +21,7 @@ from tests.train.runs import BASE, losses
 from train.__main__ import main
 from train.config.errors import ConfigError
 from train.config.quoting import quoted
-from train.distributed.signals import BAD_INPUT, DIVERGED, NOT_SAVED, REQUEUE
+from train.distributed.signals import BAD_INPUT, DIVERGED, FAILED, NOT_SAVED, REQUEUE
 from train.logs.metrics import SUPERSEDED, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -293,6 +293,37 @@ def test_a_last_save_that_fails_is_one_line_and_an_exit_code(corpus, tmp_path):
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert f"step {steps} could not be saved" in error and "continues from its beginning" in error
     assert "Traceback" not in err and len(read_records(tmp_path / "default" / "metrics.jsonl")) >= 2
+
+
+def test_data_that_a_run_loses_while_it_trains_are_no_bad_input(corpus, tmp_path):
+    """A launcher starts it again: the store may be back. Where nothing has been trained, the input is bad."""
+    from data_pipeline import DataConfig, open_data
+
+    data = open_data(DataConfig(source="jsonl", path=str(corpus), vocab_size=400, cache_dir=str(tmp_path / "cache")))
+    lines, torn = corpus.read_text(encoding="utf-8").splitlines()[:20], tmp_path / "torn.jsonl"
+    torn.write_text("\n".join([*lines, '{"text": ']))
+    stream = dict(data__stream="true", data__validation_fraction=0.0, data__tokenizer=data.tokenizer_path)
+    stream |= dict(data__slab_mb=0.01, run__steps=1000, checkpoint__every_steps=2)
+    arguments = small_overrides(torn, tmp_path, **stream)
+    code, _, err = commands.run("train", *arguments)
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == FAILED and "Traceback" not in err, err
+    assert error.startswith("error: rank 0: ") and "torn.jsonl:21: " in error and "from the newest checkpoint" in error
+    code, _, err = commands.run("train", *arguments)  # it has read the data before
+    assert code == FAILED and "resumed from" in err and "torn.jsonl:21: " in err
+    torn.write_text('{"text": ')
+    code, _, err = commands.run("train", *arguments, "run.name=new")
+    assert code == BAD_INPUT and "torn.jsonl:1: " in err, err
+
+
+def test_a_later_stage_that_cannot_start_is_no_bad_input_of_the_chain(corpus, tmp_path):
+    stages = "[{name: a, run.steps: 2}, {name: b, run.steps: 2, data.path: /no/such/corpus}]"
+    arguments = [*small_overrides(corpus, tmp_path), f"stages={stages}"]
+    code, _, err = commands.run("train", *arguments)
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == FAILED and "stage 2 of 2 (default/1-b) cannot start: data.path=/no/such/corpus" in error
+    code, _, err = commands.run("train", *arguments)  # nothing has been trained by this call
+    assert code == BAD_INPUT and "data.path=/no/such/corpus" in err
 
 
 def test_checkpoints_that_are_not_mounted_stop_a_run_and_cost_no_history(corpus, tmp_path):
