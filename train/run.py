@@ -59,7 +59,7 @@ class Run:
         self.sums, self.consensus = StepSums(world, progress.tokens), RankConsensus(world)
         self.validation_loss: float | None = None
         self._held_out, self._probes = held_out, probes
-        self._saved_at, self._saved_step = time.monotonic(), -1
+        self._saved_at = time.monotonic()
         self._rolled_back_to, self._rollbacks = -1, 0
         self._take_over_health(progress)
         self._step_samples: deque[int] = deque(maxlen=config.run.max_bad_steps + 2)  # first sample of recent steps
@@ -124,7 +124,13 @@ class Run:
             self.loader.load_state(position | {"next_sample": following})
 
     def check_bad_steps(self, step: int, bad_steps: int) -> None:
-        """Raise `TrainingDiverged` if the `bad_steps` steps before `step` were skipped and these are too many."""
+        """Raise `TrainingDiverged` if the `bad_steps` steps before `step` were skipped and these are too many.
+
+        That is one step late by design: whether `step` itself was skipped is known on the device only, and to ask now
+        would wait for the device in every step. So a run trains one step beyond its `run.max_bad_steps`-th bad one,
+        and bad steps at its very end do not stop it. A checkpoint knows of all of them, the last one included
+        (`RankConsensus.skipped_in_a_row`).
+        """
         self._step_samples.append(self.loader.state()["next_sample"] - self.config.run.samples_per_step)
         if bad_steps >= self.config.run.max_bad_steps:
             first = list(self._step_samples)[-1 - bad_steps]
@@ -186,7 +192,6 @@ class Run:
             f"step {step}: the loss jumped to {loss:.4g}: back to {found}, continuing without samples {samples}"
         )
         self._take_over_health(progress)
-        self._saved_step = -1
         return progress.step
 
     # -- validation and checkpoints ------------------------------------------------------------------------------------
@@ -230,13 +235,11 @@ class Run:
 
     def save(self, step: int, last: bool) -> None:
         """Begin to save; wait for it if it is the `last` one."""
-        if step == self._saved_step and (not last or self.state.checkpoints.wait() is None):
-            return
         with self.sums.clock_stopped():
             tokens = self.sums.tokens
             seconds = self.state.save(step, tokens, last, self._health(step))
             self.log.record({"step": step, "tokens": tokens, "checkpoint_seconds": round(seconds, 4)})
-        self._saved_at, self._saved_step = time.monotonic(), step
+        self._saved_at = time.monotonic()
 
     def _health(self, step: int) -> dict[str, int]:
         """Health facts of the checkpoint of `step`; see `train.checkpoint.retention`."""

@@ -483,16 +483,6 @@ def test_a_signal_during_preparation_is_answered(corpus, tmp_path):
     assert "asked to stop (SIGTERM) before the first step: nothing to save; start again" in command.stderr
 
 
-def test_closing_words_of_a_run_that_is_longer_than_asked(corpus, tmp_path):
-    from tests.train.runs import make_config
-    from train.__main__ import closing_words
-    from train.trainer import RunResult
-
-    result = RunResult(tmp_path / "default", 20, 100, None, 1.0, False)
-    words = closing_words(make_config(corpus, tmp_path, run__steps=10), result, [])
-    assert "The run is at step 20, beyond run.steps=10" in words and "of 10" not in words and "run.steps=40" in words
-
-
 def test_a_schedule_that_does_not_fit_is_said(corpus, tmp_path):
     code, _, err = commands.run(
         "train", *small_overrides(corpus, tmp_path, optim__warmup_steps=20, optim__decay_steps=80)

@@ -26,6 +26,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from data_pipeline.store.files import sync_directory
 from train.config.errors import ConfigError
 
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -128,13 +129,13 @@ class CheckpointPath:
     def make(self) -> None:
         self._fs.makedirs(self.path, exist_ok=True)
         if self.is_local:
-            _sync_directory(os.path.dirname(self.path))
+            sync_directory(os.path.dirname(self.path))
 
     def rename(self, name: str) -> None:
         """Rename this directory within its parent; local only."""
         parent = os.path.dirname(self.path)
         os.rename(self.path, os.path.join(parent, name))
-        _sync_directory(parent)
+        sync_directory(parent)
 
     def remove(self) -> None:
         if self.exists():
@@ -145,7 +146,7 @@ class CheckpointPath:
 
     def sync(self) -> None:
         if self.is_local:
-            _sync_directory(self.path)
+            sync_directory(self.path)
 
 
 class HashedFile(io.RawIOBase):
@@ -361,11 +362,3 @@ def _fingerprint(file: CheckpointPath, progress: Any) -> dict[str, Any]:
             if progress is not None:
                 progress(len(block))
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
