@@ -69,7 +69,8 @@ class Run:
         """Build the run's parts and take over what it starts with.
 
         The run directory is written only after all checks, so a start that is refused leaves it as it was. Raises one
-        of `USER_ERRORS`.
+        of `USER_ERRORS`. Nothing that needs closing is open then: the loaders read from the first step on, and the log
+        is opened last.
         """
         log_line, directory = line_printer(world.is_main), config.run.directory
         held_out, probes = make_held_out(config, data, world), make_probes(config, data, world)
@@ -84,9 +85,9 @@ class Run:
                 tracker.forget_run(directory)
         dist.barrier()
         state.checkpoints.quarantine_after(progress.step)
-        log = _open_log(config, world, progress.step)
         if isinstance(start, Resume):
-            changed = changes_of_resumed(config, start.checkpoint)
+            assert start.state is not None
+            changed = changes_of_resumed(config, start.checkpoint, start.state)
             note = f"; changed since: {changed}" if changed else ""
             log_line(f"resumed from {start.checkpoint} at step {progress.step}{note}")
             if (finite := progress.health.get("last_finite_step", progress.step)) < progress.step:
@@ -98,6 +99,7 @@ class Run:
             log_line(f"starting {directory} afresh")
         if shortened := _shortened_schedule(config):
             log_line(shortened)
+        log = _open_log(config, world, progress.step)
         return cls(config, world, state, progress, held_out, probes, log, log_line)
 
     def _take_over_health(self, progress: Progress) -> None:

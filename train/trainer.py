@@ -37,7 +37,7 @@ from train.hf import tokenizers
 from train.logs.run_log import line_printer
 from train.logs.step_sums import StepSums, count
 from train.run import Run
-from train.start import Start, checkpoint_directory, find_start, tokenizer_of, with_tokenizer
+from train.start import Start, checkpoint_directory, choose_start, tokenizer_of, with_tokenizer
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def train(config: TrainConfig) -> RunResult:
             device = groups.pick_device(config.run.device)
             _check_device(config, device)
             run_directory.check(config.run.directory, config)
-            start = find_start(config)
+        start = choose_start(config, ranks)
+        with ranks.failing_together():
             owned = tokenizer_of(config, start)
             chosen = with_tokenizer(config, owned)
         if owned is not None and chosen is not config:

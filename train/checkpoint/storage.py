@@ -62,6 +62,12 @@ class CheckpointPath:
         return self.path.rsplit("/", 1)[-1]
 
     @property
+    def parent(self) -> CheckpointPath:
+        above = object.__new__(CheckpointPath)
+        above._fs, above.path = self._fs, self.path.rpartition("/")[0]
+        return above
+
+    @property
     def step(self) -> int:
         """The step of a finished checkpoint, from its name."""
         match = _FINISHED.fullmatch(self.name)

@@ -15,7 +15,6 @@ from typing import Any
 from data_pipeline import DataConfig, Tokenizer
 from data_pipeline.config import RAW
 from data_pipeline.store.files import sha256_of_file
-from train.checkpoint import locate
 from train.checkpoint.storage import CheckpointError, CheckpointPath
 from train.config.errors import ConfigError
 from train.config.schema import TrainConfig
@@ -81,9 +80,8 @@ def of_import(directory: str) -> Owned:
     return Owned(directory, find_tokenizer(Path(directory)), needed=True)
 
 
-def of_checkpoint(checkpoint: CheckpointPath, *places: Path) -> Owned:
-    """The tokenizer of a run's checkpoint; it is looked for in run directories, `places`."""
-    state = locate.read_state(checkpoint)
+def of_checkpoint(checkpoint: CheckpointPath, state: dict[str, Any], *places: Path) -> Owned:
+    """The tokenizer of a run's checkpoint with state.json `state`; it is looked for in run directories, `places`."""
     sha256 = state.get("tokenizer_sha256")
     try:
         named = state["config"]["data"]["tokenizer"]
