@@ -33,7 +33,7 @@ from train.config.errors import ConfigError, RunError, StartError
 from train.config.quoting import override
 from train.config.schema import USER_ERRORS, TrainConfig, validate
 from train.config.sections import MAX_NAME_BYTES, RunConfig
-from train.distributed.environment import environment_world, is_first_of_host
+from train.distributed.environment import command_of_run, environment_world, is_first_of_host
 from train.distributed.signals import BAD_INPUT, DIVERGED, FAILED, NOT_SAVED, REQUEUE
 from train.health import TrainingDiverged
 
@@ -110,7 +110,7 @@ def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) 
     def command(**changes: object) -> str:
         dropped = {*changes, "run.name", "resume", "run.stop_at_step"}
         kept = [o for o in overrides if o.split("=")[0].lstrip("+") not in dropped]
-        return f"{shlex.join(['python', '-m', 'train', *kept])} {' '.join(override(k, v) for k, v in changes.items())}"
+        return f"{shlex.join([*command_of_run(), *kept])} {' '.join(override(k, v) for k, v in changes.items())}"
 
     other = command(**{"run.name": f"{config.run.name}-k{other_k}", "model.chunk_size": other_k})
     going_on = ""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from data_pipeline import TrainingData
 from ksa_model.objectives.distillation import PARTS
 from train.build import make_held_out, make_probes
+from train.checkpoint import owner
 from train.checkpoint.manager import Progress
 from train.config import run_directory
 from train.config.conversion import to_mapping
@@ -77,8 +78,11 @@ class Run:
         state = TrainState(config, world, data, log_line)
         start = state.verify(start)
         progress = state.begin(start)
+        if config.checkpoint.dir is not None:  # below its own directory a run meets no other
+            state.checkpoints.claim(directory)
         if world.is_main:
             run_directory.write(directory, config, data)
+            owner.note_run_id(directory)
             if not isinstance(start, Resume):
                 saved.forget(directory)
             if config.resume == "never":

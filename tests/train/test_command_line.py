@@ -326,6 +326,21 @@ def test_a_later_stage_that_cannot_start_is_no_bad_input_of_the_chain(corpus, tm
     assert code == BAD_INPUT and "data.path=/no/such/corpus" in err
 
 
+def test_a_second_run_in_a_directory_without_checkpoints_is_refused_at_its_start(corpus, tmp_path):
+    shared = dict(run__steps=100_000, checkpoint__every_steps=100_000, checkpoint__dir=tmp_path / "disk")
+    first = commands.Command("train", *small_overrides(corpus, tmp_path / "a", **shared))
+    metrics = tmp_path / "a/default/metrics.jsonl"
+    while first.is_running and not (metrics.is_file() and metrics.read_bytes()):
+        time.sleep(0.01)
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "b", **shared))
+    assert code == BAD_INPUT and f"belongs to the run in {tmp_path}/a/default" in err, err
+    assert not (tmp_path / "b/default").exists()
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "a", **shared), "run.stop_at_step=2")
+    assert code == 0 and "afresh" in err, err
+
+
 def test_checkpoints_that_are_not_mounted_stop_a_run_and_cost_no_history(corpus, tmp_path):
     arguments = small_overrides(corpus, tmp_path, run__steps=4, checkpoint__dir=tmp_path / "disk")
     code, _, err = commands.run("train", *arguments, "run.stop_at_step=3")
@@ -449,6 +464,8 @@ def test_torchrun(corpus, tmp_path, undisturbed):
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert out.count("Step 5 of 5") == 1
+    options = "--nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0"
+    assert f"train for more steps     torchrun {options} -m train " in out
     # The schedule depends on the number of steps, so compare the first, before any update.
     mine, want = (read_records(d / "metrics.jsonl")[0]["loss"] for d in (tmp_path / "default", undisturbed[1]))
     assert mine == pytest.approx(want, rel=1e-6)

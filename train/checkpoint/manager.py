@@ -23,11 +23,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train.checkpoint import loading, locate, parameters, retention, storage, tensors
+from train.checkpoint import loading, locate, owner, parameters, retention, storage, tensors
 from train.checkpoint.collective import CheckpointGroup, describe_error
 from train.checkpoint.locate import read_state
 from train.checkpoint.storage import MANIFEST, STATE, CheckpointError, CheckpointPath, SaveError
@@ -91,6 +92,15 @@ class Checkpoints:
             for name in storage.tidy(directory):
                 log(f"removed {directory / name}: a save that was interrupted")
         self._group.barrier()
+
+    def claim(self, run_directory: Path) -> None:
+        """Note that the run in `run_directory` writes here; see `train.checkpoint.owner`. Raises `CheckpointError`."""
+
+        def claim() -> str:
+            owner.claim(self.directory, run_directory)
+            return ""
+
+        self._group.on_main(claim)
 
     # -- saving --------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ newest checkpoint is found by listing; there is no pointer that could go stale.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -122,6 +123,36 @@ class CheckpointPath:
         with self.create() as file:
             file.write(content)
         return file.fingerprint
+
+    def create_exclusively(self, content: bytes) -> bytes:
+        """Write this file, whole or not at all, unless it exists; returns what it holds then.
+
+        Behind a URL this takes a store that can refuse to replace a file; on others it is a look and a write.
+        """
+        if self.is_local:
+            self._link(content)
+        else:
+            try:
+                self._fs.pipe_file(self.path, content, mode="create")
+            except Exception:  # it exists, or the store or its package cannot do this: classes differ
+                self._fs.invalidate_cache(self.path)
+                if not self.exists():
+                    self.write(content)
+        return self.read()
+
+    def _link(self, content: bytes) -> None:
+        temporary = f"{self.path}.{uuid.uuid4().hex[:8]}.tmp"
+        CheckpointPath(temporary).write(content)
+        try:
+            os.link(temporary, self.path)
+            sync_directory(os.path.dirname(self.path))
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            with contextlib.suppress(FileExistsError), open(self.path, "xb") as file:
+                file.write(content)
+        finally:
+            os.unlink(temporary)
 
     @contextmanager
     def create(self) -> Iterator[HashedFile]:
