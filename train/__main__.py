@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shlex
+import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,6 +28,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from train import chain
 from train.checkpoint.storage import SaveError
+from train.config.command import printable
 from train.config.compose import CONFIGS, compose, register_defaults
 from train.config.conversion import all_keys, from_mapping, unknown_key
 from train.config.errors import ConfigError, RunError, StartError
@@ -202,9 +204,11 @@ def check_points(arguments: list[str]) -> None:
 
 def one_line(error: BaseException) -> str:
     """The message of an error in one line, with the key where a library tells it in a line of its own."""
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return printable(str(error))
     text = str(error).split("Config search path")[0]
     key = getattr(error, "full_key", None)
-    if isinstance(error, OmegaConfBaseException) and key:
+    if key:
         kept = [line for line in text.split("\n") if not line.strip().startswith(("full_key:", "object_type="))]
         advice = "; set it, or give the key a value" if isinstance(error, InterpolationResolutionError) else ""
         text = f"{key}: " + " ".join(kept) + advice
@@ -248,6 +252,10 @@ def main() -> None:
         _run()
     except (HydraException, OmegaConfBaseException) as error:
         _exit_with(error, BAD_INPUT)
+    except KeyboardInterrupt:
+        if is_first_of_host():
+            print("stopped by SIGINT; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     if _failed:
         print(f"error: {len(_failed)} point(s) of the multirun failed, see above", file=sys.stderr)
         sys.exit(next((code for code in (FAILED, NOT_SAVED, DIVERGED) if code in _failed), BAD_INPUT))

@@ -422,6 +422,18 @@ def test_a_signal_saves_and_asks_to_be_requeued(corpus, tmp_path, undisturbed):
     assert losses(read_records(metrics)) == losses(read_records(undisturbed[1] / "metrics.jsonl"))
 
 
+def test_ctrl_c_while_it_trains_is_one_line(corpus, tmp_path):
+    changes = dict(run__steps=100_000, checkpoint__every_steps=1)
+    command = commands.Command("train", *small_overrides(corpus, tmp_path, **changes))
+    metrics = tmp_path / "default/metrics.jsonl"
+    while command.is_running and len(read_records(metrics)) < 3:
+        time.sleep(0.01)
+    command.send_signal(signal.SIGINT)
+    assert command.wait() == 128 + signal.SIGINT
+    assert "Traceback" not in command.stderr
+    assert command.stderr.rstrip().endswith("stopped by SIGINT; the same command goes on from the newest checkpoint")
+
+
 def test_time_limit_does_the_same(corpus, tmp_path):
     code, _, err = commands.run("train", *small_overrides(corpus, tmp_path, run__steps=100000, run__max_minutes=0.01))
     assert code == REQUEUE and "asked to stop (run.max_minutes)" in err

@@ -45,12 +45,16 @@ def find(resume: str, own: str | os.PathLike, key: str = "resume") -> Checkpoint
     if resume == "auto":
         checkpoints = finished(own)
         return checkpoints[-1] if checkpoints else None
-    path = CheckpointPath(resume)
-    for directory in (path, directory_of(resume)):
-        if MANIFEST in directory.entries():
-            return directory
-        if checkpoints := finished(directory):
-            return checkpoints[-1]
+    try:
+        for directory in (CheckpointPath(resume), directory_of(resume)):
+            if MANIFEST in directory.entries():
+                return directory
+            if checkpoints := finished(directory):
+                return checkpoints[-1]
+    except OSError as error:  # a name that is too long, no permission, a file system that does not answer
+        raise CheckpointError(
+            f"{key}={resume}: cannot be read ({error.strerror or error}); give another path"
+        ) from error
     raise CheckpointError(
         f"{key}={resume}: neither a checkpoint (a directory with {MANIFEST}) nor a run directory that holds one; "
         "give such a path"

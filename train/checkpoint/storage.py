@@ -90,6 +90,10 @@ class CheckpointPath:
         with self._reachable():
             return self._fs.exists(self.path)
 
+    def is_file(self) -> bool:
+        with self._reachable():
+            return self._fs.isfile(self.path)
+
     def entries(self) -> dict[str, int]:
         """Name -> size in bytes of everything directly below; empty where nothing exists."""
         self._fs.invalidate_cache(self.path)

@@ -47,8 +47,10 @@ def find_tokenizer(directory: Path) -> Path | None:
 def run_tokenizer(directory: Path, checkpoint: CheckpointPath, state: dict[str, Any]) -> Path | None:
     """The tokenizer in a run directory, or None. Raises `CheckpointError` if `checkpoint` was trained with another."""
     path = directory / RUN_TOKENIZER
-    if not path.is_file():
+    if not path.exists():
         return None
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file: copy the tokenizer of the run there")
     trained = state.get("tokenizer_sha256")
     if trained not in (None, held := sha256_of_file(path)):
         raise CheckpointError(
