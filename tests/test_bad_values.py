@@ -145,6 +145,7 @@ def cells() -> Iterator[Any]:
         start = " ".join((row.module, *row.words[:1]))
         if row.module != "launch.agent":  # its words are torchrun's
             yield pytest.param(row.module, with_word(row, "no_such_key=1"), "no_such_key", "", id=f"{start} unknown")
+            yield pytest.param(row.module, with_word(row, "no_value"), "no_value", "", id=f"{start} without_value")
         if any(isinstance(slot, str) and slot.startswith("--") for slot in row.slots):
             words = (*row.words, "data.path=${oc.env:NO_SUCH_VARIABLE}")
             yield pytest.param(row.module, words, "data.path", "NO_SUCH_VARIABLE", id=f"{start} unset variable")
