@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data_pipeline import commands
 from train.config.conversion import from_words
+from train.config.errors import ConfigError
 from train.config.run_directory import directory_argument
 from train.config.schema import USER_ERRORS
 from train.hf.export import ExportConfig, export, open_run
@@ -25,6 +26,8 @@ USAGE = "python -m train.export RUN out=DIR [format=hf|safetensors] [step=N] [dt
 
 def _parse(arguments: list[str]) -> tuple[Path, ExportConfig]:
     directory = directory_argument(arguments, USAGE)
+    if not any(word.startswith("out=") for word in arguments):
+        raise ConfigError(f"out must be given; usage: {USAGE}")
     return directory, from_words(ExportConfig, arguments[1:])
 
 
