@@ -332,11 +332,11 @@ def test_a_second_run_in_a_directory_without_checkpoints_is_refused_at_its_start
     metrics = tmp_path / "a/default/metrics.jsonl"
     while first.is_running and not (metrics.is_file() and metrics.read_bytes()):
         time.sleep(0.01)
-    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "b", **shared))
-    assert code == BAD_INPUT and f"belongs to the run in {tmp_path}/a/default" in err, err
-    assert not (tmp_path / "b/default").exists()
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "b", **shared), "run.stop_at_step=1")
     first.send_signal(signal.SIGKILL)
     first.wait()
+    assert code == BAD_INPUT and f"belongs to the run in {tmp_path}/a/default" in err, err
+    assert not (tmp_path / "b/default").exists()
     code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "a", **shared), "run.stop_at_step=2")
     assert code == 0 and "afresh" in err, err
 
