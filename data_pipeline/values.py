@@ -97,9 +97,13 @@ def from_text(hint: Any, text: str, key: str, error: type[ValueError]) -> Any:
         return text.lower() == "true"
     if hint in (int, float):
         try:
-            return hint(text)
+            number = hint(text)
         except ValueError:
             pass
+        else:
+            if not math.isfinite(number):
+                raise error(f"{key}={text!r} must be a number, and finite")
+            return number
     if hint in _WANTED:
         raise error(f"{key}={text!r} must be {_WANTED[hint]}")
     if typing.get_origin(hint) is tuple:

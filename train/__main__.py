@@ -1,8 +1,8 @@
 """`python -m train [key=value ...]`: compose the configuration with Hydra, check it, run it.
 
 Exit codes: 0 the run is finished, `BAD_INPUT` it cannot start, `DIVERGED` it trained and cannot go on, `REQUEUE` it
-saved its state and wants to be started again, `NOT_SAVED` its last checkpoint could not be written
-(`train.distributed.signals`).
+saved its state and wants to be started again, `NOT_SAVED` its last checkpoint could not be written, `FAILED` anything
+else: the ranks did not come together, or what a run that trains reads is gone (`train.distributed.signals`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shlex
+import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,13 +28,14 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from train import chain
 from train.checkpoint.storage import SaveError
+from train.config.command import printable
 from train.config.compose import CONFIGS, compose, register_defaults
 from train.config.conversion import all_keys, from_mapping, unknown_key
-from train.config.errors import ConfigError, StartError
+from train.config.errors import ConfigError, RunError, StartError
 from train.config.quoting import override
 from train.config.schema import USER_ERRORS, TrainConfig, validate
 from train.config.sections import MAX_NAME_BYTES, RunConfig
-from train.distributed.environment import environment_world, is_first_of_host
+from train.distributed.environment import command_of_run, environment_world, is_first_of_host
 from train.distributed.signals import BAD_INPUT, DIVERGED, FAILED, NOT_SAVED, REQUEUE
 from train.health import TrainingDiverged
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from train.trainer import RunResult
 
 # What ends a run with one line instead of a traceback.
-FOREIGN_ERRORS = (*USER_ERRORS, TrainingDiverged, SaveError, StartError, OmegaConfBaseException)
+FOREIGN_ERRORS = (*USER_ERRORS, TrainingDiverged, SaveError, StartError, RunError, OmegaConfBaseException)
 _failed: list[int] = []  # exit codes of the points of a multirun that failed
 
 
@@ -110,7 +112,7 @@ def closing_words(config: TrainConfig, result: RunResult, overrides: list[str]) 
     def command(**changes: object) -> str:
         dropped = {*changes, "run.name", "resume", "run.stop_at_step"}
         kept = [o for o in overrides if o.split("=")[0].lstrip("+") not in dropped]
-        return f"{shlex.join(['python', '-m', 'train', *kept])} {' '.join(override(k, v) for k, v in changes.items())}"
+        return f"{shlex.join([*command_of_run(), *kept])} {' '.join(override(k, v) for k, v in changes.items())}"
 
     other = command(**{"run.name": f"{config.run.name}-k{other_k}", "model.chunk_size": other_k})
     going_on = ""
@@ -202,9 +204,11 @@ def check_points(arguments: list[str]) -> None:
 
 def one_line(error: BaseException) -> str:
     """The message of an error in one line, with the key where a library tells it in a line of its own."""
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return printable(str(error))
     text = str(error).split("Config search path")[0]
     key = getattr(error, "full_key", None)
-    if isinstance(error, OmegaConfBaseException) and key:
+    if key:
         kept = [line for line in text.split("\n") if not line.strip().startswith(("full_key:", "object_type="))]
         advice = "; set it, or give the key a value" if isinstance(error, InterpolationResolutionError) else ""
         text = f"{key}: " + " ".join(kept) + advice
@@ -217,11 +221,11 @@ def _code_of(error: BaseException) -> int:
         return DIVERGED
     if isinstance(error, SaveError):
         return NOT_SAVED
-    return FAILED if isinstance(error, StartError) else BAD_INPUT
+    return FAILED if isinstance(error, (StartError, RunError)) else BAD_INPUT
 
 
 def _print_error(error: BaseException, prefix: str = "") -> None:
-    if is_first_of_host():
+    if is_first_of_host() or isinstance(error, RunError):  # which one rank alone may meet
         print(f"error: {prefix}{one_line(error)}", file=sys.stderr)
 
 
@@ -248,6 +252,10 @@ def main() -> None:
         _run()
     except (HydraException, OmegaConfBaseException) as error:
         _exit_with(error, BAD_INPUT)
+    except KeyboardInterrupt:
+        if is_first_of_host():
+            print("stopped by SIGINT; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     if _failed:
         print(f"error: {len(_failed)} point(s) of the multirun failed, see above", file=sys.stderr)
         sys.exit(next((code for code in (FAILED, NOT_SAVED, DIVERGED) if code in _failed), BAD_INPUT))

@@ -56,9 +56,7 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def main() -> None:
-    given = {key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:])}
-    if unknown := given.keys() - DEFAULTS.keys():
-        raise SystemExit(f"error: {', '.join(sorted(unknown))}: the keys are {', '.join(DEFAULTS)}")
+    given = workload.arguments(sys.argv[1:], *DEFAULTS)
     options = DEFAULTS | {key: value if key == "overrides" else yaml.safe_load(value) for key, value in given.items()}
     names = NAMES if options["only"] is None else str(options["only"]).split(",")
     seeds, phases = str(options["seeds"]).strip("[]").replace(" ", "").split(","), options["phases"].split(",")

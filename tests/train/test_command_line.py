@@ -21,7 +21,7 @@ from tests.train.runs import BASE, losses
 from train.__main__ import main
 from train.config.errors import ConfigError
 from train.config.quoting import quoted
-from train.distributed.signals import BAD_INPUT, DIVERGED, NOT_SAVED, REQUEUE
+from train.distributed.signals import BAD_INPUT, DIVERGED, FAILED, NOT_SAVED, REQUEUE
 from train.logs.metrics import SUPERSEDED, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -295,6 +295,52 @@ def test_a_last_save_that_fails_is_one_line_and_an_exit_code(corpus, tmp_path):
     assert "Traceback" not in err and len(read_records(tmp_path / "default" / "metrics.jsonl")) >= 2
 
 
+def test_data_that_a_run_loses_while_it_trains_are_no_bad_input(corpus, tmp_path):
+    """A launcher starts it again: the store may be back. Where nothing has been trained, the input is bad."""
+    from data_pipeline import DataConfig, open_data
+
+    data = open_data(DataConfig(source="jsonl", path=str(corpus), vocab_size=400, cache_dir=str(tmp_path / "cache")))
+    lines, torn = corpus.read_text(encoding="utf-8").splitlines()[:20], tmp_path / "torn.jsonl"
+    torn.write_text("\n".join([*lines, '{"text": ']))
+    stream = dict(data__stream="true", data__validation_fraction=0.0, data__tokenizer=data.tokenizer_path)
+    stream |= dict(data__slab_mb=0.01, run__steps=1000, checkpoint__every_steps=2)
+    arguments = small_overrides(torn, tmp_path, **stream)
+    code, _, err = commands.run("train", *arguments)
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == FAILED and "Traceback" not in err, err
+    assert error.startswith("error: rank 0: ") and "torn.jsonl:21: " in error and "from the newest checkpoint" in error
+    code, _, err = commands.run("train", *arguments)  # it has read the data before
+    assert code == FAILED and "resumed from" in err and "torn.jsonl:21: " in err
+    torn.write_text('{"text": ')
+    code, _, err = commands.run("train", *arguments, "run.name=new")
+    assert code == BAD_INPUT and "torn.jsonl:1: " in err, err
+
+
+def test_a_later_stage_that_cannot_start_is_no_bad_input_of_the_chain(corpus, tmp_path):
+    stages = "[{name: a, run.steps: 2}, {name: b, run.steps: 2, data.path: /no/such/corpus}]"
+    arguments = [*small_overrides(corpus, tmp_path), f"stages={stages}"]
+    code, _, err = commands.run("train", *arguments)
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == FAILED and "stage 2 of 2 (default/1-b) cannot start: data.path=/no/such/corpus" in error
+    code, _, err = commands.run("train", *arguments)  # nothing has been trained by this call
+    assert code == BAD_INPUT and "data.path=/no/such/corpus" in err
+
+
+def test_a_second_run_in_a_directory_without_checkpoints_is_refused_at_its_start(corpus, tmp_path):
+    shared = dict(run__steps=100_000, checkpoint__every_steps=100_000, checkpoint__dir=tmp_path / "disk")
+    first = commands.Command("train", *small_overrides(corpus, tmp_path / "a", **shared))
+    metrics = tmp_path / "a/default/metrics.jsonl"
+    while first.is_running and not (metrics.is_file() and metrics.read_bytes()):
+        time.sleep(0.01)
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "b", **shared), "run.stop_at_step=1")
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert code == BAD_INPUT and f"belongs to the run in {tmp_path}/a/default" in err, err
+    assert not (tmp_path / "b/default").exists()
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "a", **shared), "run.stop_at_step=2")
+    assert code == 0 and "afresh" in err, err
+
+
 def test_checkpoints_that_are_not_mounted_stop_a_run_and_cost_no_history(corpus, tmp_path):
     arguments = small_overrides(corpus, tmp_path, run__steps=4, checkpoint__dir=tmp_path / "disk")
     code, _, err = commands.run("train", *arguments, "run.stop_at_step=3")
@@ -376,6 +422,18 @@ def test_a_signal_saves_and_asks_to_be_requeued(corpus, tmp_path, undisturbed):
     assert losses(read_records(metrics)) == losses(read_records(undisturbed[1] / "metrics.jsonl"))
 
 
+def test_ctrl_c_while_it_trains_is_one_line(corpus, tmp_path):
+    changes = dict(run__steps=100_000, checkpoint__every_steps=1)
+    command = commands.Command("train", *small_overrides(corpus, tmp_path, **changes))
+    metrics = tmp_path / "default/metrics.jsonl"
+    while command.is_running and len(read_records(metrics)) < 3:
+        time.sleep(0.01)
+    command.send_signal(signal.SIGINT)
+    assert command.wait() == 128 + signal.SIGINT
+    assert "Traceback" not in command.stderr
+    assert command.stderr.rstrip().endswith("stopped by SIGINT; the same command goes on from the newest checkpoint")
+
+
 def test_time_limit_does_the_same(corpus, tmp_path):
     code, _, err = commands.run("train", *small_overrides(corpus, tmp_path, run__steps=100000, run__max_minutes=0.01))
     assert code == REQUEUE and "asked to stop (run.max_minutes)" in err
@@ -418,6 +476,8 @@ def test_torchrun(corpus, tmp_path, undisturbed):
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert out.count("Step 5 of 5") == 1
+    options = "--nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0"
+    assert f"train for more steps     torchrun {options} -m train " in out
     # The schedule depends on the number of steps, so compare the first, before any update.
     mine, want = (read_records(d / "metrics.jsonl")[0]["loss"] for d in (tmp_path / "default", undisturbed[1]))
     assert mine == pytest.approx(want, rel=1e-6)
@@ -450,16 +510,6 @@ def test_a_signal_during_preparation_is_answered(corpus, tmp_path):
     command.send_signal(signal.SIGTERM)
     assert command.wait() == REQUEUE, command.stderr
     assert "asked to stop (SIGTERM) before the first step: nothing to save; start again" in command.stderr
-
-
-def test_closing_words_of_a_run_that_is_longer_than_asked(corpus, tmp_path):
-    from tests.train.runs import make_config
-    from train.__main__ import closing_words
-    from train.trainer import RunResult
-
-    result = RunResult(tmp_path / "default", 20, 100, None, 1.0, False)
-    words = closing_words(make_config(corpus, tmp_path, run__steps=10), result, [])
-    assert "The run is at step 20, beyond run.steps=10" in words and "of 10" not in words and "run.steps=40" in words
 
 
 def test_a_schedule_that_does_not_fit_is_said(corpus, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -84,3 +85,17 @@ def make_directory(key: str, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{key}={path} cannot be created: {error.strerror}") from error
+
+
+def directory_argument(arguments: Sequence[str], usage: str) -> Path:
+    """The directory that the first word of a command names. Raises `ConfigError` with the usage where there is none."""
+    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_dir()):
+        raise ConfigError(f"usage: {usage}")
+    return named_directory(arguments[0], usage)
+
+
+def named_directory(text: str, usage: str) -> Path:
+    """`text` as a path; an empty one, as an unset variable of a shell leaves it, would be the working directory."""
+    if not text.strip():
+        raise ConfigError(f"{text!r} names no directory; usage: {usage}")
+    return Path(text)

@@ -13,6 +13,7 @@ from pathlib import Path
 from data_pipeline.config import TASKS
 from train.config.errors import ConfigError
 
+DEVICES = ("auto", "cpu", "cuda")
 MAX_NAME_BYTES = 240  # file systems allow 255, and suffixes are added to some names
 
 
@@ -42,6 +43,8 @@ class RunConfig:
     spike_factor: float | None = None  # on a loss this many times the recent median, go back and skip its samples
 
     def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ConfigError(f"run.device={self.device!r} is not one of {', '.join(DEVICES)}")
         for name in (
             "steps",
             "samples_per_step",

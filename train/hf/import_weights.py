@@ -202,16 +202,19 @@ def check(config: TrainConfig) -> None:
         _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
 
 
-def initialise(engine: Any, world: World, config: TrainConfig, run: CheckpointPath | None = None) -> str:
+def initialise(
+    engine: Any, world: World, config: TrainConfig, run: tuple[CheckpointPath, dict[str, Any]] | None = None
+) -> str:
     """Fill the fp32 weights that this rank owns, on any parallel layout; AdamW's moments stay zero. Collective.
 
-    They come from `init_from=hf:...`, or from `run`, a verified checkpoint. Returns a line for the log.
+    They come from `init_from=hf:...`, or from `run`, a verified checkpoint with its state.json. Returns a line for the
+    log.
     """
     assert config.init_from is not None
     if run is None:
         weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
     else:
-        weights = _weights_of_run(run, config)
+        weights = _weights_of_run(*run, config)
     dims = {name: dim for name, (_, dim) in config.model.parameter_shapes().items()}
     for owned in engine.owned_state():
         shift, dim = [0] * len(owned.shape), dims[owned.name]
@@ -248,8 +251,7 @@ def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle
     return Weights(tensors, source, model, _summary_row(summary_from, directory))
 
 
-def _weights_of_run(checkpoint: CheckpointPath, config: TrainConfig) -> Weights:
-    state = locate.read_state(checkpoint)
+def _weights_of_run(checkpoint: CheckpointPath, state: dict[str, Any], config: TrainConfig) -> Weights:
     saved = from_saved(state["config"])
     source = CheckpointSpec("a run", saved.model, saved.seq_len, is_complete=True)
     tensors = RunTensors(checkpoint, state.get("own_share", 1.0))

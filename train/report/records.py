@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ksa_model.config import ModelConfig, ModelConfigError
+from ksa_model.config import ModelConfig
 from ksa_model.layout.sequence import SequenceLayout, build_layout
 from train.batches import model_flops
 from train.config.conversion import flatten, from_mapping
@@ -154,7 +154,7 @@ def read_run(directory: Path, name: str) -> Run:
         steps, _ = config["run"]["steps"], config["seq_len"]
     except FileNotFoundError:
         raise ReportError(f"{directory} has no config.yaml") from None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ConfigError, ModelConfigError) as error:
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:  # bad bytes and settings are values
         raise ReportError(f"{directory / 'config.yaml'} cannot be used: {' '.join(str(error).split())}") from None
     remarks = []
     if torn:
