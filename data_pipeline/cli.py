@@ -56,10 +56,34 @@ def run(description: str, command: Callable[[Sequence[str]], None], arguments: S
             do errors of the operating system. A signal ends it with 128 and its number, as in a shell.
         arguments: the words; None for those of the process.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    words = sys.argv[1:] if arguments is None else arguments
+    return printing(lambda: _run(description, command, words))
+
+
+def robust_streams() -> None:
+    """Letters that a standard stream cannot encode are written with a backslash, and end no command.
+
+    Under `LC_ALL=C` these are all that are not ASCII; anywhere, a path may hold bytes that are no UTF-8.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may hold bytes that are no UTF-8
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def printing(command: Callable[[], int]) -> int:
+    """Run a command that prints, and return its exit code: 128 + SIGPIPE where its reader has read enough."""
+    robust_streams()
+    try:
+        code = command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`
+        sys.stdout = open(os.devnull, "w")  # Python flushes it at exit
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _run(description: str, command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """`run` without its care for standard streams."""
     if not arguments or any(argument in ("-h", "--help", "help") for argument in arguments):
         print(f"{description.strip()}\n\nKeys with their defaults, see data_pipeline/config.py:\n")
         for field in fields(DataConfig):
@@ -68,12 +92,10 @@ def run(description: str, command: Callable[[Sequence[str]], None], arguments: S
     try:
         with _stop_at_sigterm():
             command(arguments)
-            sys.stdout.flush()
     except DataError as error:
         return _fail(str(error))
-    except BrokenPipeError:  # `| head` has read enough
-        sys.stdout = open(os.devnull, "w")  # Python flushes it at exit
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        raise
     except OSError as error:  # of a place that names no key itself
         return _fail(_os_error(error, arguments))
     except MemoryError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from data_pipeline.cli import printing
 from train.config.conversion import from_words
 from train.config.errors import ConfigError
 from train.config.schema import USER_ERRORS
@@ -45,4 +46,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(printing(main))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline import Tokenizer
+from data_pipeline.cli import printing
 from ksa_model.config import ModelConfig
 from ksa_model.decoding.generate import Sampling, generate
 from ksa_model.layers.tensor_parallel import TensorParallel
@@ -252,4 +253,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(printing(main))

@@ -11,13 +11,14 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
 
 from data_pipeline import values
-from data_pipeline.values import convert, from_text, how_to_quote, key_values, nearest
+from data_pipeline.values import convert, expand_home, from_text, how_to_quote, key_values, nearest
 from train.config.errors import ConfigError
 
 __all__ = [
     "all_keys",
     "convert",
     "defaults",
+    "expand_home",
     "flatten",
     "from_mapping",
     "from_text",

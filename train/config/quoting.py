@@ -26,6 +26,25 @@ def quoted(value: Any) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
+def unreadable(text: str) -> str:
+    """What to say of an override `KEY=VALUE` that the grammar does not take, or nothing where it takes it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # takes time, which few callers need
+    from hydra.errors import HydraException
+
+    key, equals, value = text.partition("=")
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        if not equals or not re.fullmatch(r"[~+]*[\w./@]+", key):
+            return ""
+        if value[:1] in ("[", "{"):
+            return f"{text} cannot be read ({' '.join(str(error).split('See https')[0].split())}); correct the list"
+        plain = not set(value) & set("\"'\\$`!")
+        quoted_word = f"""'{key}="{value}"'""" if plain else override(key, value)
+        return f"{text}: the value holds a character with a meaning of its own; as text it is written {quoted_word}"
+    return ""
+
+
 def override(key: str, value: Any) -> str:
     """`key=value` as one word for a shell, which gives Hydra that value."""
     return shlex.quote(f"{key}={quoted(value)}")

@@ -1,9 +1,11 @@
 """Ending early on request: the contract between the trainer and whatever starts it. Imports nothing heavy.
 
 SIGTERM, SIGUSR1 (a scheduler's preemption, a time limit near) or SIGHUP (the terminal has gone) asks the run to finish
-its step, save a checkpoint and exit with `REQUEUE`; a second signal ends it at once. A terminal that closes sends SIGHUP
-several times, from the kernel, the shell and torchrun, so SIGHUP never counts as the second. Under nohup it is ignored. A launcher starts a run that ended with `REQUEUE` again: it finds
-its run directory and continues.
+its step, save a checkpoint and exit with `REQUEUE`; a second signal ends it at once. A launcher starts a run that ended
+with `REQUEUE` again: it finds its run directory and continues.
+
+A terminal that closes sends SIGHUP several times: the kernel, the shell and torchrun do. So SIGHUP never counts as the
+second signal. Under nohup it is ignored.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from data_pipeline.cli import printing
 from data_pipeline.store.files import write_json
-from train.config.conversion import from_words
+from train.config.conversion import expand_home, from_words
 from train.config.errors import ConfigError
 from train.config.run_directory import make_directory
 from train.config.schema import USER_ERRORS
@@ -34,7 +35,7 @@ def main() -> int:
     """The command; returns its exit code."""
     try:
         directory, config = _parse(sys.argv[1:])
-        out = Path(config.out or directory)
+        out = Path(expand_home(config.out) or directory)
         if config.out is not None:
             make_directory("out", out)
         world = groups.initialize(groups.ParallelConfig(), groups.pick_device("auto"))
@@ -56,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(printing(main))

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.cli import printing
+from train.config.conversion import expand_home
 from train.config.errors import ConfigError
 from train.distributed.signals import BAD_INPUT
 from train.report.page import write_report
@@ -22,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0 if paths else BAD_INPUT
     try:
-        written = write_report(paths, Path(outputs[-1]) if outputs else None)
+        written = write_report(paths, Path(expand_home(outputs[-1])) if outputs else None)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -31,4 +33,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(printing(lambda: main(sys.argv[1:])))

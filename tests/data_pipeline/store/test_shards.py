@@ -1,3 +1,5 @@
+import os
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -147,3 +149,30 @@ def test_documents_beyond_the_limit_leave_no_trace(tmp_path):
     assert lengths == [3, None, 0, None, 1]
     assert writer.info == replace(write(tmp_path / "t", kept), name="s")
     assert (tmp_path / "s.bin").read_bytes() == (tmp_path / "t.bin").read_bytes()
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """A memory-mapped file holds a descriptor, and `ulimit -n` is 1024 on many machines."""
+    for number in (0, 1):
+        with ShardWriter(tmp_path / f"shard-{number}", np.dtype(np.uint16)) as writer:
+            writer.add(np.array([number, number + 1]))
+    for number in range(2, 600):  # links: to write as many files takes long
+        for ending in (".bin", ".idx"):
+            (tmp_path / f"shard-{number}{ending}").symlink_to(f"shard-{number % 2}{ending}")
+    prefixes = [tmp_path / f"shard-{number}" for number in range(600)]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 400, before[1]))
+    try:
+        shards = ShardSet(prefixes)
+        for document in (0, 599, 300, 0, *range(0, 600, 7)):
+            assert shards.read(document, 0, 2).tolist() == [document % 2, document % 2 + 1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_shard_that_is_replaced_is_not_read_as_the_one_before(tmp_path):
+    prefix = tmp_path / "shard"
+    for token in (1, 2):
+        with ShardWriter(prefix, np.dtype(np.uint16)) as writer:
+            writer.add(np.full(4, token))
+        assert ShardReader(prefix).read(0).tolist() == [token] * 4
