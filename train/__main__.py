@@ -33,7 +33,7 @@ from train.checkpoint.storage import SaveError
 from train.config.compose import CONFIGS, compose, register_defaults
 from train.config.conversion import all_keys, from_mapping, unknown_key
 from train.config.errors import ConfigError, StartError
-from train.config.quoting import override, unreadable
+from train.config.quoting import as_text, override, unreadable
 from train.config.schema import USER_ERRORS, TrainConfig, validate
 from train.config.sections import MAX_NAME_BYTES, RunConfig
 from train.distributed.environment import environment_world, is_first_of_host
@@ -158,10 +158,17 @@ def check_keys(overrides: list[str]) -> None:
     for text in overrides:
         if problem := unreadable(text):
             raise ConfigError(problem)
+    multirun = {"-m", "--multirun"} & set(sys.argv[1:])
     known = set(all_keys(TrainConfig))
     groups = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
     for given in OverridesParser.create().parse_overrides(overrides):
         key = given.key_or_group
+        if given.is_sweep_override() and not multirun:
+            text = (given.input_line or "").partition("=")[2]
+            raise ConfigError(
+                f"{given.input_line} lists several values: as one text it is written {as_text(key, text)}; to run each "
+                "of them, add -m"
+            )
         if key not in known and key not in groups and not key.startswith("hydra"):
             raise unknown_key(key, sorted(known | groups))
 

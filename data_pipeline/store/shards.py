@@ -13,11 +13,8 @@ The writer stores one sequence per document (several where it has 2**31 tokens o
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
-import threading
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,6 +28,7 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.store.cache import BlockCache
 from data_pipeline.store.files import atomic_write
+from data_pipeline.store.mapped import MappedFile
 from data_pipeline.store.remote import find_remote
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -245,43 +243,6 @@ class _ShardReaderBase:
             )
 
 
-class _MappedFiles:
-    """Memory-mapped files, the `limit` most recently used of them open, because each one holds a file descriptor.
-
-    A corpus may have more shards than a process may have open files (`ulimit -n`). A file is known by path, inode,
-    time stamp and size, so that one that was replaced is not taken for the one before.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._lock = limit, threading.Lock()
-        self._open: OrderedDict[tuple[str, int, int, int], np.ndarray] = OrderedDict()
-
-    def get(self, file: tuple[str, int, int, int]) -> np.ndarray:
-        """The bytes of `file` (path, inode, time stamp in ns, size), uint8 [size]. Raises DataError if it changed."""
-        with self._lock:
-            mapped = self._open.pop(file, None)
-            if mapped is None:
-                mapped = self._map(file)
-            self._open[file] = mapped
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)  # it is closed once nobody uses a part of it
-            return mapped
-
-    @staticmethod
-    def _map(file: tuple[str, int, int, int]) -> np.ndarray:
-        path, *stamp = file
-        try:
-            status = os.stat(path)
-            if [status.st_ino, status.st_mtime_ns, status.st_size] != stamp:
-                raise DataError(f"{path}: has changed since it was opened; put the old file back, or start again")
-            return np.memmap(path, dtype=np.uint8, mode="r")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-_MAPPED = _MappedFiles(limit=256)
-
-
 class ShardReader(_ShardReaderBase):
     """One local shard, memory-mapped.
 
@@ -294,15 +255,12 @@ class ShardReader(_ShardReaderBase):
         super().__init__(idx_path, str(idx_path))
         if not bin_path.is_file():
             raise DataError(f"{bin_path}: is missing, although {idx_path.name} is there")
-        status = bin_path.stat()
-        self._check_size(str(bin_path), str(idx_path), status.st_size)
-        self._file = (str(bin_path), status.st_ino, status.st_mtime_ns, status.st_size)
+        self._file = MappedFile.open(bin_path)
+        self._check_size(str(bin_path), str(idx_path), self._file.num_bytes)
         self._slice(0, 0)  # a file that cannot be mapped is an error now
 
     def _slice(self, start: int, stop: int) -> np.ndarray:
-        if not self._num_tokens:
-            return np.zeros(0, dtype=self.dtype)
-        return _MAPPED.get(self._file)[start * self.dtype.itemsize : stop * self.dtype.itemsize].view(self.dtype)
+        return self._file.content[start * self.dtype.itemsize : stop * self.dtype.itemsize].view(self.dtype)
 
 
 class RemoteShardReader(_ShardReaderBase):

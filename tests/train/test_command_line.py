@@ -482,6 +482,7 @@ def test_a_schedule_that_does_not_fit_is_said(corpus, tmp_path):
         ("run.root=~/runs", """as text it is written 'run.root="~/runs"'"""),
         ("data.path=a(b", """as text it is written 'data.path="a(b"'"""),
         ('data.path=it"s', """as text it is written 'data.path='"'"'it"s'"'"''"""),
+        ("data.path=a,b.jsonl", """as one text it is written 'data.path="a,b.jsonl"'; to run each of them, add -m"""),
         ("optim.betas=[0.9,0.95", "optim.betas=[0.9,0.95 cannot be read"),
     ],
 )

@@ -39,10 +39,16 @@ def unreadable(text: str) -> str:
             return ""
         if value[:1] in ("[", "{"):
             return f"{text} cannot be read ({' '.join(str(error).split('See https')[0].split())}); correct the list"
-        plain = not set(value) & set("\"'\\$`!")
-        quoted_word = f"""'{key}="{value}"'""" if plain else override(key, value)
-        return f"{text}: the value holds a character with a meaning of its own; as text it is written {quoted_word}"
+        return (
+            f"{text}: the value holds a character with a meaning of its own; as text it is written "
+            f"{as_text(key, value)}"
+        )
     return ""
+
+
+def as_text(key: str, value: str) -> str:
+    """`override`, for a reader: with two pairs of quotes where nothing in `value` needs more."""
+    return override(key, value) if set(value) & set("\"'\\$`!") else f"""'{key}="{value}"'"""
 
 
 def override(key: str, value: Any) -> str:

@@ -1,5 +1,6 @@
 import os
 import resource
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -168,6 +169,21 @@ def test_more_shards_than_files_may_be_open(tmp_path):
             assert shards.read(document, 0, 2).tolist() == [document % 2, document % 2 + 1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_offsets_beyond_what_32_bits_hold(tmp_path):
+    """Two documents of 1.5e9 tokens: their sum, and their bytes, are more than 2**31 and 2**32."""
+    prefix, length = tmp_path / "shard", 1_500_000_000
+    with open(tmp_path / "shard.bin", "wb") as file:
+        file.seek(2 * (2 * length - 3))  # the rest is a hole
+        file.write(np.array([7, 9, 11], dtype=np.uint16).tobytes())
+    header = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 2, 3)
+    arrays = np.full(2, length, "<i4"), np.array([0, 2 * length], "<i8"), np.arange(3, dtype="<i8")
+    (tmp_path / "shard.idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
+    reader = ShardReader(prefix)
+    assert reader.lengths.tolist() == [length, length]
+    assert reader.read(1, length - 3).tolist() == [7, 9, 11]
+    assert ShardSet([prefix, prefix]).read(3, length - 1, 1).tolist() == [11]
 
 
 def test_a_shard_that_is_replaced_is_not_read_as_the_one_before(tmp_path):
