@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -31,7 +31,7 @@ from data_pipeline.cli import robust_streams
 from train import chain
 from train.checkpoint.storage import SaveError
 from train.config.compose import CONFIGS, compose, register_defaults
-from train.config.conversion import all_keys, from_mapping, unknown_key
+from train.config.conversion import from_mapping, how_to_quote, key_types, unknown_key
 from train.config.errors import ConfigError, StartError
 from train.config.quoting import as_text, override, unreadable
 from train.config.schema import USER_ERRORS, TrainConfig, validate
@@ -159,7 +159,7 @@ def check_keys(overrides: list[str]) -> None:
         if problem := unreadable(text):
             raise ConfigError(problem)
     multirun = {"-m", "--multirun"} & set(sys.argv[1:])
-    known = set(all_keys(TrainConfig))
+    known = key_types(TrainConfig)
     groups = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
     for given in OverridesParser.create().parse_overrides(overrides):
         key = given.key_or_group
@@ -169,8 +169,13 @@ def check_keys(overrides: list[str]) -> None:
                 f"{given.input_line} lists several values: as one text it is written {as_text(key, text)}; to run each "
                 "of them, add -m"
             )
+        is_text = str in (known.get(key), *get_args(known.get(key)))
+        if is_text and isinstance(given.value(), (int, float)) and not given.is_sweep_override():
+            # The value itself would be spelled otherwise: 1E2 as 100.0, 007 as 7.
+            spelled = (given.input_line or "").partition("=")[2]
+            raise ConfigError(f"{key}={spelled} must be a string{how_to_quote(key, spelled)}")
         if key not in known and key not in groups and not key.startswith("hydra"):
-            raise unknown_key(key, sorted(known | groups))
+            raise unknown_key(key, sorted({*known, *groups}))
 
 
 def _point_name() -> str:

@@ -110,6 +110,11 @@ def refused(monkeypatch, capsys, *arguments):
             """run.name=20240601 must be a string; as text it is written with two pairs of quotes""",
         ),
         (["resume=true"], """'resume="true"'"""),
+        (
+            ["run.name=1E2"],
+            """run.name=1E2 must be a string; as text it is written with two pairs of quotes: 'run.name="1E2"'""",
+        ),
+        (["data.subset=007"], """'data.subset="007"'"""),
         (["data.path=${oc.env:NO_SUCH_VARIABLE}"], "data.path: KeyError raised while resolving interpolation"),
         (["run.name=${no_such_key}"], "run.name: Interpolation key 'no_such_key' not found; set it"),
         (["run.name=${run.name}"], "run.name: Recursive interpolation detected"),
