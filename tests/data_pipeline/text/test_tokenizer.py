@@ -124,7 +124,7 @@ def test_files_that_are_no_model(tmp_path):
 
 
 def test_a_directory_and_a_name_of_the_hub_are_answered(tmp_path):
-    with pytest.raises(DataError, match="is a directory; it holds neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(DataError, match=r"is a directory; it holds neither tokenizer\.json nor tokenizer\.model"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(DataError, match=r"is a directory; name the file in it: .*/tokenizer.model$"):
