@@ -30,9 +30,7 @@ def run(
             operating system and a lack of memory. Anything else is a fault of the program and keeps its traceback.
         takes_signals: whether SIGTERM ends the command as Ctrl-C does: with a line, and 128 plus its number.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may hold bytes that are no UTF-8
-            stream.reconfigure(errors="backslashreplace")
+    robust_streams()
     try:
         with _stop_at_sigterm() if takes_signals else nullcontext():
             code = command()
@@ -51,6 +49,16 @@ def run(
         print(f"stopped by {signal.Signals(number).name}; the same command goes on, or begins again", file=sys.stderr)
         return 128 + number
     return code or 0
+
+
+def robust_streams() -> None:
+    """Letters that a standard stream cannot encode are written with a backslash, and end no command.
+
+    Under `LC_ALL=C` these are all that are not ASCII; anywhere, a path may hold bytes that are no UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def fail(message: str) -> int:

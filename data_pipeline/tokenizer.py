@@ -23,6 +23,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.store.remote import is_remote
 from data_pipeline.text.sources import Corpus
 from data_pipeline.text.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.values import expand_home
 
 VERBS = ("train", "info", "encode")
 
@@ -48,6 +49,7 @@ def _command(arguments: Sequence[str]) -> None:
 
 def _train(arguments: Sequence[str]) -> None:
     config, extra = cli.parse(arguments, {"out": ""})
+    extra["out"] = expand_home(extra["out"])
     if not extra["out"] or config.source not in RAW:
         raise DataError(f"train needs out=FILE.model and a source of text ({', '.join(RAW)})")
     corpus = Corpus(config)

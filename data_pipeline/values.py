@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -71,6 +72,17 @@ def convert(hint: Any, value: Any, key: str, error: type[ValueError]) -> Any:
             raise error(f"{key}={value!r} must be {_WANTED[hint]}, and finite")
         return value
     raise error(f"{key}={value!r} must be {_WANTED[hint]}" + (how_to_quote(key, value) if hint is str else ""))
+
+
+def expand_home(value: Any, prefix: str = "") -> Any:
+    """A path with `~` or `~USER` at its beginning, or behind `prefix`, spelled out; anything else as it is.
+
+    Shells leave a `~` behind `=` to the program: without this, `run.root=~/runs` would be a directory named `~`.
+    """
+    if not isinstance(value, str):
+        return value
+    path = value.removeprefix(prefix)
+    return value[: len(value) - len(path)] + os.path.expanduser(path)
 
 
 def how_to_quote(key: str, value: Any) -> str:

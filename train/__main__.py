@@ -15,12 +15,14 @@ import re
 import shlex
 import signal
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -28,16 +30,17 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from train import chain
 from train.checkpoint.storage import SaveError
-from train.config.command import printable
+from train.config.command import printable, robust_streams
 from train.config.compose import CONFIGS, compose, register_defaults
-from train.config.conversion import all_keys, from_mapping, unknown_key
+from train.config.conversion import from_mapping, how_to_quote, key_types, unknown_key
 from train.config.errors import ConfigError, RunError, StartError
-from train.config.quoting import override
+from train.config.quoting import as_text, override, unreadable
 from train.config.schema import USER_ERRORS, TrainConfig, validate
 from train.config.sections import MAX_NAME_BYTES, RunConfig
 from train.distributed.environment import command_of_run, environment_world, is_first_of_host
 from train.distributed.signals import BAD_INPUT, DIVERGED, FAILED, NOT_SAVED, REQUEUE
 from train.health import TrainingDiverged
+from train.logs.streams import Unbreakable
 
 if TYPE_CHECKING:
     from train.trainer import RunResult
@@ -84,7 +87,7 @@ def _run_one(composed: DictConfig) -> RunResult | None:
     atexit.register(gc.unfreeze)  # libraries that count their objects would report the frozen ones as leaked
     result = chain.run(config) if config.stages else train(config)
     if not result.interrupted and environment_world()[0] == 0:
-        print(closing_words(config, result, list(HydraConfig.get().overrides.task)))
+        print(closing_words(config, result, list(HydraConfig.get().overrides.task)), file=Unbreakable(sys.stdout))
     return result
 
 
@@ -153,20 +156,40 @@ def _closing_words_of_chain(config: TrainConfig, result: RunResult) -> str:
 
 def check_keys(overrides: list[str]) -> None:
     """Refuse a key that does not exist, naming the nearest one; Hydra's own message does not."""
-    known = set(all_keys(TrainConfig))
+    for text in overrides:
+        if problem := unreadable(text):
+            raise ConfigError(problem)
+    multirun = {"-m", "--multirun"} & set(sys.argv[1:])
+    known = key_types(TrainConfig)
     groups = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
     for given in OverridesParser.create().parse_overrides(overrides):
         key = given.key_or_group
+        if given.is_sweep_override() and not multirun:
+            text = (given.input_line or "").partition("=")[2]
+            raise ConfigError(
+                f"{given.input_line} lists several values: as one text it is written {as_text(key, text)}; to run each "
+                "of them, add -m"
+            )
+        is_text = str in (known.get(key), *get_args(known.get(key)))
+        if is_text and isinstance(given.value(), (int, float)) and not given.is_sweep_override():
+            # The value itself would be spelled otherwise: 1E2 as 100.0, 007 as 7.
+            spelled = (given.input_line or "").partition("=")[2]
+            raise ConfigError(f"{key}={spelled} must be a string{how_to_quote(key, spelled)}")
         if key not in known and key not in groups and not key.startswith("hydra"):
-            raise unknown_key(key, sorted(known | groups))
+            raise unknown_key(key, sorted({*known, *groups}))
 
 
 def _point_name() -> str:
     """What sets this point of a multirun apart from the others, such as `model.chunk_size=4`."""
     typed = OverridesParser.create().parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
+    return name_of_point(HydraConfig.get().overrides.task, typed) or str(HydraConfig.get().job.num)
+
+
+def name_of_point(point: Iterable[str], typed: Iterable[Override]) -> str:
+    """The name of a point of a multirun by its overrides; `typed`: those of the command, which vary some of them."""
     swept = {override.key_or_group for override in typed if override.is_sweep_override()}
-    here = [text for text in HydraConfig.get().overrides.task if text.lstrip("+").split("=")[0] in swept]
-    return short_name(re.sub(r"[^\w.=,+-]+", "_", ",".join(here)) or str(HydraConfig.get().job.num))
+    here = [text for text in point if text.lstrip("+").split("=")[0] in swept]
+    return short_name(re.sub(r"[^\w.=,+-]+", "_", ",".join(here)))
 
 
 def short_name(name: str) -> str:
@@ -193,7 +216,15 @@ def check_points(arguments: list[str]) -> None:
     if any(override.is_sweep_override() and not override.is_discrete_sweep() for override in parsed):
         return
     (points,) = BasicSweeper.split_arguments(parsed, None)
+    names: dict[str, str] = {}
     for point in points:
+        name = name_of_point(point, parsed)
+        values = " ".join(text for text in point if f"{text.partition('=')[0]}=" in name)
+        if (other := names.setdefault(name, values)) != values:
+            raise ConfigError(
+                f"{other} and {values} would both be run {name}, because they differ in punctuation only: start them "
+                "one by one, each with its run.name; no point was started"
+            )
         try:
             config = from_mapping(TrainConfig, compose(point))
             if not config.dry_run:
@@ -239,6 +270,7 @@ def main() -> None:
     """The command."""
     overrides = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
     _failed.clear()
+    robust_streams()
     try:
         check_keys(overrides)
         check_points(sys.argv[1:])

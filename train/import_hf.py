@@ -19,7 +19,7 @@ from typing import Any
 
 from data_pipeline import commands
 from ksa_model.config import ModelConfig
-from train.config.conversion import from_mapping, from_text, from_words, key_values
+from train.config.conversion import expand_home, from_mapping, from_text, from_words, key_values
 from train.config.errors import ConfigError
 from train.config.run_directory import directory_argument
 from train.config.schema import USER_ERRORS
@@ -52,11 +52,9 @@ def _run(arguments: list[str]) -> str:
     if not options.out:
         tokenizer = find_tokenizer(Path(directory))
         return overrides(model) + ("" if tokenizer is None else f" {shlex.quote(f'data.tokenizer={tokenizer}')}")
-    checkpoint, unused = import_run(directory, Path(options.out), model, options.summary_from, options.allow_pickle)
-    return (
-        f"wrote {checkpoint}; sample it: python -m train.generate {options.out}; train from it: init_from={options.out}"
-        f"{unused}"
-    )
+    out = Path(expand_home(options.out))
+    checkpoint, unused = import_run(directory, out, model, options.summary_from, options.allow_pickle)
+    return f"wrote {checkpoint}; sample it: python -m train.generate {out}; train from it: init_from={out}{unused}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline import DataConfig
 from tests import commands
 from tests.train.runs import BASE, losses
 from train.__main__ import main
+from train.config.conversion import from_mapping
 from train.config.errors import ConfigError
 from train.config.quoting import quoted
+from train.config.schema import TrainConfig
 from train.distributed.signals import BAD_INPUT, DIVERGED, FAILED, NOT_SAVED, REQUEUE
 from train.logs.metrics import SUPERSEDED, read_records
 
@@ -107,6 +110,7 @@ def refused(monkeypatch, capsys, *arguments):
             """run.name=20240601 must be a string; as text it is written with two pairs of quotes""",
         ),
         (["resume=true"], """'resume="true"'"""),
+        (["run.name=1E2"], """as text it is written with two pairs of quotes: 'run.name="1E2"'"""),
         (["data.path=${oc.env:NO_SUCH_VARIABLE}"], "data.path: KeyError raised while resolving interpolation"),
         (["run.name=${no_such_key}"], "run.name: Interpolation key 'no_such_key' not found; set it"),
         (["run.name=${run.name}"], "run.name: Recursive interpolation detected"),
@@ -521,6 +525,58 @@ def test_a_schedule_that_does_not_fit_is_said(corpus, tmp_path):
     assert "warms up and decays over 1 and 4 steps" in err
     rates = [r["lr"] for r in read_records(tmp_path / "default/metrics.jsonl") if "lr" in r]
     assert rates == pytest.approx([0.01, 0.00775, 0.0055, 0.00325, 0.001])
+
+
+@pytest.mark.parametrize(
+    "word, advice",
+    [
+        ("run.root=~/runs", """as text it is written 'run.root="~/runs"'"""),
+        ("data.path=a(b", """as text it is written 'data.path="a(b"'"""),
+        ('data.path=it"s', """as text it is written 'data.path='"'"'it"s'"'"''"""),
+        ("data.path=a,b.jsonl", """as one text it is written 'data.path="a,b.jsonl"'; to run each of them, add -m"""),
+        ("data.path=\udcc3\udca9", "no text in the encoding of this locale; set LC_ALL=C.UTF-8"),
+        ("optim.betas=[0.9,0.95", "optim.betas=[0.9,0.95 cannot be read"),
+    ],
+)
+def test_a_value_that_the_grammar_does_not_take_is_quoted_for_the_user(monkeypatch, capsys, word, advice):
+    said = refused(monkeypatch, capsys, word)
+    assert advice in said and "Exception" not in said
+
+
+def test_points_of_a_multirun_with_one_name_are_refused(monkeypatch, capsys, corpus, tmp_path):
+    """The second would go on in the directory of the first."""
+    words = small_overrides(corpus, tmp_path, data__text_key="a/b,a_b", run__steps=2)
+    said = refused(monkeypatch, capsys, "-m", *words)
+    assert "data.text_key=a/b and data.text_key=a_b would both be run data.text_key=a_b" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_directory_is_meant_by_a_tilde(monkeypatch, corpus, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"run": {"root": "~/runs"}, "checkpoint": {"dir": "~/saved"}, "resume": "~/one", "init_from": "hf:~/two"}
+    data = {name: f"~/{name}" for name in ("path", "validation_path", "tokenizer", "cache_dir")}
+    values |= {"data": {"source": "jsonl", **data}, "seq_len": 64, "model": BASE["model"]}
+    config = from_mapping(TrainConfig, values)
+    assert config.run.directory == tmp_path / "runs" / "default"
+    assert (config.checkpoint.dir, config.resume) == (f"{tmp_path}/saved", f"{tmp_path}/one")
+    assert config.init_from == f"hf:{tmp_path}/two"
+    assert {name: getattr(config.data, name) for name in data} == {name: f"{tmp_path}/{name}" for name in data}
+    corpora = [{"name": "a", "source": "jsonl", "path": "~/a", "validation_path": "~/b"}]
+    mixture = from_mapping(DataConfig, {"source": "mixture", "tokenizer": "t", "corpora": corpora})
+    assert (mixture.corpora[0].path, mixture.corpora[0].validation_path) == (f"{tmp_path}/a", f"{tmp_path}/b")
+
+
+def test_a_reader_of_the_output_that_leaves_ends_no_run(corpus, tmp_path):
+    """`python -m train ... | head -1`"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = small_overrides(corpus, tmp_path, run__steps=2, logging__wandb="off")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *arguments], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in err, err
 
 
 def test_all_points_of_a_multirun_are_checked_before_the_first(corpus, tmp_path):

@@ -27,7 +27,7 @@ from train.checkpoint.locate import read_state
 from train.checkpoint.retention import last_finite_step
 from train.checkpoint.rewrite import average, reshape
 from train.checkpoint.storage import MANIFEST, CheckpointError, CheckpointPath
-from train.config.conversion import from_words
+from train.config.conversion import expand_home, from_words
 from train.config.errors import ConfigError
 from train.config.quoting import override
 from train.config.run_directory import named_directory
@@ -148,13 +148,13 @@ def _run(command: str, location: str, words: list[str]) -> int:
 
 
 def _reshape(checkpoint: CheckpointPath, options: ReshapeOptions) -> int:
-    written = reshape(checkpoint, CheckpointPath(options.out), options.files, options.moments)
+    written = reshape(checkpoint, CheckpointPath(expand_home(options.out)), options.files, options.moments)
     print(f"wrote {written}; use it with {override('resume' if options.moments else 'init_from', str(written))}")
     return 0
 
 
 def _average(location: str, checkpoints: list[CheckpointPath], options: AverageOptions) -> int:
-    out, chosen = options.out or f"{location.rstrip('/')}-average", checkpoints[-options.last :]
+    out, chosen = expand_home(options.out) or f"{location.rstrip('/')}-average", checkpoints[-options.last :]
     written = average(chosen, CheckpointPath(out) / "checkpoints")
     for name in ("config.yaml", "tokenizer.model", DESCRIPTION):  # which make `out` a run directory
         if (Path(location) / name).is_file():
@@ -180,4 +180,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

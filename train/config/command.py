@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from data_pipeline.commands import fail, printable, run
+from data_pipeline.commands import fail, printable, robust_streams, run
 
-__all__ = ["fail", "printable", "run"]
+__all__ = ["fail", "printable", "robust_streams", "run"]

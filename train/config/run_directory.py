@@ -30,12 +30,17 @@ def read_config(directory: Path) -> TrainConfig:
 def check(directory: Path, config: TrainConfig) -> None:
     """Raise `ConfigError` if the run directory cannot be written, or holds a run with another configuration."""
     try:
-        existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+        existing = next(p for p in (directory, *directory.absolute().parents) if p.exists() or p.is_symlink())
     except OSError as error:  # a name that is too long, a file system that does not answer
         raise ConfigError(
             f"run.root={config.run.root} and run.name={config.run.name}: the directory cannot be reached "
             f"({error.strerror}): choose another place or a shorter name"
         ) from error
+    if not existing.exists():
+        raise ConfigError(
+            f"run.root={config.run.root} and run.name={config.run.name}: {existing} is a link to "
+            f"{os.readlink(existing)}, which is not there: create or mount it, or remove the link"
+        )
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(
             f"run.root={config.run.root} and run.name={config.run.name}: {existing} is not a directory that can be "

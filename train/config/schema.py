@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline import DataConfig, DataError
+from data_pipeline.values import expand_home
 from ksa_model.config import (
     MemoryConfig,
     MemoryConfigError,
@@ -58,6 +59,8 @@ class TrainConfig:
     document_alignment: int | None = None  # documents start on multiples of this; null: model.chunk_size
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "resume", expand_home(self.resume))
+        object.__setattr__(self, "init_from", expand_home(self.init_from, prefix="hf:"))
         if self.dry_run_ranks is not None and self.dry_run_ranks < 1:
             raise ConfigError(
                 f"dry_run_ranks={self.dry_run_ranks} must be at least 1, or null for the ranks of this launch"

@@ -1,12 +1,16 @@
 """Ending early on request: the contract between the trainer and whatever starts it. Imports nothing heavy.
 
-SIGTERM or SIGUSR1 (a scheduler's preemption, a time limit near) asks the run to finish its step, save a checkpoint and
-exit with `REQUEUE`; a second signal ends it at once. A launcher starts a run that ended with `REQUEUE` again: it finds
-its run directory and continues.
+SIGTERM, SIGUSR1 (a scheduler's preemption, a time limit near) or SIGHUP (the terminal has gone) asks the run to finish
+its step, save a checkpoint and exit with `REQUEUE`; a second signal ends it at once. A launcher starts a run that ended
+with `REQUEUE` again: it finds its run directory and continues.
+
+A terminal that closes sends SIGHUP several times: the kernel, the shell and torchrun do. So SIGHUP never counts as the
+second signal. Under nohup it is ignored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -22,7 +26,7 @@ FAILED = 1  # something went wrong outside the configuration; starting it again 
 NOT_SAVED = 74
 DIVERGED = 65  # EX_DATAERR: the run trained and cannot go on as configured; starting it again would end the same way
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
@@ -54,6 +58,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
             for number in _SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -66,8 +72,13 @@ class StopRequest:
             if is_first_of_host():
                 name = signal.Signals(number).name
                 # not print: a handler may interrupt one
-                os.write(2, f"asked to stop ({name}) before the first step: nothing to save; start again\n".encode())
+                with contextlib.suppress(OSError):  # a terminal that has gone
+                    os.write(
+                        2, f"asked to stop ({name}) before the first step: nothing to save; start again\n".encode()
+                    )
             raise SystemExit(REQUEUE)
-        if self.reason is not None:
+        hangup = signal.SIGHUP.name
+        if self.reason not in (None, hangup) and number != signal.SIGHUP:
             os._exit(128 + number)
-        self.reason = signal.Signals(number).name
+        if self.reason in (None, hangup):
+            self.reason = signal.Signals(number).name

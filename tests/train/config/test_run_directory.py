@@ -54,3 +54,11 @@ def test_a_directory_that_cannot_be_written(config, tmp_path):
         run_directory.check(tmp_path / "file/run", config)
     with pytest.raises(ConfigError, match=r"out=.*file/run cannot be created"):
         run_directory.make_directory("out", tmp_path / "file/run")
+
+
+def test_a_link_to_nothing_is_named(config, tmp_path):
+    """A run directory on a disk that is not mounted, reached through a link."""
+    (tmp_path / "scratch").symlink_to(tmp_path / "disk" / "runs")
+    for directory in (tmp_path / "scratch", tmp_path / "scratch" / "run"):
+        with pytest.raises(ConfigError, match=r"scratch is a link to .*disk/runs, which is not there"):
+            run_directory.check(directory, config)
