@@ -20,6 +20,7 @@ from ksa_model.config import ModelConfig
 from ksa_model.hf import naming
 from ksa_model.hf.configs import CheckpointSpec, check_same_shape
 from ksa_model.model import Decoder
+from train import stages
 from train.checkpoint import locate, rewrite
 from train.checkpoint import tensors as checkpoint_tensors
 from train.checkpoint.storage import CheckpointPath
@@ -197,9 +198,10 @@ def open_source(directory: str | Path, allow_pickle: bool = False) -> tuple[Tens
 
 
 def check(config: TrainConfig) -> None:
-    """Raise one of `USER_ERRORS` if the model does not fit `init_from=hf:...`; reads no tensor."""
+    """Raise one of `USER_ERRORS` if model or stage do not fit `init_from=hf:...`; reads no tensor."""
     if config.init_from is not None and config.init_from.startswith(HF_PREFIX):
-        _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
+        weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
+        stages.check_teacher(config.stage, config.model, config.init_from, vars(weights.source.config))
 
 
 def initialise(
