@@ -9,7 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-MIXERS = {"K": "KSA", "F": "full", "S": "sliding window", "C": "sliding chunk", "G": "gated delta net"}
+MIXERS = {
+    "K": "KSA",
+    "F": "full",
+    "S": "sliding window",
+    "C": "sliding chunk",
+    "H": "learned pooling",
+    "P": "mean pooling",
+    "G": "gated delta net",
+}
 CONV_TOKENS = 4  # width of the convolutions of a `G` layer, in tokens
 DELTA_BLOCK_ROWS = 64  # rows per block in the recurrence of a `G` layer
 LOSS_ROWS = 1024  # rows of logits that the loss holds at a time, in fp32
@@ -92,7 +100,8 @@ class ModelConfig:
     """Shape of a decoder with interleaved KSA and full-attention layers (arXiv 2604.24432).
 
     `layer_pattern` has one letter per layer and is repeated to `num_layers`: `K` KSA, `F` full attention, `S` sliding
-    window, `C` sliding chunk, `G` gated delta net (`num_heads` heads whose keys and values have `head_dim` features).
+    window, `C` sliding chunk, `H` and `P` KSA with pooled chunks instead of summaries (`ksa_model.ops.pooling`), `G`
+    gated delta net (`num_heads` heads whose keys and values have `head_dim` features).
     `window_chunks` (W) is how many earlier chunks a text token attends to token by token: one number for every layer,
     or one per letter of the pattern. `attention_backend` chooses the kernels: `auto` takes the fastest that the device
     supports, `fused` the CUDA kernels or an error, `blocked` plain torch with linear memory, `reference` the dense fp32
@@ -117,6 +126,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    rotate_far: bool = True  # RoPE on far keys (`K`, `H`, `P`) and on the queries that read them
+    rotate_full_layers: bool = True  # RoPE in `F` layers
     norm_eps: float = 1e-6
     init_std: float = 0.02
     vocab_multiple: int = 128  # of the padded vocabulary; shapes do not depend on the tensor-parallel size
@@ -153,6 +164,7 @@ class ModelConfig:
                 f"model.layer_pattern={self.layer_pattern!r} contains {', '.join(map(repr, wrong)) or 'no letter'}; "
                 f"use the letters {letters}"
             )
+        self._check_pooled()
         if self.num_layers % len(self.layer_pattern):
             raise ModelConfigError(
                 f"model.layer_pattern={self.layer_pattern!r} has {len(self.layer_pattern)} letters and does not divide "
@@ -181,6 +193,23 @@ class ModelConfig:
         if self.attention_backend not in ("auto", "fused", "blocked", "reference"):
             raise ModelConfigError(
                 f"model.attention_backend={self.attention_backend!r} is not one of auto, fused, blocked, reference"
+            )
+
+    def _check_pooled(self) -> None:
+        """Raise `ModelConfigError` unless pooled layers, if any, can have their one entry for each chunk."""
+        if not self.has_pooled:
+            return
+        pools = f"model.layer_pattern={self.layer_pattern!r} has layers that pool each chunk (H or P)"
+        if self.has_summaries:
+            raise ModelConfigError(
+                f"{pools} beside KSA layers (K), whose chunks have summaries; a decoding cache keeps one kind: use K, "
+                "or H and P, not both"
+            )
+        if self.summary_tokens != 1:
+            raise ModelConfigError(
+                f"{pools} into one key and value, and model.summary_tokens={self.summary_tokens}; set "
+                f"model.summary_tokens=1, and for as many far keys model.chunk_size="
+                f"{max(1, self.chunk_size // self.summary_tokens)}"
             )
 
     @property
@@ -224,6 +253,21 @@ class ModelConfig:
     def has_summaries(self) -> bool:
         return "K" in self.layer_pattern
 
+    @property
+    def has_pooled(self) -> bool:
+        """Whether any layer pools chunks of text (`H`, `P`). Such models have no summary rows."""
+        return any(layer.pools for layer in self.layers)
+
+    @property
+    def has_far(self) -> bool:
+        """Whether any layer attends to summaries or to pooled chunks."""
+        return self.has_summaries or self.has_pooled
+
+    @property
+    def rotates_everything(self) -> bool:
+        """Whether every query and key has RoPE."""
+        return (self.rotate_far or not self.has_far) and (self.rotate_full_layers or not self.has_mixer("F"))
+
     def has_mixer(self, letter: str) -> bool:
         return letter in self.layer_pattern
 
@@ -231,7 +275,7 @@ class ModelConfig:
         """How many text rows the near or sliding part of a layer reaches back; 0 for `F` and `G`, which have none."""
         if layer.mixer == "S":
             return self.window_tokens - 1
-        return layer.window_chunks * self.chunk_size if layer.mixer in "KC" else 0
+        return layer.window_chunks * self.chunk_size if layer.mixer in "KCHP" else 0
 
     @property
     def halo_rows(self) -> int:
@@ -253,6 +297,9 @@ class ModelConfig:
                 columns |= dict.fromkeys(("beta", "decay"), self.num_heads)
                 shapes[f"{prefix}attention.convolution"] = ((3, q, CONV_TOKENS), 1)
                 shapes |= {f"{prefix}attention.{name}": ((self.num_heads,), 0) for name in ("decay_rate", "step_bias")}
+            if layer.mixer == "H":
+                columns["pool_score"] = self.num_kv_heads
+                shapes[f"{prefix}attention.pool_bias"] = ((self.num_kv_heads * self.chunk_size,), 0)
             if self.independent_qkv and layer.updates_summaries:
                 columns["summary_query"] = q
             if self.independent_qkv and layer.projects_summaries:
@@ -292,6 +339,7 @@ class ModelConfig:
         macs = num_text * h * (self.vocab_size or 0)
         for layer in self.layers:
             projected = h * (4 * q + 2 * self.num_heads) if layer.mixer == "G" else h * (q + 2 * kv)
+            projected += h * self.num_kv_heads * (layer.mixer == "H")
             macs += num_text * (projected + q * h + mlp)
             if layer.projects_summaries:
                 macs += num_summary * h * 2 * kv
@@ -320,17 +368,19 @@ class ModelConfig:
                 rows += min(num_text, self.window_tokens)
             elif layer.mixer != "G":
                 rows += min(num_text, (window + 1) * k)
-                if layer.mixer == "K":
+                if layer.has_far:
                     rows += self.summary_tokens * max(0, num_chunks - window)
         return rows
 
     def cache_bytes(self, num_text: int, bytes_per_value: int = 2) -> int:
-        """Bytes of a decoding cache at length `num_text`: keys and values (default bf16), and for each `G` layer its
-        fp32 state and the inputs of its convolutions."""
+        """Bytes of a decoding cache at length `num_text`: keys and values (default bf16), for each `G` layer its fp32
+        state and the inputs of its convolutions, and for each `H` and `P` layer the sums of the open chunk in fp32."""
         keys = 2 * self.cache_rows(num_text) * self.num_kv_heads * self.head_dim * bytes_per_value
         features = self.num_heads * self.head_dim
         state = features * self.head_dim * 4 + (CONV_TOKENS - 1) * 3 * features * bytes_per_value
-        return keys + state * sum(layer.mixer == "G" for layer in self.layers)
+        open_chunk = self.num_kv_heads * (2 * self.head_dim + 2) * 4
+        pooling = sum(layer.pools and num_text > (layer.window_chunks + 1) * self.chunk_size for layer in self.layers)
+        return keys + state * sum(layer.mixer == "G" for layer in self.layers) + open_chunk * pooling
 
 
 @dataclass(frozen=True)
@@ -348,6 +398,16 @@ class LayerConfig:
     def projects_summaries(self) -> bool:
         """Whether this layer computes keys and values of summary rows."""
         return self.mixer == "K" or self.updates_summaries
+
+    @property
+    def pools(self) -> bool:
+        """Whether this layer pools the text keys and values of each chunk into one."""
+        return self.mixer in "HP"
+
+    @property
+    def has_far(self) -> bool:
+        """Whether text attends to chunks before its window through their summaries or pooled keys."""
+        return self.mixer in "KHP"
 
 
 def check_tensor_parallel(config: ModelConfig, tensor_ranks: int) -> None:

@@ -161,7 +161,7 @@ def _exchange_bytes(config: TrainConfig, local: int, shards: int) -> dict[str, f
             if layer.mixer == "F":
                 counts["text keys"] += 2 * shape.text_rows * (context - 1) * kv
             counts["halo"] += 2 * 2 * model.rows_back(layer) * kv
-            if layer.mixer == "K":
+            if layer.has_far:
                 counts["summaries"] += 2 * shape.summary_rows * (context - 1) * kv
         # Two gathers and two reductions per block, and their counterparts in backward; an all-reduce moves twice that.
         counts["tensor"] += 4 * sum(shape.layer_rows(layer)) * model.hidden_size * b * (tensor - 1) / tensor
@@ -190,7 +190,8 @@ def describe(config: TrainConfig, world_size: int, gpu: str) -> str:
         "sharding",
         *_ranks(config, counted),
         f"  every rank: {counted.parameters_per_rank / 1e9:.3f} B parameters, {shape.text_rows:,} text and "
-        f"{shape.summary_rows:,} summary rows, {model.num_heads // parallel.tensor} query and "
+        f"{shape.summary_rows:,} {'pooled' if model.has_pooled else 'summary'} rows, "
+        f"{model.num_heads // parallel.tensor} query and "
         f"{model.num_kv_heads // parallel.tensor} key/value heads",
         "",
         "memory per rank",

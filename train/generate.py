@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline import Tokenizer, commands
-from ksa_model.config import ModelConfig
+from ksa_model.config import ModelConfig, RopeScaling
 from ksa_model.decoding.generate import Sampling, generate
 from ksa_model.layers.tensor_parallel import TensorParallel
 from ksa_model.model import Decoder
@@ -75,8 +75,14 @@ def load(directory: Path, world: groups.World, dtype: str) -> GenerationSession:
     return GenerationSession(model, tokenizer, tokenizer.ends, read_config(directory).seq_len)
 
 
-def load_run(directory: Path, world: groups.World, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Tokenizer]:
-    """The newest checkpoint of a run as a bare model, and the run's tokenizer."""
+def load_run(
+    directory: Path,
+    world: groups.World,
+    dtype: torch.dtype = torch.float32,
+    rope_scaling: RopeScaling | None = None,
+) -> tuple[Decoder, Tokenizer]:
+    """The newest checkpoint of a run as a bare model, and the run's tokenizer. `rope_scaling` replaces that of the
+    checkpoint."""
     config = read_config(directory)
     if not (directory / tokenizers.RUN_TOKENIZER).is_file():
         missing = directory / tokenizers.RUN_TOKENIZER
@@ -90,6 +96,8 @@ def load_run(directory: Path, world: groups.World, dtype: torch.dtype = torch.fl
     assert tokenizer_path is not None
     # The model as it was saved: annealing drops parameters that the run began with.
     settings = from_mapping(ModelConfig, state["config"]["model"], "model.")
+    if rope_scaling is not None:
+        settings = replace(settings, rope_scaling=rope_scaling)
     model = Decoder(settings, TensorParallel(world.tensor_group, dtype=dtype)).to(world.device).eval()
     loading.load_weights(found, model, world)
     model.anneal(state.get("own_share", 1.0) if settings.independent_qkv else 1.0)

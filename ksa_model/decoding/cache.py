@@ -3,10 +3,11 @@
 Legend: B requests, k tokens a chunk, m summaries a chunk, W window chunks, G key/value heads, d head dimension.
 
 A `K` layer keeps a ring of the last `(W+1)*k` text rows and, after it in the same buffer, the summaries of closed
-chunks: O(n*m/k) rows. `F` layers keep all text rows, `S` and `C` layers a ring, `G` layers a state
+chunks: O(n*m/k) rows. `H` and `P` layers keep such a ring, then pooled keys and values, and sums over the open chunk
+(`ksa_model.decoding.open_chunk`). `F` layers keep all text rows, `S` and `C` layers a ring, `G` layers a state
 (`ksa_model.layers.delta`). The chunk that a decoded token closes is summarised in the forward of the next token, as
-extra rows of that step, never in a separate step. Requests of a batch may have any lengths; none is padded to the
-longest.
+extra rows of that step, never in a separate step. The pooled key of the open chunk is written in every step and is
+final once the chunk is closed. Requests of a batch may have any lengths; none is padded to the longest.
 
 The model code is that of training: prefill is the training forward over all prompts packed as documents, and a decoding
 step is the same forward over B rows with the cache instead of the attention kernels.
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from ksa_model.config import LayerConfig, ModelConfig, ModelConfigError
+from ksa_model.decoding.open_chunk import OpenChunk
 from ksa_model.layers.attention import Attention, Heads
 from ksa_model.layers.delta import DeltaCache
 from ksa_model.layout.sequence import SequenceLayout, build_layout
@@ -43,8 +45,10 @@ class LayerCache:
         """`empty` [2, B, G, 0, d] has the buffer's shape, dtype and device. `kernels`: `Backend.decode`."""
         window = (layer.window_chunks + 1) * config.chunk_size
         self.layer, self._config = layer, config
-        self.ring_rows = {"F": None, "S": config.window_tokens, "K": window, "C": window}[layer.mixer]
-        self.keeps_summaries = layer.mixer == "K"
+        self.ring_rows = {"F": None, "S": config.window_tokens}.get(layer.mixer, window)
+        self.keeps_summaries = layer.has_far  # or pooled keys, which have the same slots
+        requests, kv_heads, head_dim = empty.shape[1], empty.shape[2], empty.shape[4]
+        self.open_chunk = OpenChunk(requests, kv_heads, head_dim, empty.device) if layer.pools else None
         self._buffer, self._kernels = empty, kernels
         self._arrivals = empty.new_zeros(
             empty.shape[1] * empty.shape[2], dtype=torch.int32
@@ -57,13 +61,15 @@ class LayerCache:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of the buffer."""
-        return self._buffer.numel() * self._buffer.element_size()
+        """Bytes of the buffer, and of the open chunk in a layer that pools."""
+        of_chunk = 0 if self.open_chunk is None else self.open_chunk.allocated_bytes
+        return self._buffer.numel() * self._buffer.element_size() + of_chunk
 
     def reserve(self, num_tokens: int) -> None:
         """Allocate exactly for requests of up to `num_tokens` tokens. If these fit the text window, no summaries are
         kept."""
-        self.keeps_summaries = self.layer.mixer == "K" and self.ring_rows is not None and num_tokens > self.ring_rows
+        self.keeps_summaries = self.layer.has_far and self.ring_rows is not None and num_tokens > self.ring_rows
+        self.open_chunk = self.open_chunk if self.keeps_summaries else None
         self._resize(self._rows_for(num_tokens))
 
     def ensure(self, num_tokens: int) -> bool:
@@ -119,25 +125,38 @@ class LayerCache:
         layer keeps any.
         """
         q, k_own, v_own = heads.q_summary, heads.k_summary, heads.v_summary
+        k_kept = k_own if heads.k_far is None else heads.k_far
         kernels, joined = self._kernels, None
-        if kernels is not None and not kernels.can_attend(
-            heads.q, self._buffer
-        ):  # heads too wide for the device's tiles
-            kernels = None
+        if kernels is not None and not kernels.can_attend(heads.q, self._buffer, heads.q_far is not None):
+            kernels = None  # heads too wide for the device's tiles
         if q is not None and summary is not None:  # before this token may overwrite a slot of the chunk
-            own = None if kernels is None else kernels.Summaries(q, k_own, v_own, step.chunk, summary)
+            own = None if kernels is None else kernels.Summaries(q, k_own, v_own, step.chunk, summary, k_kept)
             if kernels is not None and kernels.can_join(self._buffer, self._rule(kernels), own):
                 joined = own
             elif kernels is None or not kernels.summarise(self._buffer, self._rule(kernels), own):
                 summary.copy_(_summarise(q, *self.read(self.text_slots(step.inside_chunk())), k_own, v_own))
-                self._keep_summaries(step, k_own, v_own)
+                self._keep_summaries(step, k_kept, v_own)
         elif step.closing:
-            self._keep_summaries(step, k_own, v_own)
+            self._keep_summaries(step, k_kept, v_own)
         if kernels is None:
             text.copy_(self._attend(heads, step))
         else:
             operands = heads.q, heads.k, heads.v, self._buffer, step.position, self._arrivals
-            kernels.attend(*operands, self._rule(kernels), text, joined)
+            kernels.attend(*operands, self._rule(kernels), text, joined, heads.q_far)
+
+    def pool(self, attention: Attention, heads: Heads, step: Step) -> None:
+        """Add the step's rows to the open chunks of a layer that pools, and their pooled keys and values to the
+        cache."""
+        if self.open_chunk is None:
+            return
+        assert heads.unpooled is not None and heads.pooled_table is not None
+        if self._kernels is not None:
+            state = self.open_chunk.sums, self.open_chunk.weights
+            norm, rule = attention.norm_of_keys, self._rule(self._kernels)
+            self._kernels.pool_token(heads.unpooled, step.position, state, norm, heads.pooled_table, self._buffer, rule)
+        else:
+            k, v = self.open_chunk.add(heads.unpooled, step.position, step.chunk_size)
+            self._keep_summaries(step, attention.rotate_pooled(k, heads.pooled_table), v)
 
     def _keep_summaries(self, step: Step, k: torch.Tensor | None, v: torch.Tensor | None) -> None:
         """Add the summary rows k, v [B*m, G, d] of a step to the cache, if the layer keeps summaries."""
@@ -154,15 +173,21 @@ class LayerCache:
         visible = step.visible(self)
         keys, values = self._buffer[:, :, :, : visible.shape[1]]
         # Query heads that share a key/value head are rows of one GEMM, so no key is copied.
-        found = torch.nn.functional.scaled_dot_product_attention(
-            heads.q.unflatten(1, (keys.shape[1], -1)), keys, values, attn_mask=visible[:, None, None]
-        )
-        return found.flatten(1, 2)
+        q = heads.q.unflatten(1, (keys.shape[1], -1))
+        if heads.q_far is None:
+            found = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None, None])
+            return found.flatten(1, 2)
+        near, far = keys.tensor_split([self.ring_rows or 0], dim=2)
+        q_far = heads.q_far.unflatten(1, (keys.shape[1], -1))
+        scores = torch.cat([q @ near.transpose(2, 3), q_far @ far.transpose(2, 3)], dim=3).float() * q.shape[3] ** -0.5
+        weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
+        return (weights.to(values.dtype) @ values).flatten(1, 2)
 
 
 class Step(SequenceLayout):
     """The rows of one decoding step: a text row for each request and, in a `closing` step, the summaries of the chunk
-    of each request's previous token. Positions are on the device.
+    of each request's previous token. In a model that pools chunks there are no summaries, and `chunk` is that of the
+    step's own token, whose pooled key the step writes. Positions are on the device.
 
     These summaries are final only where the chunk has just closed. Elsewhere they go to slots that no row attends to
     and that are written again when the chunk closes. So shapes depend on B alone.
@@ -177,8 +202,8 @@ class Step(SequenceLayout):
         k, m, batch = config.chunk_size, config.summary_tokens, len(position)
         self.position, self.closing, self._longest = position, closing, longest
         summary_positions = position[:0]
-        if closing:
-            self.chunk = (position - 1) // k
+        if closing or config.has_pooled:
+            self.chunk = (position - 1 if closing else position) // k
             ends = ((torch.arange(m, device=position.device) + 1) * k // m - 1).clamp(min=0)
             summary_positions = (self.chunk[:, None] * k + ends).flatten()
         super().__init__(
@@ -222,7 +247,7 @@ class Step(SequenceLayout):
             return held >= 0
         first_near = position // self.chunk_size - layer.window_chunks  # the oldest chunk that is near
         near = held >= first_near.clamp(min=0) * self.chunk_size
-        far_rows = cache.rows - ring if layer.mixer == "K" and cache.keeps_summaries else 0
+        far_rows = cache.rows - ring if cache.keeps_summaries else 0
         if self._longest is not None:
             oldest = max(0, (self._longest - 1) // self.chunk_size - layer.window_chunks)
             far_rows = min(far_rows, oldest * self.summary_tokens)
@@ -303,7 +328,8 @@ class DecodingCache:
         summary_index = np.concatenate([np.arange(count) for count in closed])
         self._make_room(int(lengths.max()))
 
-        last = self._upload(starts + lengths - 1)
+        ends = starts + lengths
+        last = self._upload(ends - 1)
 
         def core(attention: Any, heads: Any, whole: SequenceLayout):
             cache = self._layers[attention.layer.index]
@@ -318,7 +344,11 @@ class DecodingCache:
                 assert heads.k_summary is not None and heads.v_summary is not None
                 row = self._upload(starts[summary_request] // k * m + summary_index)
                 slots = self._upload(cache.summary_slots(summary_index))
-                cache.write(self._upload(summary_request), slots, heads.k_summary[row], heads.v_summary[row])
+                k_kept = heads.k_summary if heads.k_far is None else heads.k_far
+                cache.write(self._upload(summary_request), slots, k_kept[row], heads.v_summary[row])
+            if cache.open_chunk is not None:
+                assert heads.unpooled is not None
+                cache.open_chunk.prefill(heads.unpooled, ends, lengths, k)
             return Attention.core(attention, heads, whole)
 
         self._lengths, self._prefilled = lengths, lengths.copy()
@@ -352,6 +382,7 @@ class DecodingCache:
         text, summary = heads.q.new_empty(step.num_text + updates * step.num_summary, *heads.q.shape[1:]).tensor_split(
             [step.num_text]
         )
+        cache.pool(attention, heads, step)
         cache.step(heads, step, text, summary if updates else None)
         return text, summary if updates else None
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ksa_model.config import MAX_INT32, ModelConfig, ModelConfigError, RopeScaling
+from ksa_model.config import MAX_INT32, MIXERS, ModelConfig, ModelConfigError, RopeScaling
 from ksa_model.hf.fields import Fields
 from ksa_model.layers.rope import attention_factor, rope_base
 
@@ -161,9 +161,10 @@ def exported_config(config: ModelConfig, max_positions: int, eos_token: int | No
 
 def check_exportable(config: ModelConfig) -> None:
     """Raise `ModelConfigError` for a model that neither transformers nor `modeling_ksa.py` computes."""
-    if config.has_mixer("G"):
+    unknown = [f"{MIXERS[letter]} layers ({letter})" for letter in "GHP" if config.has_mixer(letter)]
+    if unknown:
         raise ModelConfigError(
-            f"model.layer_pattern={config.layer_pattern!r} has gated delta net layers (G), which the "
+            f"model.layer_pattern={config.layer_pattern!r} has {' and '.join(unknown)}, which the "
             "exported model code does not compute; use format=safetensors to export weights with this project's names"
         )
 

@@ -26,7 +26,10 @@ _IN_BLOCK = {
     "attention.output": "self_attn.o_proj",
     "attention.query_norm": "self_attn.q_norm",
     "attention.key_norm": "self_attn.k_norm",
-    # Gated delta nets (`G`) are never exported. These names are used when a run's own checkpoint is imported.
+    # Learned pooling (`H`) and gated delta nets (`G`) are never exported. These names are used when a run's own
+    # checkpoint is imported.
+    "attention.pool_score": "self_attn.pool_score",
+    "attention.pool_bias": "self_attn.pool_bias",
     "attention.gate": "self_attn.g_proj",
     "attention.beta": "self_attn.b_proj",
     "attention.decay": "self_attn.a_proj",

@@ -113,6 +113,8 @@ def _attention(model: ModelConfig, layer: LayerConfig, shape: RankShape) -> Mixe
     q, kv = model.num_heads * model.head_dim // shape.tensor, model.num_kv_heads * model.head_dim // shape.tensor
     entering, updated = shape.layer_rows(layer)
     projected = entering - text if layer.projects_summaries else 0  # summary rows with keys and values
+    if layer.pools:
+        projected = shape.summary_rows  # pooled keys and values, one for each chunk
     summaries = updated - text  # summary rows with queries
 
     heads: float = text * (q + 2 * kv) * b + projected * 2 * kv * b + summaries * q * b
@@ -121,6 +123,10 @@ def _attention(model: ModelConfig, layer: LayerConfig, shape: RankShape) -> Mixe
         heads += (text * (q + kv) + projected * kv + summaries * q) * per_feature
     if summaries and not shape.fused:  # copies of keys and values by chunk for the summary queries
         heads += (text + projected) * 2 * kv * b + summaries * q * b
+    if layer.has_far and not model.rotate_far:  # far queries and keys besides those with RoPE; only a summary's own
+        own_key = projected if summaries else 0  # attention reads its rotated key
+        heads += (text * q + own_key * kv) * b
+    heads += _pooling(model, layer, shape)
     log_sum_exp = text * q // model.head_dim * 4
     out = updated * q * b * (2 if summaries else 1)  # the joined streams are a copy
     exchanged = exchanged_rows(model, layer, shape) * 2 * kv * b
@@ -136,6 +142,17 @@ def _attention(model: ModelConfig, layer: LayerConfig, shape: RankShape) -> Mixe
     )
 
 
+def _pooling(model: ModelConfig, layer: LayerConfig, shape: RankShape) -> float:
+    """Bytes that learned pooling saves: scores, and keys before their norm. Means save nothing."""
+    if layer.mixer != "H":
+        return 0.0
+    b, text, heads = shape.value_bytes, shape.text_rows, model.num_kv_heads // shape.tensor
+    weights = text * heads * (b if shape.fused else 4)
+    # A norm in plain torch and fp32 keeps the same tensor.
+    shared = model.qk_norm and not shape.fused and shape.norm_bytes == b
+    return weights + (0 if shared else text * heads * model.head_dim * b)
+
+
 def exchanged_rows(model: ModelConfig, layer: LayerConfig, shape: RankShape) -> int:
     """Rows of keys and values that attention reads from copies: those of other context ranks, and, in a gathered
     sample, this rank's own."""
@@ -143,7 +160,7 @@ def exchanged_rows(model: ModelConfig, layer: LayerConfig, shape: RankShape) -> 
         return 0
     if layer.mixer == "F":
         return shape.text_rows * shape.context
-    return 2 * model.rows_back(layer) + (shape.summary_rows * shape.context if layer.mixer == "K" else 0)
+    return 2 * model.rows_back(layer) + (shape.summary_rows * shape.context if layer.has_far else 0)
 
 
 def _delta_net(model: ModelConfig, shape: RankShape) -> MixerBytes:

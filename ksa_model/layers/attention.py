@@ -1,4 +1,4 @@
-"""The attention sub-layer of the mixers `K`, `F`, `S` and `C`: project, rotate, attend.
+"""The attention sub-layer of the mixers `K`, `F`, `S`, `C`, `H` and `P`: project, pool, rotate, attend.
 
 Legend: T text rows, S summary rows, H query heads and G key/value heads *of this tensor rank*, d head dimension, h
 hidden size. Rows enter in the sharded state of `TensorParallel` and leave in the gathered one.
@@ -22,6 +22,7 @@ from ksa_model.memory import SavedOutput
 from ksa_model.ops.attention import joint
 from ksa_model.ops.backend import Backend
 from ksa_model.ops.linear import Norm, Weight
+from ksa_model.ops.pooling import ChunkRows
 from ksa_model.parallel.context import ContextParallel
 
 SMALL_BATCH = 256  # up to this many rows of a decoding step, one launch for queries and keys is faster than two
@@ -29,11 +30,15 @@ SMALL_BATCH = 256  # up to this many rows of a decoding step, one launch for que
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """cos and sin of every row's angles, [rows, 1, d/2] fp32, for text and for summaries. YaRN multiplies both by its
-    attention factor."""
+    """cos and sin of every row's angles, [rows, 1, d/2] fp32, for text and for summaries or pooled keys, which have the
+    positions of summaries. YaRN multiplies both by its attention factor.
+
+    `unrotated`: tables of angle 0, where the far part of a layer or an `F` layer has no RoPE.
+    """
 
     text: tuple[torch.Tensor, torch.Tensor]
     summary: tuple[torch.Tensor, torch.Tensor]
+    unrotated: RotaryTables | None = None
 
     @staticmethod
     def build(layout: SequenceLayout, config: ModelConfig, device: torch.device) -> RotaryTables:
@@ -49,7 +54,10 @@ class RotaryTables:
                 cos, sin = cos * factor, sin * factor
             return cos.float(), sin.float()
 
-        return RotaryTables(table(layout.text_positions), table(layout.summary_positions))
+        text, summary = layout.text_positions, layout.summary_positions
+        if config.rotates_everything:
+            return RotaryTables(table(text), table(summary))
+        return RotaryTables(table(text), table(summary), RotaryTables(table(text * 0), table(summary * 0)))
 
 
 class RMSNorm(nn.Module):
@@ -73,7 +81,13 @@ class RMSNorm(nn.Module):
 
 @dataclass
 class Heads:
-    """One layer's projections: q [T, H, d], k and v [T, G, d], and those of summaries with S rows, or None."""
+    """One layer's projections: q [T, H, d], k and v [T, G, d], and those of summaries with S rows, or None.
+
+    In a layer that pools, the pooled keys and values take the place of those of summaries. `unpooled` holds the rows
+    that they are pooled from, and `pooled_table` the rotation of pooled keys, for a decoding cache.
+
+    `q_far` [T, H, d] and `k_far` [S, G, d] replace q and k_summary in a far part without RoPE.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -81,6 +95,10 @@ class Heads:
     q_summary: torch.Tensor | None = None
     k_summary: torch.Tensor | None = None
     v_summary: torch.Tensor | None = None
+    unpooled: ChunkRows | None = None
+    pooled_table: tuple[torch.Tensor, torch.Tensor] | None = None
+    q_far: torch.Tensor | None = None
+    k_far: torch.Tensor | None = None
 
 
 # (attention, heads, layout) -> outputs of text rows, and of summary rows where the layer updates them. A gated delta
@@ -92,7 +110,8 @@ class Attention(nn.Module):
     """Attention of one layer over both streams.
 
     Parameters: `query`, `key`, `value`, `output`. If the layer handles summaries and these have projections of their
-    own: `summary_key`, `summary_value`, and `summary_query` where the layer updates summaries.
+    own: `summary_key`, `summary_value`, and `summary_query` where the layer updates summaries. In a layer with learned
+    pooling: `pool_score` [G, h] and `pool_bias` [G*k]; both start at zero, which makes every weight 1/k.
     """
 
     def __init__(
@@ -115,6 +134,9 @@ class Attention(nn.Module):
         self.summary_key = column(kv) if own and layer.projects_summaries else None
         self.summary_value = column(kv) if own and layer.projects_summaries else None
         self.summary_projection_weight: torch.Tensor | None = None  # see `Decoder.anneal`
+        # Never in fp8: it is small.
+        self.pool_score = tp.column(h, config.num_kv_heads, init_std=0.0) if layer.mixer == "H" else None
+        self.pool_bias = tp.share(torch.zeros(config.num_kv_heads * config.chunk_size)) if layer.mixer == "H" else None
         self.output = tp.row(q, h, config.init_std / (2 * config.num_layers) ** 0.5, fp8)
         if config.qk_norm:
             # Every rank norms its own heads only.
@@ -139,19 +161,39 @@ class Attention(nn.Module):
     def project(self, x: torch.Tensor, norm: Norm, layout: SequenceLayout, rotary: RotaryTables) -> Heads:
         """Queries, keys and values of both streams, normed and rotated. Those that the layer does not need are None."""
         text = [weight_of(self.query), weight_of(self.key), weight_of(self.value)]
+        if self.pool_score is not None:
+            text.append(weight_of(self.pool_score))
         names = ["key", "value"] * self.layer.projects_summaries + ["query"] * self.layer.updates_summaries
         summary = [w for name in names for w in self._summary_weights(name)] if layout.num_summary else []
-        q, k, v, *of_summary = self.tp.project(self.backend, x, norm, layout.num_text, text, summary)
-        heads = Heads(*(self._heads(x) for x in (q, k, v)))
+        q, k, v, *rest = self.tp.project(self.backend, x, norm, layout.num_text, text, summary)
+        scores, of_summary = rest[: len(text) - 3], rest[len(text) - 3 :]
+        heads = Heads(self._heads(q), self._heads(k), self._heads(v))
         own = {name: self._heads(self._summary_rows(of_summary)) for name in names} if layout.num_summary else {}
         heads.q_summary, heads.k_summary, heads.v_summary = (own.get(name) for name in ("query", "key", "value"))
+        if self.layer.pools:
+            heads.unpooled = ChunkRows(heads.k, heads.v, scores[0] if scores else None, self.pool_bias)
+            heads.pooled_table = (rotary if self.config.rotate_far else rotary.unrotated or rotary).summary
+            if layout.num_summary:
+                pooled = self.backend.pooling.pool(heads.unpooled, self.config.chunk_size)
+                heads.k_summary, heads.v_summary = pooled
         self._norm_rotate(heads, rotary)
         if not layout.num_summary:  # kernels need at least one row
             if self.layer.projects_summaries:
                 heads.k_summary, heads.v_summary = heads.k[:0], heads.v[:0]
+                heads.k_far = None if heads.q_far is None else heads.k[:0]
             if self.layer.updates_summaries:
                 heads.q_summary = heads.q[:0]
         return heads
+
+    def rotate_pooled(self, k: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Pooled keys [C, G, d] normed and rotated, as `project` does it for the chunks of a sample."""
+        norm = self.norm_of_keys
+        return self.backend.rows.norm_rotate(k, norm and norm.gain, self.config.norm_eps, *table)
+
+    @property
+    def norm_of_keys(self) -> Norm | None:
+        """The norm of each key's head, if the model has one."""
+        return self.key_norm.ready() if self.config.qk_norm else None
 
     def _summary_weights(self, name: str) -> list[Weight]:
         """The weights of one projection of summary rows: their own, that of text, or both during annealing."""
@@ -180,10 +222,10 @@ class Attention(nn.Module):
         """
         layer, kernels, context = attention.layer, attention.backend.attention, attention.context
         q, k, v, k_summary, v_summary = heads.q, heads.k, heads.v, heads.k_summary, heads.v_summary
-        if layer.mixer == "K":
+        if layer.has_far:
             assert k_summary is not None and v_summary is not None
-            inputs = q, k, v, k_summary, v_summary
-            out = joint.ksa_attention(inputs, layout, layer.window_chunks, kernels, context, kept)
+            inputs = q, k, v, heads.k_far if heads.k_far is not None else k_summary, v_summary
+            out = joint.ksa_attention(inputs, layout, layer.window_chunks, kernels, context, kept, q_far=heads.q_far)
         else:
             window = attention.config.window_tokens if layer.mixer == "S" else layer.window_chunks
             out = joint.text_attention((q, k, v), layout, layer.mixer, window, kernels, context, kept)
@@ -195,7 +237,13 @@ class Attention(nn.Module):
     def _norm_rotate(self, heads: Heads, rotary: RotaryTables) -> None:
         """Norm and rotate the queries and keys of both streams; replaces them in `heads`."""
         normed, eps = self.config.qk_norm, self.config.norm_eps
-        if (gemv := self.backend.gemv_for(len(heads.q), SMALL_BATCH)) is not None:
+        far = None
+        if self.layer.mixer == "F" and not self.config.rotate_full_layers:
+            assert rotary.unrotated is not None
+            rotary = rotary.unrotated
+        elif self.layer.has_far and not self.config.rotate_far:
+            far = rotary.unrotated
+        if far is None and (gemv := self.backend.gemv_for(len(heads.q), SMALL_BATCH)) is not None:
             streams = [gemv.Stream(heads.q, heads.k, *rotary.text)]
             if heads.k_summary is not None:
                 streams.append(gemv.Stream(heads.q_summary, heads.k_summary, *rotary.summary))
@@ -205,13 +253,18 @@ class Attention(nn.Module):
                 ((heads.q_summary, heads.k_summary),) = of_summary
             return
         q_gain, k_gain = (self.query_norm.ready().gain, self.key_norm.ready().gain) if normed else (None, None)
+        if far is not None:
+            heads.q_far, heads.k_far = heads.q, heads.k_summary
         for name, gain, table in (
+            ("q_far", q_gain, None if far is None else far.text),
+            ("k_far", k_gain, None if far is None else far.summary),
             ("q", q_gain, rotary.text),
             ("k", k_gain, rotary.text),
             ("q_summary", q_gain, rotary.summary),
-            ("k_summary", k_gain, rotary.summary),
+            # With `k_far`, only summaries read their rotated keys.
+            ("k_summary", k_gain, rotary.summary if far is None or heads.q_summary is not None else None),
         ):
-            if (x := getattr(heads, name)) is not None:
+            if (x := getattr(heads, name)) is not None and table is not None:
                 rotated = self.backend.rows.norm_rotate(x, gain, eps, *table, keep_input=self.gains_are_uneven)
                 setattr(heads, name, rotated)
 

@@ -67,7 +67,8 @@ class SequenceLayout:
         return self.cached(("near", window_chunks), compute)
 
     def far_ranges(self, window_chunks: int) -> KeyRanges:
-        """The far part: summary keys of every chunk of the document that is older than the near part."""
+        """The far part: the summary keys, or with one for each chunk the pooled keys, of every chunk of the document
+        that is older than the near part."""
 
         def compute() -> KeyRanges:
             chunk = np.arange(self.num_chunks)
@@ -149,7 +150,7 @@ class SequenceLayout:
         if mixer == "S":
             return self.sliding_ranges(window_tokens).visible_keys
         near = self.near_ranges(window_chunks).visible_keys
-        return near + (self.far_ranges(window_chunks).visible_keys if mixer == "K" else 0)
+        return near + (self.far_ranges(window_chunks).visible_keys if mixer in "KHP" else 0)
 
     def summary_visible_keys(self) -> int:
         """Query-key pairs of the summary rows: each attends to the text of its chunk and to the chunk's summaries up

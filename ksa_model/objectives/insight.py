@@ -22,13 +22,13 @@ def summary_weights(model: Decoder, tokens: torch.Tensor, layout: SequenceLayout
 
     Bin b has the summaries of chunks that are 2^b to 2^(b+1) - 1 chunks back. Results of several samples can be added;
     row 0 / row 1 is the mean weight per row. The remaining weight of a row goes to text. tokens: int64 [T]. Reports `K`
-    layers only, and needs a model without tensor and context parallelism.
+    layers, and `H` and `P` layers with pooled keys for summaries. Needs a model without tensor and context parallelism.
     """
     bins = max(1, layout.num_chunks.bit_length())
     found: dict[int, torch.Tensor] = {}
 
     def core(attention: Attention, heads: Heads, layout: SequenceLayout):
-        if attention.layer.mixer == "K":
+        if attention.layer.has_far:
             found[attention.layer.index] = _weights(heads, layout, attention.layer.window_chunks, bins)
         return attention.core(attention, heads, layout)
 
@@ -37,7 +37,9 @@ def summary_weights(model: Decoder, tokens: torch.Tensor, layout: SequenceLayout
 
 
 def _weights(heads: Heads, layout: SequenceLayout, window_chunks: int, bins: int) -> torch.Tensor:
-    assert heads.k_summary is not None
+    k_far = heads.k_summary if heads.k_far is None else heads.k_far
+    q_far = heads.q if heads.q_far is None else heads.q_far
+    assert k_far is not None
     device = heads.q.device
     near, far = layout.near_ranges(window_chunks), layout.far_ranges(window_chunks)
     near_blocks = {block.rows.start: block for block in near.blocks(_ROWS)}
@@ -45,7 +47,7 @@ def _weights(heads: Heads, layout: SequenceLayout, window_chunks: int, bins: int
     for block in far.blocks(_ROWS):
         rows = torch.arange(block.rows.start, block.rows.stop, device=device)
         summaries = torch.arange(block.keys.start, block.keys.stop, device=device)
-        scores = _scores(heads.q, heads.k_summary, far, block)  # [H, n, N]
+        scores = _scores(q_far, k_far, far, block)  # [H, n, N]
         text = _scores(heads.q, heads.k, near, near_blocks[block.rows.start])
         total = torch.logaddexp(scores.logsumexp(-1), text.logsumexp(-1))
         weights = torch.nan_to_num((scores - total[..., None]).exp()).mean(0)

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from ksa_model.config import CPU_LOSS_ROWS, FUSED_LOSS_ROWS, LOSS_ROWS, ModelConfigError
-from ksa_model.ops import fp8, rows, rows_cpu
+from ksa_model.ops import fp8, pooling, rows, rows_cpu
 from ksa_model.ops.attention import blocked, cpu, reference
 from ksa_model.ops.optional import import_if_installed
 
@@ -87,6 +87,11 @@ class Backend:
         if (kernels := self._triton("ksa_model.ops.triton_rows")) is not None:
             return kernels
         return rows_cpu if self.device.type == "cpu" else rows
+
+    @functools.cached_property
+    def pooling(self) -> ModuleType:
+        """`pool` of the keys and values of chunks."""
+        return self._triton("ksa_model.ops.triton_pooling") or pooling
 
     @functools.cached_property
     def recompute_in_backward(self) -> bool:

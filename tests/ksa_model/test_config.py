@@ -43,6 +43,11 @@ def test_last_summary_work_is_left_out():
     [
         (dict(layer_pattern="KXF"), "model.layer_pattern='KXF' contains 'X'"),
         (dict(layer_pattern="KKF"), "has 3 letters and does not divide model.num_layers=4"),
+        (dict(layer_pattern="KPFF"), "'KPFF' has layers that pool each chunk (H or P) beside KSA layers (K)"),
+        (
+            dict(layer_pattern="HF", summary_tokens=2, chunk_size=8),
+            "summary_tokens=1, and for as many far keys model.chunk_size=4",
+        ),
         (dict(num_kv_heads=3), "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
         (dict(window_chunks=(1, 2)), "one for each of the 4 letters"),
         (dict(chunk_size=0), "model.chunk_size=0 must be from 1 to 2147483647"),

@@ -48,6 +48,7 @@ def moved_bytes_on_a_rank(changes: dict) -> tuple[int, int, int]:
     (1, dict(memory__recompute="selective", memory__host_gib=0.001)),  # some tensors fit, some do not
     (2, dict(memory__recompute="selective", parallel__tensor=2, parallel__sequence=True)),
     (2, dict(memory__recompute="selective", parallel__context=2, model__layer_pattern="KSCF")),
+    (1, dict(memory__recompute="selective", run__precision="bf16", model__layer_pattern="HPHF")),
 ], ids=str)  # fmt: skip
 def test_offloaded_tensors_are_counted_to_the_byte(ranks, changes):
     changes = WIDE | dict(model__layer_pattern="KKFS", run__samples_per_step=4, memory__offload=True) | changes
@@ -105,6 +106,13 @@ def test_peak_memory_of_every_preset():
     assert list(counted) == sorted(counted, reverse=True)
 
 
+@pytest.mark.parametrize("name", ["none", "selective"])
+def test_peak_memory_of_pooled_layers(name):
+    base = WIDE | dict(model__layer_pattern="HPHF", model__num_layers=12, model__ffn_size=1024, run__samples_per_step=4)
+    measured, counted = run_on_ranks(1, peak_bytes, base | PRESETS[name])[0]
+    assert counted == pytest.approx(measured, rel=0.05)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_activations_grow_with_the_sample_alone(name):
     """Twice the tokens take twice the bytes."""
@@ -145,8 +153,9 @@ def received_on_a_rank(changes: dict) -> dict[str, int]:
     return dict(model.blocks[0].attention.context.received_bytes)
 
 
-def test_exchanges_are_what_collectives_count():
-    changes = WIDE | dict(model__layer_pattern="KSCF", parallel__context=4, run__samples_per_step=4)
+@pytest.mark.parametrize("pattern", ["KSCF", "HPSF"])
+def test_exchanges_are_what_collectives_count(pattern):
+    changes = WIDE | dict(model__layer_pattern=pattern, parallel__context=4, run__samples_per_step=4)
     counted = dry_run.plan(make_config(Path("c"), Path("r"), **changes), 4).exchange
     received = run_on_ranks(4, received_on_a_rank, changes)
     assert all(rank["summaries"] == counted["summaries"] for rank in received)

@@ -118,6 +118,7 @@ def syncs_between_log_steps(corpus: str, root: str, changes: dict, sources: tupl
 @pytest.mark.parametrize("changes", [
     dict(model__layer_pattern="KSCF"),
     dict(model__layer_pattern="KGKF", run__precision="bf16"),
+    dict(model__layer_pattern="HPSF"),
     dict(memory__recompute="selective", memory__mlp_rows=48),
 ], ids=str)  # fmt: skip
 def test_nothing_asks_for_values_between_log_steps(changes, corpus, tmp_path):

@@ -85,6 +85,7 @@ def test_reproduces_one_rank(layout, corpus, tmp_path, one_rank):
 
 # Warm-up and decay that fit into the steps: a rate that jumps would let rounding grow beyond the tolerance.
 GATED = CHANGES | dict(model__layer_pattern="GKGF", optim__warmup_steps=2, optim__decay_steps=3)
+POOLED = GATED | dict(model__layer_pattern="HPHF")
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +95,37 @@ def gated_one_rank(corpus, tmp_path_factory):
     return records, newest_tensors(root / "default")
 
 
+@pytest.fixture(scope="module")
+def pooled_one_rank(corpus, tmp_path_factory):
+    root = tmp_path_factory.mktemp("pooled")
+    (records,) = run_on_ranks(1, run_training, str(corpus), str(root), POOLED)
+    return records, newest_tensors(root / "default")
+
+
 @pytest.mark.parametrize("tensor, sequence, data, zero", [(2, True, 1, 1), (1, False, 2, 3), (2, False, 2, 2)], ids=str)
 def test_gated_delta_nets_reproduce_one_rank(tensor, sequence, data, zero, corpus, tmp_path, gated_one_rank):
     changes = GATED | dict(parallel__tensor=tensor, parallel__sequence=sequence, parallel__zero=zero)
-    records, tensors = gated_one_rank
     got = run_on_ranks(tensor * data, run_training, str(corpus), str(tmp_path), changes)[0]
-    for mine, want in zip(got, records, strict=True):
-        for key in ("loss", "grad_norm", "validation_loss"):
-            if key in want:
-                assert mine[key] == pytest.approx(want[key], rel=1e-5), (key, mine["step"])
-    mine_tensors = newest_tensors(tmp_path / "default")
+    assert_like_one_rank(got, newest_tensors(tmp_path / "default"), *gated_one_rank)
+
+
+@pytest.mark.parametrize("tensor, sequence, context, data, zero", [(2, True, 2, 1, 1), (1, False, 4, 1, 3)], ids=str)
+def test_pooled_chunks_reproduce_one_rank(tensor, sequence, context, data, zero, corpus, tmp_path, pooled_one_rank):
+    """The last steps go on from a checkpoint of another layout."""
+    layout = dict(parallel__tensor=tensor, parallel__sequence=sequence, parallel__context=context, parallel__zero=zero)
+    arguments = run_training, str(corpus), str(tmp_path)
+    run_on_ranks(tensor * context * data, *arguments, POOLED | layout | dict(run__stop_at_step=3))
+    (got,) = run_on_ranks(1, *arguments, POOLED)
+    assert_like_one_rank(got, newest_tensors(tmp_path / "default"), *pooled_one_rank)
+
+
+def assert_like_one_rank(got, mine_tensors, records, tensors):
+    for key in ("loss", "grad_norm", "validation_loss"):
+        mine = {record["step"]: record[key] for record in got if key in record}
+        wanted = {record["step"]: record[key] for record in records if key in record}
+        if key == "validation_loss":  # a run that stopped half-way has validated there as well
+            mine = {step: mine[step] for step in wanted}
+        assert wanted and mine == pytest.approx(wanted, rel=1e-5), key
     assert mine_tensors.keys() == tensors.keys()
     for key, want in tensors.items():
         if key.startswith("master/"):

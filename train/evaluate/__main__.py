@@ -2,6 +2,7 @@
 
     python -m train.evaluate runs/default                                all tasks, at 1x, 2x and 4x the training length
     python -m train.evaluate runs/default tasks=needle,multikey lengths=2048,8192 samples=32 depths=11
+    python -m train.evaluate RUN lengths=16384 rope_scaling="{kind: yarn, factor: 2, original_max_positions: 8192}"
 
 See `train.evaluate.evaluation` for the tasks. Writes `evaluation.json` and pictures into the run directory, or into
 `out=`.
@@ -34,7 +35,7 @@ def _run(arguments: list[str]) -> None:
         make_directory("out", out)
     world = groups.initialize(groups.ParallelConfig(), groups.pick_device("auto"))
     try:
-        model, tokenizer, run = load(directory, world)
+        model, tokenizer, run = load(directory, world, config.rope_scaling)
         result = evaluate(model, tokenizer, run, config, world.device)
     finally:
         groups.shutdown()

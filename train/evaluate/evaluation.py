@@ -16,6 +16,7 @@ import torch
 
 from data_pipeline import DataConfig, Tokenizer, open_data
 from data_pipeline.config import TASKS
+from ksa_model.config import RopeScaling
 from ksa_model.layers.tensor_parallel import TensorParallel
 from ksa_model.model import Decoder
 from train.batches import batch_maker
@@ -40,6 +41,7 @@ class EvaluateConfig:
     depths: int = 5  # positions of the needle, from the beginning of the document to its end
     rows: int = 32768  # text tokens of one forward
     seed: int = 0
+    rope_scaling: RopeScaling | None = None  # replaces that of the checkpoint: longer texts without training
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -102,21 +104,26 @@ def _on_documents(
         packs = [maker(held_out.at(i)).to(device) for i in range(min(config.samples, held_out.num_samples))]
         if "perplexity" in config.tasks:
             result.setdefault("perplexity", {})[str(length)] = probes.loss_by_position(model, packs)
-        if "insight" in config.tasks and model.config.has_summaries:
+        if "insight" in config.tasks and model.config.has_far:
             result.setdefault("insight", {})[str(length)] = probes.weight_of_summaries(model, packs)
     return result
 
 
-def load(directory: Path, world: World) -> tuple[Decoder, Tokenizer, TrainConfig]:
+def load(
+    directory: Path, world: World, rope_scaling: RopeScaling | None = None
+) -> tuple[Decoder, Tokenizer, TrainConfig]:
     """Model, tokenizer and configuration of a run (its newest checkpoint) or of a Hugging Face directory.
 
     A Hugging Face directory has no corpus: its held-out documents are those of Python's standard library, and its
-    training length is the longest that its config.json allows. Raises one of `USER_ERRORS`.
+    training length is the longest that its config.json allows. `rope_scaling` replaces that of a run's checkpoint; a
+    Hugging Face directory has its own in config.json. Raises one of `USER_ERRORS`.
     """
     if (directory / "config.json").is_file() and not (directory / "config.yaml").is_file():
+        if rope_scaling is not None:
+            raise ConfigError(f"rope_scaling={rope_scaling} is for runs: set rope_scaling in {directory}/config.json")
         return _load_hf(directory, world)
     config = read_config(directory)
-    model, tokenizer = load_run(directory, world)
+    model, tokenizer = load_run(directory, world, rope_scaling=rope_scaling)
     if world.device.type == "cuda" and config.run.precision == "bf16":
         model = model.to(torch.bfloat16)  # as it was trained
     # The tokenizer that the run directory keeps is the one the data were prepared with, here or elsewhere.

@@ -37,6 +37,7 @@ OPERATORS = {
     "_ChunkedDivergence": "loss",
     "SummaryAttention": "attention: summaries",
     "_JointAttention": "attention",
+    "_Pool": "pooling of chunks",
     "NormRotate": "norms, rotation",
     "RMSNorm": "norms, rotation",
     "c10d::": "communication",

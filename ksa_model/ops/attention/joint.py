@@ -34,6 +34,7 @@ class Source:
     ranges: KeyRanges
     exchange: Exchange  # brings them from the ranks that hold them
     pair: int = 0  # index into the attention's pairs of keys and values: 0 text, 1 summaries
+    query: int = 0  # index into its queries: 0 those of near text, 1 those of the far part where they differ
 
 
 def ksa_attention(
@@ -43,19 +44,23 @@ def ksa_attention(
     kernels: ModuleType,
     context: ContextParallel | None = None,
     kept: SavedOutput | None = None,
+    q_far: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """KSA of text rows: near text and far summaries under one softmax. Twin: `reference.ksa_attention`.
 
-    inputs: q_text [T, H, d]; k_text, v_text [T, G, d]; k_summary, v_summary [S, G, d] -> [T, H, d] in q's dtype. Rows
+    inputs: q_text [T, H, d]; k_text, v_text [T, G, d]; k_summary, v_summary [S, G, d] -> [T, H, d] in q's dtype. The
+    mixers `H` and `P` pass pooled keys and values for those of summaries, one for each chunk. Rows
     of padding give 0. `kernels`: `Backend.attention`. With `context`, the rows and `layout` are this rank's share of
     the sample. `kept` holds the result for a second run on the same inputs (the dense reference computes it again).
+    `q_far` [T, H, d]: queries of the far part; None: those of near text.
     """
     if kernels is reference:
-        return reference.ksa_attention(*inputs, layout, window_chunks)
+        return reference.ksa_attention(*inputs, layout, window_chunks, q_far)
     near = _text_sources(layout, layout.near_ranges(window_chunks), context, window_chunks * layout.chunk_size)
-    far = Source(layout.far_ranges(window_chunks), gather_exchange(context, "summaries"), pair=1)
+    far = Source(layout.far_ranges(window_chunks), gather_exchange(context, "summaries"), 1, int(q_far is not None))
     # The near parts come last: `cuda.attend` wants a last part in which every real row attends to itself at least.
-    return _JointAttention.apply((far, *near), kernels, kept, *inputs)
+    queries = inputs[:1] if q_far is None else (inputs[0], q_far)
+    return _JointAttention.apply((far, *near), kernels, kept, len(queries), *queries, *inputs[1:])
 
 
 def text_attention(
@@ -80,7 +85,7 @@ def text_attention(
         sources = _text_sources(layout, layout.sliding_ranges(window), context, window - 1)
     else:
         sources = _text_sources(layout, layout.near_ranges(window), context, window * layout.chunk_size)
-    return _JointAttention.apply(sources, kernels, kept, *inputs)
+    return _JointAttention.apply(sources, kernels, kept, 1, *inputs)
 
 
 def _text_sources(
@@ -109,42 +114,51 @@ class _JointAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, sources: tuple[Source, ...], kernels: ModuleType, kept: SavedOutput | None, q, *keys_and_values):
+    def forward(ctx, sources: tuple[Source, ...], kernels: ModuleType, kept: SavedOutput | None, num_queries, *tensors):
+        queries, keys_and_values = tensors[:num_queries], tensors[num_queries:]
         own = list(zip(keys_and_values[::2], keys_and_values[1::2]))
         pending = [source.exchange.start(*own[source.pair]) for source in sources]
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = [own[source.pair] for source in sources]
         found = None if kept is None else kept.take()
         softmax: Any = None if found is None else Softmax(*found)
-        for group in _groups(sources):
+        for query, group in _groups(sources):
             for i in group:
                 pairs[i] = pending[i].wait()
             if found is None:
-                softmax = kernels.attend(q, [Part(*pairs[i], sources[i].ranges) for i in group], softmax)
+                softmax = kernels.attend(queries[query], [Part(*pairs[i], sources[i].ranges) for i in group], softmax)
         if kept is not None and found is None:
             kept.put(softmax.out, softmax.lse)
-        ctx.sources, ctx.kernels, ctx.num_pairs = sources, kernels, len(own)
-        ctx.save_for_backward(q, softmax.out, softmax.lse, *(x for pair in pairs for x in pair))
+        ctx.sources, ctx.kernels, ctx.num_queries, ctx.num_pairs = sources, kernels, num_queries, len(own)
+        ctx.save_for_backward(softmax.out, softmax.lse, *queries, *(x for pair in pairs for x in pair))
         return softmax.out
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, out, lse, *keys_and_values = ctx.saved_tensors
+        out, lse, *tensors = ctx.saved_tensors
+        queries, keys_and_values = tensors[: ctx.num_queries], tensors[ctx.num_queries :]
         sources, pairs = ctx.sources, list(zip(keys_and_values[::2], keys_and_values[1::2]))
-        gradient = ctx.kernels.Gradient(grad_out, q, Softmax(out, lse))
+        gradients = [ctx.kernels.Gradient(grad_out, q, Softmax(out, lse)) for q in queries]
         totals: list[Any] = [None] * ctx.num_pairs
         pending: list[tuple[int, PendingGradients]] = []
-        for group in reversed(_groups(sources)):
-            found = gradient.add([Part(*pairs[i], sources[i].ranges) for i in group])
+        for query, group in reversed(_groups(sources)):
+            found = gradients[query].add([Part(*pairs[i], sources[i].ranges) for i in group])
             pending += [(sources[i].pair, sources[i].exchange.start_backward(*grads)) for i, grads in zip(group, found)]
             del found  # with a million remote rows these are gigabytes, beside those of the next group
         for pair, returning in reversed(pending):  # the large local gradient first, then a halo's few rows
             totals[pair] = returning.add_to(totals[pair])
-        return None, None, None, gradient.grad_q, *(grad for both in totals for grad in both)
+        grads = (gradient.grad_q for gradient in gradients)
+        return None, None, None, None, *grads, *(grad for both in totals for grad in both)
 
 
-def _groups(sources: tuple[Source, ...]) -> list[list[int]]:
-    """Indices of the parts to compute together: local ones, then remote ones."""
+def _groups(sources: tuple[Source, ...]) -> list[tuple[int, list[int]]]:
+    """Indices of the parts to compute together, each with its query: local parts, then remote ones; near queries first,
+    because `attend` wants to begin with a part in which every real row attends to itself at least."""
     groups = (
-        [i for i, source in enumerate(sources) if source.exchange.communicates == remote] for remote in (False, True)
+        (
+            query,
+            [i for i, source in enumerate(sources) if (source.exchange.communicates, source.query) == (remote, query)],
+        )
+        for remote in (False, True)
+        for query in (0, 1)
     )
-    return [group for group in groups if group]
+    return [(query, group) for query, group in groups if group]

@@ -62,12 +62,21 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     return torch.einsum("hnm,mhd->nhd", weights, v).to(q.dtype)
 
 
-def ksa_attention(q_text, k_text, v_text, k_summary, v_summary, layout: SequenceLayout, window_chunks: int):
+def ksa_attention(q_text, k_text, v_text, k_summary, v_summary, layout: SequenceLayout, window_chunks: int, q_far=None):
     """Twin of `joint.ksa_attention`: one softmax over near text and far summaries together."""
-    mask = torch.cat(
-        [text_to_text_mask(layout, "K", window_chunks), text_to_summary_mask(layout, window_chunks)], dim=1
+    near, far = text_to_text_mask(layout, "K", window_chunks), text_to_summary_mask(layout, window_chunks)
+    values = torch.cat([v_text, v_summary])
+    if q_far is None:
+        return attend(q_text, torch.cat([k_text, k_summary]), values, torch.cat([near, far], dim=1))
+    # Two kinds of queries: twice the features, of which every key has one half.
+    q = torch.cat([q_text, q_far], dim=-1) * 2**0.5  # `attend` divides by the root of the features
+    keys = torch.cat(
+        [
+            torch.nn.functional.pad(k_text, (0, k_text.shape[-1])),
+            torch.nn.functional.pad(k_summary, (k_text.shape[-1], 0)),
+        ]
     )
-    return attend(q_text, torch.cat([k_text, k_summary]), torch.cat([v_text, v_summary]), mask)
+    return attend(q, keys, values, torch.cat([near, far], dim=1))
 
 
 def summary_attention(q_summary, k_text, v_text, k_summary, v_summary, layout: SequenceLayout):

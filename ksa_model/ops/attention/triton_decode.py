@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ksa_model.ops.linear import Norm
+from ksa_model.ops.pooling import ChunkRows
 from ksa_model.ops.triton_gemv import precision
 
 # Programs of the attention over a cache, each with a share of the rows: about one per multiprocessor, since merging the
@@ -56,21 +58,21 @@ def _is_visible(row, position, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: 
 
 
 @triton.jit
-def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, q_own, k_own, v_own, chunks, out_own, rows,
-            heads, scale, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, OWN: tl.constexpr,
-            GROUP: tl.constexpr, ROWS_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-            SHARES: tl.constexpr, PRECISION: tl.constexpr, SUMMARIES: tl.constexpr, QUERIES: tl.constexpr,
-            KEYS: tl.constexpr, GROUP_2: tl.constexpr):  # fmt: skip
+def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, q_own, k_own, v_own, chunks, out_own,
+            k_kept, q_far, rows, heads, scale, RING: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
+            OWN: tl.constexpr, GROUP: tl.constexpr, ROWS_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+            BLOCK: tl.constexpr, SHARES: tl.constexpr, PRECISION: tl.constexpr, SUMMARIES: tl.constexpr,
+            QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP_2: tl.constexpr, FAR: tl.constexpr):  # fmt: skip
     """The query heads of one key/value head of one request over one share of its rows: output and log-sum-exp. The
     program whose share has the token's own row takes it from k and v and stores it for later tokens. The last program
     of a (request, head) pair to finish merges the shares and resets the count of arrivals. With SUMMARIES one more
-    program computes the summaries of a chunk."""
+    program computes the summaries of a chunk. With FAR, rows after the ring have queries of their own."""
     request, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     share = tl.program_id(1)
     if SUMMARIES > 0:
         if share == SHARES:
-            _summarise_chunk(q_own, keys, values, k_own, v_own, chunks, out_own, rows, heads, scale, request, head,
-                             RING, GROUP, CHUNK, SUMMARIES, QUERIES, KEYS, D, BLOCK_D, PRECISION,
+            _summarise_chunk(q_own, keys, values, k_own, v_own, chunks, out_own, k_kept, rows, heads, scale, request,
+                             head, RING, GROUP, CHUNK, SUMMARIES, QUERIES, KEYS, D, BLOCK_D, PRECISION,
                              OWN > 0)  # fmt: skip
             return
     position = tl.load(positions + request)
@@ -87,11 +89,11 @@ def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, q_o
     column, query_row = tl.arange(0, BLOCK_D), tl.arange(0, ROWS_Q)
     in_column = column < D
     pair = request * heads + head
-    query = tl.load(
-        q + (pair * GROUP + query_row[:, None]) * D + column[None, :],
-        mask=(query_row < GROUP)[:, None] & in_column[None, :],
-        other=0.0,
-    )
+    at_query = (pair * GROUP + query_row[:, None]) * D + column[None, :]
+    real_query = (query_row < GROUP)[:, None] & in_column[None, :]
+    query = tl.load(q + at_query, mask=real_query, other=0.0)
+    if FAR:
+        query_far = tl.load(q_far + at_query, mask=real_query, other=0.0)
     top = tl.full([ROWS_Q], float("-inf"), tl.float32)
     total = tl.zeros([ROWS_Q], tl.float32)
     acc = tl.zeros([ROWS_Q, BLOCK_D], tl.float32)
@@ -104,6 +106,10 @@ def _attend(q, k, v, keys, values, positions, parts, weights, arrivals, out, q_o
         value = tl.load(values + cells, mask=held, other=0.0)
         visible = inside & (row != slot) & _is_visible(row, position, RING, CHUNK, WINDOW, OWN)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        if FAR:
+            if begin + BLOCK > RING:
+                scores_far = tl.dot(query_far, tl.trans(key), input_precision=PRECISION) * scale
+                scores = tl.where((row >= RING)[None, :], scores_far, scores)
         scores = tl.where(visible[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -161,12 +167,12 @@ def _merge(parts, weights, out, pair, GROUP: tl.constexpr, GROUP_2: tl.constexpr
 
 
 @triton.jit
-def _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, request, head, RING: tl.constexpr,
-                     GROUP: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, QUERIES: tl.constexpr,
-                     KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-                     KEEP: tl.constexpr):  # fmt: skip
-    """The OWN summaries of one chunk, for the query heads of one key/value head of one request. With KEEP their keys
-    and values are stored after the ring."""
+def _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, k_kept, rows, heads, scale, request, head,
+                     RING: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr,
+                     QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                     PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+    """The OWN summaries of one chunk, for the query heads of one key/value head of one request. With KEEP the keys
+    `k_kept` and their values are stored after the ring."""
     column, query, key = tl.arange(0, BLOCK_D), tl.arange(0, QUERIES), tl.arange(0, KEYS)
     in_column, member, own = column < D, query % GROUP, query // GROUP
     real = own < OWN
@@ -193,17 +199,67 @@ def _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, rows, heads, sc
             source = ((request * OWN + one) * heads + head) * D + column
             kept_at = RING + tl.load(chunks + request) * OWN + one
             target = ((request * heads + head) * rows + kept_at) * D + column
-            tl.store(keys + target, tl.load(k_own + source, mask=in_column), mask=in_column)
+            tl.store(keys + target, tl.load(k_kept + source, mask=in_column), mask=in_column)
             tl.store(values + target, tl.load(v_own + source, mask=in_column), mask=in_column)
 
 
 @triton.jit
-def _summarise(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, RING: tl.constexpr, GROUP: tl.constexpr,
-               CHUNK: tl.constexpr, OWN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
-               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
-    _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, rows, heads, scale, tl.program_id(0).to(tl.int64),
-                     tl.program_id(1), RING, GROUP, CHUNK, OWN, QUERIES, KEYS, D, BLOCK_D, PRECISION,
-                     KEEP)  # fmt: skip
+def _summarise(q, keys, values, k_own, v_own, chunks, out, k_kept, rows, heads, scale, RING: tl.constexpr,
+               GROUP: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+               D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+    _summarise_chunk(q, keys, values, k_own, v_own, chunks, out, k_kept, rows, heads, scale,
+                     tl.program_id(0).to(tl.int64), tl.program_id(1), RING, GROUP, CHUNK, OWN, QUERIES, KEYS, D,
+                     BLOCK_D, PRECISION, KEEP)  # fmt: skip
+
+
+@triton.jit
+def _pool_token(k, v, scores, bias, positions, sums, weights, gain, cos, sin, keys, values, rows, heads, eps,
+                RING: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, LEARNED: tl.constexpr,
+                NORM: tl.constexpr):  # fmt: skip
+    """One head of one request: the sums with the token added, and the pooled key and value of its chunk so far. The
+    features of a head are in two halves, which RoPE rotates together."""
+    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pair = request * heads + head
+    column = tl.arange(0, BLOCK)
+    inside = column < HALF
+    position = tl.load(positions + request)
+    first = position % CHUNK == 0
+    score = 0.0
+    if LEARNED:
+        score = tl.load(scores + pair).to(tl.float32) + tl.load(bias + head * CHUNK + position % CHUNK).to(tl.float32)
+    top = tl.load(weights + 2 * pair)
+    highest = tl.where(first, score, tl.maximum(top, score))
+    decay, weight = tl.where(first, 0.0, tl.exp(top - highest)), tl.exp(score - highest)
+    total = tl.load(weights + 2 * pair + 1) * decay + weight
+    tl.store(weights + 2 * pair, highest)
+    tl.store(weights + 2 * pair + 1, total)
+    at, held = pair * 2 * HALF + column, sums + pair * 4 * HALF + column
+    left = tl.load(held, mask=inside, other=0.0) * decay + tl.load(k + at, mask=inside, other=0.0) * weight
+    right = (
+        tl.load(held + HALF, mask=inside, other=0.0) * decay + tl.load(k + at + HALF, mask=inside, other=0.0) * weight
+    )
+    tl.store(held, left, mask=inside)
+    tl.store(held + HALF, right, mask=inside)
+    # Rounded where the operations in torch round: after the mean, after the norm and after the rotation.
+    left = (left / total).to(k.dtype.element_ty).to(tl.float32)
+    right = (right / total).to(k.dtype.element_ty).to(tl.float32)
+    if NORM:
+        scale = 1 / tl.sqrt((tl.sum(left * left, 0) + tl.sum(right * right, 0)) / (2 * HALF) + eps)
+        left *= scale * tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
+        right *= scale * tl.load(gain + HALF + column, mask=inside, other=0.0).to(tl.float32)
+        left = left.to(k.dtype.element_ty).to(tl.float32)
+        right = right.to(k.dtype.element_ty).to(tl.float32)
+    c = tl.load(cos + request * HALF + column, mask=inside, other=0.0)
+    s = tl.load(sin + request * HALF + column, mask=inside, other=0.0)
+    target = (pair * rows + RING + position // CHUNK) * 2 * HALF + column
+    tl.store(keys + target, (left * c - right * s).to(keys.dtype.element_ty), mask=inside)
+    tl.store(keys + target + HALF, (right * c + left * s).to(keys.dtype.element_ty), mask=inside)
+    for half in tl.static_range(2):
+        to = half * HALF
+        value = tl.load(held + 2 * HALF + to, mask=inside, other=0.0) * decay
+        value += tl.load(v + at + to, mask=inside, other=0.0) * weight
+        tl.store(held + 2 * HALF + to, value, mask=inside)
+        tl.store(values + target + to, (value / total).to(values.dtype.element_ty), mask=inside)
 
 
 class Rule(NamedTuple):
@@ -222,17 +278,23 @@ class Rule(NamedTuple):
 
 
 class Summaries(NamedTuple):
-    """The m summaries of chunk `chunk` [B] (int64) of each request: q [B*m, H, d], k and v [B*m, G, d], out like q."""
+    """The m summaries of chunk `chunk` [B] (int64) of each request: q [B*m, H, d], k and v [B*m, G, d], out like q.
+
+    `k_kept` [B*m, G, d]: their keys as the cache keeps them. They differ from `k` in a layer whose far part has no
+    RoPE.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     chunk: torch.Tensor
     out: torch.Tensor
+    k_kept: torch.Tensor
 
     def for_kernel(self) -> Summaries:
         """With contiguous inputs."""
-        return self._replace(q=self.q.contiguous(), k=self.k.contiguous(), v=self.v.contiguous())
+        inputs = ("q", "k", "v", "k_kept")
+        return self._replace(**{name: getattr(self, name).contiguous() for name in inputs})
 
 
 def store_summaries(buffer: torch.Tensor, chunks: torch.Tensor, rule: Rule, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -245,6 +307,33 @@ def store_summaries(buffer: torch.Tensor, chunks: torch.Tensor, rule: Rule, k: t
     )  # fmt: skip
 
 
+def pool_token(
+    rows: ChunkRows,
+    positions: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor],
+    norm: Norm | None,
+    table: tuple[torch.Tensor, torch.Tensor],
+    buffer: torch.Tensor,
+    rule: Rule,
+) -> None:
+    """Add a token of each request at `positions` int64 [B] to its open chunk, and store the pooled key and value of
+    that chunk so far in buffer [2, B, G, N, d], after the ring of text: `OpenChunk.add`, the norm and rotation of the
+    pooled key by `table` and `store_summaries` in one launch.
+
+    rows: k, v [B, G, d] and of `H` scores [B, G]. `state`: `OpenChunk.sums` and `OpenChunk.weights`.
+    """
+    k, v = rows.k.contiguous(), rows.v.contiguous()
+    learned = rows.scores is not None and rows.bias is not None
+    scores = rows.scores.contiguous() if rows.scores is not None else k  # otherwise never read
+    batch, heads, d = k.shape
+    _pool_token[(batch, heads)](
+        k, v, scores, rows.bias if learned else k, positions, *state, k if norm is None else norm.gain, *table,
+        buffer[0], buffer[1], buffer.shape[3], heads, 0.0 if norm is None else norm.eps, RING=rule.ring,
+        CHUNK=rule.chunk_size, HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), LEARNED=learned,
+        NORM=norm is not None, num_warps=1,
+    )  # fmt: skip
+
+
 def summarise(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
     """Attention of the summaries of one whole chunk per request, each over the chunk's text and summaries up to itself.
 
@@ -253,12 +342,12 @@ def summarise(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
     """
     if not _fits_device(buffer, rule, summaries):
         return False
-    q, k, v, chunk, out = summaries.for_kernel()
+    q, k, v, chunk, out, k_kept = summaries.for_kernel()
     (batch, kv_heads), (total, heads, d) = buffer.shape[1:3], q.shape
     group, m = heads // kv_heads, total // batch
     _summarise[(batch, kv_heads)](
-        q, buffer[0], buffer[1], k, v, chunk, out, buffer.shape[3], kv_heads, d**-0.5, RING=rule.ring, GROUP=group,
-        CHUNK=rule.chunk_size, OWN=m, D=d, BLOCK_D=_padded(d), PRECISION=precision(q), KEEP=rule.own > 0,
+        q, buffer[0], buffer[1], k, v, chunk, out, k_kept, buffer.shape[3], kv_heads, d**-0.5, RING=rule.ring,
+        GROUP=group, CHUNK=rule.chunk_size, OWN=m, D=d, BLOCK_D=_padded(d), PRECISION=precision(q), KEEP=rule.own > 0,
         **_tile_of_summaries(rule.chunk_size, group, m),
     )  # fmt: skip
     return True
@@ -269,9 +358,10 @@ def can_join(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
     return rule.ring != rule.chunk_size and _fits_device(buffer, rule, summaries)
 
 
-def can_attend(q: torch.Tensor, buffer: torch.Tensor) -> bool:
-    """Whether `attend` of q [B, H, d] over buffer [2, B, G, N, d] fits the device."""
-    return _rows_at_a_time(q.shape[1] // buffer.shape[2], q.shape[2], q.dtype, _shared_memory(q.device)) > 0
+def can_attend(q: torch.Tensor, buffer: torch.Tensor, has_far: bool = False) -> bool:
+    """Whether `attend` of q [B, H, d] over buffer [2, B, G, N, d] fits the device; `has_far`: with queries of the far
+    part."""
+    return _rows_at_a_time(q.shape[1] // buffer.shape[2], q.shape[2], q.dtype, _shared_memory(q.device), has_far) > 0
 
 
 def _fits_device(buffer: torch.Tensor, rule: Rule, summaries: Summaries) -> bool:
@@ -294,10 +384,10 @@ def _fits(chunk_size: int, group: int, m: int, d: int, dtype: torch.dtype, limit
     return chunk_size + m <= MAX_KEYS and _bytes_of_summaries(chunk_size, group, m, d, dtype, limit) <= limit
 
 
-def _rows_at_a_time(group: int, d: int, dtype: torch.dtype, limit: float = math.inf) -> int:
+def _rows_at_a_time(group: int, d: int, dtype: torch.dtype, limit: float = math.inf, has_far: bool = False) -> int:
     """The largest tile, in rows of a cache, that fits `limit` bytes of shared memory; 0: none."""
     rows = (BLOCK_ROWS, BLOCK_ROWS // 2, BLOCK_ROWS // 4)
-    return next((count for count in rows if _bytes_of_attention(count, group, d, dtype, limit) <= limit), 0)
+    return next((count for count in rows if _bytes_of_attention(count, group, d, dtype, limit, has_far) <= limit), 0)
 
 
 def _bytes_of_summaries(chunk_size: int, group: int, m: int, d: int, dtype: torch.dtype, limit: float) -> int:
@@ -308,14 +398,14 @@ def _bytes_of_summaries(chunk_size: int, group: int, m: int, d: int, dtype: torc
     return (queries + tiles * keys) * _padded(d) * dtype.itemsize + SLACK_BYTES
 
 
-def _bytes_of_attention(rows: int, group: int, d: int, dtype: torch.dtype, limit: float) -> int:
+def _bytes_of_attention(rows: int, group: int, d: int, dtype: torch.dtype, limit: float, has_far: bool = False) -> int:
     """Shared memory of `_attend` without summaries: queries, keys and values of the pipeline's stages, and weights,
     unless each warp has its own query rows."""
     queries, stages = _padded(group), _stages(d, dtype)
     if dtype.itemsize > 2 or not _in_place(queries, limit):
         stages -= 1  # the one in use is in registers
     weights = 0 if dtype.itemsize <= 2 and queries >= 128 else queries * rows
-    return ((queries + 2 * stages * rows) * _padded(d) + weights) * dtype.itemsize + SLACK_BYTES
+    return ((queries * (1 + has_far) + 2 * stages * rows) * _padded(d) + weights) * dtype.itemsize + SLACK_BYTES
 
 
 def _in_place(queries: int, limit: float) -> bool:
@@ -348,6 +438,7 @@ def attend(
     rule: Rule,
     out: torch.Tensor,
     summaries: Summaries | None = None,
+    q_far: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Store k, v [B, G, d] of the tokens at `positions` [B] (int64) in buffer [2, B, G, N, d]; then attention of q
     [B, H, d] over the buffer's rows by `rule`, into out [B, H, d]. Rows after the last visible one are not read. Needs
@@ -355,6 +446,7 @@ def attend(
 
     arrivals: int32 [B*G] zeros, which are zeros again afterwards; concurrent launches need one each.
     summaries: also computed as by `summarise`, in the same launch. Needs `can_join`.
+    q_far: like q, for the rows after the ring; None: q.
     """
     batch, heads, d = q.shape
     kv_heads, group = buffer.shape[2], heads // buffer.shape[2]
@@ -364,15 +456,16 @@ def attend(
     parts = torch.empty(pairs, shares, group, d, dtype=torch.float32, device=q.device)
     weights = torch.empty(pairs, shares, group, dtype=torch.float32, device=q.device)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    own, m = Summaries(q, k, v, positions, out), 0  # never read
-    block = _rows_at_a_time(group, d, q.dtype, _shared_memory(q.device))
+    own, m = Summaries(q, k, v, positions, out, k), 0  # never read
+    has_far, q_far = q_far is not None, q if q_far is None else q_far.contiguous()
+    block = _rows_at_a_time(group, d, q.dtype, _shared_memory(q.device), has_far)
     if summaries is not None:
         own, m = summaries.for_kernel(), len(summaries.q) // batch
     _attend[(pairs, shares + (m > 0))](
-        q, k, v, buffer[0], buffer[1], positions, parts, weights, arrivals, out, *own, buffer.shape[3], kv_heads,
-        d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group,
+        q, k, v, buffer[0], buffer[1], positions, parts, weights, arrivals, out, *own, q_far, buffer.shape[3],
+        kv_heads, d**-0.5, RING=rule.ring, CHUNK=rule.chunk_size, WINDOW=rule.window, OWN=rule.own, GROUP=group,
         ROWS_Q=_padded(group), D=d, BLOCK_D=_padded(d), BLOCK=block, SHARES=shares, PRECISION=precision(q),
-        SUMMARIES=m, num_stages=_stages(d, q.dtype), GROUP_2=triton.next_power_of_2(group),
+        SUMMARIES=m, num_stages=_stages(d, q.dtype), GROUP_2=triton.next_power_of_2(group), FAR=has_far,
         **_tile_of_summaries(rule.chunk_size, group, m),
     )  # fmt: skip
     return out

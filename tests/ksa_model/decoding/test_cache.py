@@ -7,7 +7,7 @@ from ksa_model.config import ModelConfig, ModelConfigError
 from ksa_model.decoding.cache import DecodingCache
 from ksa_model.decoding.generate import Sampling, generate
 from tests.ksa_model.ops.attention.test_joint import make_layout
-from tests.ksa_model.test_model import build, small_config
+from tests.ksa_model.test_model import build, small_config, spread_pooling
 
 
 def model_for(world, **changes):
@@ -17,6 +17,8 @@ def model_for(world, **changes):
         for name, p in decoder.named_parameters():
             if p.ndim == 2 and "embedding" not in name:
                 p.mul_(6)
+    spread_pooling(decoder)
+    with torch.no_grad():
         decoder.embedding.weight.mul_(20)
         if decoder.config.has_summaries:
             decoder.summary_embedding.mul_(20)
@@ -35,7 +37,7 @@ def assert_greedy(decoder, prompt, continuation):
     assert not wrong, f"differs first at new token {wrong[0]} of {len(continuation)}, {len(wrong)} times"
 
 
-@pytest.mark.parametrize("pattern", ["KKKF", "K", "F", "KSCF", "FKKS"])
+@pytest.mark.parametrize("pattern", ["KKKF", "K", "F", "KSCF", "FKKS", "H", "HPSF"])
 @pytest.mark.parametrize("k, window", [(k, w) for k in (1, 3, 8) for w in (0, 1, 5)])
 def test_cached_equals_uncached(world, pattern, k, window):
     decoder = model_for(world, layer_pattern=pattern, chunk_size=k, window_chunks=window, window_tokens=5)
@@ -48,8 +50,19 @@ def test_cached_equals_uncached(world, pattern, k, window):
         assert_greedy(decoder, prompt, continuation)
 
 
+@pytest.mark.parametrize("pattern, far, full", [("KKKF", False, False), ("KF", True, False), ("HPSF", False, True)])
+def test_cached_equals_uncached_without_rope(world, pattern, far, full):
+    decoder = model_for(world, layer_pattern=pattern, chunk_size=3, rotate_far=far, rotate_full_layers=full)
+    prompts = [[7], list(range(17)), list(range(30, 42))]
+    generated, _ = generate(decoder, prompts, Sampling(max_tokens=50))
+    for prompt, continuation in zip(prompts, generated):
+        assert_greedy(decoder, prompt, continuation)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern, k, window, m, tokens", [("KKKF", 8, 5, 1, 2000), ("KSCF", 3, 1, 2, 600)])
+@pytest.mark.parametrize("pattern, k, window, m, tokens", [
+    ("KKKF", 8, 5, 1, 2000), ("KSCF", 3, 1, 2, 600), ("PHFH", 4, 3, 1, 600),
+])  # fmt: skip
 def test_many_tokens(world, pattern, k, window, m, tokens):
     decoder = model_for(world, layer_pattern=pattern, chunk_size=k, window_chunks=window, summary_tokens=m)
     prompts = [[7], [5, 9, 11, 2], list(range(40))]
@@ -70,7 +83,7 @@ def test_growing_gives_the_same_and_wastes_little(world):
     assert growing.allocated_bytes <= 1.05 * reserved.allocated_bytes
 
 
-@pytest.mark.parametrize("pattern, window", [("KKKF", 1), ("F", 0), ("K", 3), ("KSCF", 2)])
+@pytest.mark.parametrize("pattern, window", [("KKKF", 1), ("F", 0), ("K", 3), ("KSCF", 2), ("HHPF", 1)])
 def test_bytes_are_the_formula(world, pattern, window):
     config = small_config(layer_pattern=pattern, window_chunks=window)
     cache = DecodingCache(build(world, config), 2, max_tokens=2000)

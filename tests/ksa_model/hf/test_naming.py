@@ -17,7 +17,7 @@ def spec(config, **fields):
 
 
 def test_every_parameter_has_its_own_name():
-    for pattern in ("KKKF", "GGGF"):
+    for pattern in ("KKKF", "GGGF", "HPHF"):
         names = [hf_name(name) for name in small_config(layer_pattern=pattern).parameter_shapes()]
         assert len(set(names)) == len(names)
     assert hf_name("blocks.3.attention.summary_query.weight") == "model.layers.3.self_attn.q_proj_summary.weight"

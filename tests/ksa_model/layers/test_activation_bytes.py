@@ -42,7 +42,8 @@ def kept_bytes_on_a_rank(changes: dict) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.hidden(tokens, pack)
-    rotary = 2 * 4 * (pack.num_text + pack.num_summary) * config.model.head_dim // 2
+    tables = 1 if config.model.rotates_everything else 2
+    rotary = tables * 2 * 4 * (pack.num_text + pack.num_summary) * config.model.head_dim // 2
     return sum(storage.nbytes() for storage in storages.values()) - rotary
 
 
@@ -54,6 +55,16 @@ def kept_bytes_on_a_rank(changes: dict) -> float:
     (1, dict(model__layer_pattern="G", run__precision="bf16")),
     (2, dict(model__layer_pattern="KGFG", parallel__tensor=2, parallel__sequence=True)),
     (1, dict(model__layer_pattern="KKKF", model__qk_norm=False, model__summary_tokens=2)),
+    (1, dict(model__layer_pattern="KKKF", model__rotate_far=False, model__rotate_full_layers=False)),
+    (1, dict(model__layer_pattern="KKKF", model__rotate_far=False, run__precision="bf16")),
+    (2, dict(model__layer_pattern="KKFK", model__rotate_far=False, parallel__context=2)),
+    (1, dict(model__layer_pattern="P", model__rotate_far=False)),
+    (1, dict(model__layer_pattern="H")),
+    (1, dict(model__layer_pattern="H", run__precision="bf16")),
+    (1, dict(model__layer_pattern="H", model__qk_norm=False)),
+    (1, dict(model__layer_pattern="P", run__precision="bf16")),
+    (2, dict(model__layer_pattern="HPHF", parallel__tensor=2, parallel__sequence=True)),
+    (2, dict(model__layer_pattern="HPHH", parallel__context=2)),
     (2, dict(model__layer_pattern="KKFK", parallel__tensor=2, parallel__sequence=True)),
     (2, dict(model__layer_pattern="KKFK", parallel__context=2, run__precision="bf16")),
     (1, dict(model__layer_pattern="KKKF", memory__mlp_rows=256)),

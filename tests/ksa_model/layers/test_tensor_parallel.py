@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.ksa_model.ops.attention.test_joint import make_layout
-from tests.ksa_model.test_model import random_text, small_config
+from tests.ksa_model.test_model import random_text, small_config, spread_pooling
 from tests.ranks import run_on_ranks
 
 # One pack with documents, a short chunk and padding; 32 chunks, so that two and four ranks share them.
@@ -18,11 +18,13 @@ def gradients_on_a_rank(tensor: int, sequence: bool, changes: dict) -> dict:
     from ksa_model.model import Decoder
     from train.distributed import groups
 
-    config = small_config(num_kv_heads=4, summary_tokens=2, vocab_multiple=32, **changes)
+    config = small_config(**dict(num_kv_heads=4, summary_tokens=2, vocab_multiple=32) | changes)
     world = groups.initialize(groups.ParallelConfig(tensor=tensor, sequence=sequence), torch.device("cpu"))
     torch.manual_seed(0)
     decoder = Decoder(config, TensorParallel(world.tensor_group, sequence))
-    pack = make_layout(*PACK)
+    spread_pooling(decoder)
+    lengths, k, _, padding = PACK
+    pack = make_layout(lengths, k, config.summary_tokens, padding)
     loss = decoder(*random_text(pack), pack)
     loss.backward()
     logits = decoder.logits(random_text(pack)[0], pack).detach()
@@ -38,7 +40,12 @@ def gradients_on_a_rank(tensor: int, sequence: bool, changes: dict) -> dict:
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(layer_pattern="KSCF"), dict(layer_pattern="KKFK", tie_embeddings=True), dict(layer_pattern="GKGG")],
+    [
+        dict(layer_pattern="KSCF"),
+        dict(layer_pattern="KKFK", tie_embeddings=True),
+        dict(layer_pattern="GKGG"),
+        dict(layer_pattern="HPHF", summary_tokens=1),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("tensor, sequence", [(2, False), (2, True), (4, True)])

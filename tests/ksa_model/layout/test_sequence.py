@@ -104,10 +104,10 @@ def test_a_million_tokens_need_no_python_loop():
 PACK = ([3, 140, 1, 30, 70], 4, 2, 1)
 
 
-def pack_of(total_rows=256):
+def pack_of(total_rows=256, summary_tokens=2):
     whole = make_layout(*PACK)
     starts = np.flatnonzero((np.arange(whole.num_chunks) == whole.first_chunks) & (whole.chunk_lengths > 0)) * 4
-    return build_layout(starts, np.array(PACK[0]), total_rows, 4, 2)
+    return build_layout(starts, np.array(PACK[0]), total_rows, 4, summary_tokens)
 
 
 def test_worked_example_of_a_shard():

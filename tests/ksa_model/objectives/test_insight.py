@@ -10,9 +10,9 @@ from tests.ksa_model.ops.attention.test_joint import make_layout
 from tests.ksa_model.test_model import build, random_text, small_config
 
 
-@pytest.mark.parametrize("m", [1, 2])
-def test_weight_of_summaries_is_that_of_a_dense_softmax(world, m):
-    config = small_config(layer_pattern="KSKF", window_chunks=2, summary_tokens=m)
+@pytest.mark.parametrize("pattern, m", [("KSKF", 1), ("KSKF", 2), ("HSPF", 1)])
+def test_weight_of_summaries_is_that_of_a_dense_softmax(world, pattern, m):
+    config = small_config(layer_pattern=pattern, window_chunks=2, summary_tokens=m)
     decoder = build(world, config)
     pack = make_layout([150, 3, 391, 17], 4, m, 3)
     tokens, _ = random_text(pack)

@@ -7,7 +7,7 @@ from ksa_model.config import MemoryConfig
 from ksa_model.layout.sequence import ShardedLayout
 from ksa_model.parallel.context import ContextParallel, Gather, Halo
 from tests.ksa_model.layout.test_sequence import pack_of
-from tests.ksa_model.test_model import random_text, small_config
+from tests.ksa_model.test_model import random_text, small_config, spread_pooling
 from tests.ranks import run_on_ranks
 
 
@@ -61,21 +61,27 @@ def test_exchanges(size):
         assert received["text"] == 3 * (size - 1) * 2 * n * row_bytes
 
 
-def model_on_a_rank(tensor: int, sequence: bool, context: int, memory: MemoryConfig):
+POOLED = dict(summary_tokens=1, layer_pattern="HFSPH")
+WITHOUT_ROPE = dict(rotate_far=False, rotate_full_layers=False)
+
+
+def model_on_a_rank(tensor: int, sequence: bool, context: int, memory: MemoryConfig, changes: dict):
     from ksa_model.layers.tensor_parallel import TensorParallel
     from ksa_model.model import Decoder
     from train.distributed import groups
 
-    config = small_config(num_kv_heads=4, summary_tokens=2, vocab_multiple=32, layer_pattern="KFSCK", num_layers=5,
-                          window_chunks=(1, 0, 0, 3, 0), window_tokens=9)  # fmt: skip
+    base = dict(num_kv_heads=4, summary_tokens=2, vocab_multiple=32, layer_pattern="KFSCK", num_layers=5,
+                window_chunks=(1, 0, 0, 3, 0), window_tokens=9)  # fmt: skip
+    config = small_config(**base | changes)
     world = groups.initialize(
         groups.ParallelConfig(tensor=tensor, sequence=sequence, context=context), torch.device("cpu")
     )
     torch.manual_seed(0)
-    pack = pack_of()
+    pack = pack_of(summary_tokens=config.summary_tokens)
     tokens, labels = random_text(pack)
     exchange = ContextParallel(world.context_group)
     decoder = Decoder(config, TensorParallel(world.tensor_group, sequence), exchange, memory)
+    spread_pooling(decoder)
     if context > 1:
         pack = ShardedLayout(pack, exchange.rank, context)
         tokens, labels = (torch.from_numpy(pack.rows(x.numpy())) for x in (tokens, labels))
@@ -97,7 +103,10 @@ def model_on_a_rank(tensor: int, sequence: bool, context: int, memory: MemoryCon
 
 @pytest.fixture(scope="module")
 def one_rank():
-    return run_on_ranks(1, model_on_a_rank, 1, False, 1, MemoryConfig())[0]
+    return {
+        name: run_on_ranks(1, model_on_a_rank, 1, False, 1, MemoryConfig(), changes)[0]
+        for name, changes in (("summaries", {}), ("pooled", POOLED), ("without RoPE", WITHOUT_ROPE))
+    }
 
 
 @pytest.mark.parametrize("tensor, sequence, context, memory", [
@@ -106,7 +115,28 @@ def one_rank():
     (2, True, 2, MemoryConfig("selective", offload=True, mlp_rows=20)),
 ])  # fmt: skip
 def test_loss_and_gradients_match_one_rank(tensor, sequence, context, memory, one_rank):
-    for loss, gradients in run_on_ranks(tensor * context, model_on_a_rank, tensor, sequence, context, memory):
+    found = run_on_ranks(tensor * context, model_on_a_rank, tensor, sequence, context, memory, {})
+    assert_like_one_rank(found, one_rank["summaries"])
+
+
+@pytest.mark.parametrize("tensor, sequence, context, memory", [
+    (1, False, 2, MemoryConfig()), (1, False, 4, MemoryConfig("selective")), (2, True, 2, MemoryConfig("full")),
+])  # fmt: skip
+def test_pooled_chunks_match_one_rank(tensor, sequence, context, memory, one_rank):
+    found = run_on_ranks(tensor * context, model_on_a_rank, tensor, sequence, context, memory, POOLED)
+    assert_like_one_rank(found, one_rank["pooled"])
+
+
+@pytest.mark.parametrize("tensor, sequence, context, memory", [
+    (1, False, 2, MemoryConfig("selective")), (1, False, 4, MemoryConfig()), (2, True, 2, MemoryConfig("full")),
+])  # fmt: skip
+def test_far_keys_without_rope_match_one_rank(tensor, sequence, context, memory, one_rank):
+    found = run_on_ranks(tensor * context, model_on_a_rank, tensor, sequence, context, memory, WITHOUT_ROPE)
+    assert_like_one_rank(found, one_rank["without RoPE"])
+
+
+def assert_like_one_rank(found, one_rank):
+    for loss, gradients in found:
         torch.testing.assert_close(loss, one_rank[0], rtol=1e-6, atol=1e-5)
         for name, want in one_rank[1].items():
             torch.testing.assert_close(gradients[name], want, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -231,10 +231,15 @@ def test_bad_commands_are_named(world, tmp_path, capsys):
         import_weights.open_source(tmp_path / "nowhere")
 
 
-def test_gated_delta_nets_leave_as_their_own_weights_alone(world, tmp_path, capsys):
-    decoder = make_run(world, tmp_path / "run", small_config(layer_pattern="GKGF"))
+@pytest.mark.parametrize("pattern, named", [
+    ("GKGF", "has gated delta net layers (G),"),
+    ("HPHF", "has learned pooling layers (H) and mean pooling layers (P),"),
+])  # fmt: skip
+def test_baselines_leave_as_their_own_weights_alone(pattern, named, world, tmp_path, capsys):
+    decoder = make_run(world, tmp_path / "run", small_config(layer_pattern=pattern))
     code, said = run_command(export_command, tmp_path / "run", f"out={tmp_path}/hf", capsys=capsys)
-    assert code == BAD_INPUT and "use format=safetensors to export weights" in said and not (tmp_path / "hf").exists()
+    assert code == BAD_INPUT and named in said
+    assert "use format=safetensors to export weights" in said and not (tmp_path / "hf").exists()
     arguments = f"out={tmp_path}/weights", "format=safetensors", "dtype=fp32"
     code, said = run_command(export_command, tmp_path / "run", *arguments, capsys=capsys)
     assert code == 0, said

@@ -22,23 +22,27 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
-def profiled(corpus, root):
+def profiled(corpus, root, pattern):
     """The run's directory and what it printed."""
-    settings = dict(perf__profile=True, perf__profile_after=1, perf__profile_steps=2, model__layer_pattern="KKKF")
+    settings = dict(perf__profile=True, perf__profile_after=1, perf__profile_steps=2, model__layer_pattern=pattern)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         run = train(make_config(corpus, root, memory__recompute="full", **settings))
     return run.directory, printed.getvalue()
 
 
-def test_a_run_leaves_trace_and_table(corpus, tmp_path):
-    ((run, printed),) = run_on_ranks(1, profiled, corpus, tmp_path)
+@pytest.mark.parametrize("pattern, own", [
+    ("KKKF", ("attention: near and far", "projections (K layers)")),
+    ("HPHF", ("attention: H layers", "attention: P layers", "projections (H layers)", "pooling of chunks")),
+])  # fmt: skip
+def test_a_run_leaves_trace_and_table(pattern, own, corpus, tmp_path):
+    ((run, printed),) = run_on_ranks(1, profiled, corpus, tmp_path, pattern)
     events = json.loads(gzip.open(run / "profile/trace-rank0.json.gz").read())["traceEvents"]
     assert sum(e.get("name") == "part: optimizer" for e in events) == 2
     table = (run / "profile/parts.txt").read_text()
     assert table in printed and "mean of 2" in table
     shares = {line[2:54].strip(): float(line.split()[-2]) for line in table.splitlines()[2:]}
-    for part in ("MLP", "attention: near and far", "attention: F layers", "loss", "optimizer",
-                 "projections (K layers)", "projections (F layers)", "norms, rotation", "data"):  # fmt: skip
+    for part in ("MLP", *own, "attention: F layers", "loss", "optimizer", "projections (F layers)", "norms, rotation",
+                 "data"):  # fmt: skip
         assert shares[part] > 0, part
     assert shares.get("other", 0) < 25 and 50 < sum(shares.values()) < 250  # two threads work at once in backward
 

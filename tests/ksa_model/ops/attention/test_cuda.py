@@ -112,7 +112,8 @@ def plain_backward(grad_out, q, k, v, out, lse, causal):
 
 
 def ksa(pack, window, kernels=cuda):
-    return lambda *x: joint.ksa_attention(x, pack, window, kernels)
+    """Of the five inputs, and where there is a sixth, with these queries for the far part."""
+    return lambda *x: joint.ksa_attention(x[:5], pack, window, kernels, q_far=x[5] if len(x) > 5 else None)
 
 
 def text(pack, mixer, size, kernels=cuda):
@@ -124,6 +125,13 @@ def text(pack, mixer, size, kernels=cuda):
 def test_ksa_matches_reference(name, window):
     pack = make_layout(*PACKS[name])
     compare(ksa(pack, window), ksa(pack, window, reference), draw(pack, 4, 2, 16), pack)
+
+
+@pytest.mark.parametrize("name", PACKS if ON_GPU else ["m=2", "only padding"])
+def test_far_queries_of_their_own_match_reference(name):
+    pack = make_layout(*PACKS[name])
+    inputs = [*draw(pack, 4, 2, 16), draw(pack, 4, 2, 16, seed=5)[0]]
+    compare(ksa(pack, 3), ksa(pack, 3, reference), inputs, pack)
 
 
 @pytest.mark.parametrize("mixer,size", [("F", 0), ("S", 1), ("S", 7), ("C", 0), ("C", 2)])
@@ -222,6 +230,8 @@ def test_library_runs_at_real_sizes():
     pack = make_layout([24_001, 5], 8, 1, 0)
     assert pack.far_ranges(16).causal_split(cuda.MIN_RUN_STEPS)[0]
     compare(ksa(pack, 16), ksa(pack, 16, blocked), draw(pack, 4, 2, 128), pack)
+    far_queries = draw(pack, 4, 2, 128, seed=5)[0]
+    compare(ksa(pack, 16), ksa(pack, 16, blocked), [*draw(pack, 4, 2, 128), far_queries], pack)
     compare(text(pack, "F", 0), text(pack, "F", 0, blocked), draw(pack, 4, 2, 128)[:3], pack)
 
 

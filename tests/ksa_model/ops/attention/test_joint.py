@@ -81,6 +81,18 @@ def test_ksa_attention_matches_reference(name, window, kernels):
 
 
 @KERNELS
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("name", PACKS)
+def test_far_queries_of_their_own_match_reference(name, window, kernels):
+    pack = make_layout(*PACKS[name])
+    inputs = [x.detach().float().requires_grad_() for x in random_inputs(pack)]
+    q_far = random_inputs(pack, seed=5)[0].detach().float().requires_grad_()
+    fast = joint.ksa_attention(inputs, pack, window, kernels, q_far=q_far)
+    slow = reference.ksa_attention(*inputs, pack, window, q_far)
+    assert_same(fast, slow, [*inputs, q_far], pack, torch.from_numpy(pack.text_is_real))
+
+
+@KERNELS
 @pytest.mark.parametrize("mixer", ["F", "S", "C"])
 @pytest.mark.parametrize("name", PACKS)
 def test_text_mixers_match_reference(name, mixer, kernels):

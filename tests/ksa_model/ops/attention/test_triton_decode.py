@@ -7,11 +7,15 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.
 
 from ksa_model.decoding.cache import DecodingCache, _summarise
 from ksa_model.decoding.generate import Sampling, generate
+from ksa_model.decoding.open_chunk import OpenChunk
 from ksa_model.layers.tensor_parallel import TensorParallel
 from ksa_model.model import Decoder
+from ksa_model.ops import rows as plain_rows
 from ksa_model.ops import triton_gemv, triton_rows
 from ksa_model.ops.attention import triton_decode
 from ksa_model.ops.attention.triton_decode import Rule, Summaries
+from ksa_model.ops.linear import Norm
+from ksa_model.ops.pooling import ChunkRows
 from tests.ksa_model.decoding.test_cache import model_for
 from tests.ksa_model.test_model import small_config
 
@@ -34,6 +38,32 @@ def test_store_summaries():
     assert torch.equal(buffer, want)
 
 
+@pytest.mark.parametrize("learned, normed", [(True, True), (False, True), (True, False)], ids=str)
+@pytest.mark.parametrize("kv_heads, d, k", [(2, 8, 4), (1, 24, 3), (3, 16, 1)])
+def test_a_token_is_pooled_as_in_torch(learned, normed, kv_heads, d, k):
+    """Token by token over two chunks and a half, from a slot that another chunk has left its sums in."""
+    batch, rule = 3, Rule(2 * k, k, 1, 1)
+    tables = [table.view(batch, 1, d // 2) for table in (draw(batch * d // 2, seed=5), draw(batch * d // 2, seed=6))]
+    norm = Norm(draw(d, seed=7), 1e-5) if normed else None
+    bias = draw(kv_heads * k, seed=8) if learned else None
+    chunks = [OpenChunk(batch, kv_heads, d, DEVICE) for _ in range(2)]
+    for chunk in chunks:
+        chunk.sums.copy_(draw(*chunk.sums.shape, seed=9))
+        chunk.weights.copy_(draw(*chunk.weights.shape, seed=10).abs())
+    got, want = (torch.full((2, batch, kv_heads, 2 * k + 6, d), 3.0, device=DEVICE) for _ in range(2))
+    for step in range(2 * k + (k + 1) // 2):
+        positions = torch.tensor([step, step + k, step + 2 * k], device=DEVICE)
+        rows = ChunkRows(*(draw(batch, kv_heads, d, seed=100 * step + i) for i in range(2)),
+                         3 * draw(batch, kv_heads, seed=100 * step + 2) if learned else None, bias)  # fmt: skip
+        triton_decode.pool_token(rows, positions, (chunks[0].sums, chunks[0].weights), norm, tables, got, rule)
+        pooled, value = chunks[1].add(rows, positions, k)
+        pooled = plain_rows.norm_rotate(pooled, norm and norm.gain, 1e-5, *tables)
+        triton_decode.store_summaries(want, positions // k, rule, pooled, value)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(chunks[0].sums, chunks[1].sums, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(chunks[0].weights, chunks[1].weights, rtol=1e-5, atol=1e-5)
+
+
 def seen_rows(position, rule, rows):
     """Slots that the token at `position` sees, by following every token from the first to where it stands."""
     if not rule.ring:
@@ -48,18 +78,20 @@ def seen_rows(position, rule, rows):
 @pytest.mark.parametrize("heads, kv_heads, d", [(4, 2, 16), (8, 1, 24), (2, 2, 64), (6, 2, 24)])
 @pytest.mark.parametrize("programs", [24, 3], ids=["several shares", "one share"])  # some of several are empty
 @pytest.mark.parametrize(
-    "rule, positions",
+    "rule, positions, has_far",
     [
-        (Rule(0, 4, 0, 0), [0, 69, 32]),  # F
-        (Rule(24, 4, -1, 0), [0, 23, 61]),  # S
-        (Rule(12, 4, 2, 0), [3, 12, 50]),  # C
-        (Rule(12, 4, 2, 1), [11, 12, 1200]),  # K
-        (Rule(3, 3, 0, 2), [0, 3, 100]),
-        (Rule(1, 1, 0, 1), [0, 1, 77]),
+        (Rule(0, 4, 0, 0), [0, 69, 32], False),  # F
+        (Rule(24, 4, -1, 0), [0, 23, 61], False),  # S
+        (Rule(12, 4, 2, 0), [3, 12, 50], False),  # C
+        (Rule(12, 4, 2, 1), [11, 12, 1200], False),  # K
+        (Rule(3, 3, 0, 2), [0, 3, 100], False),
+        (Rule(1, 1, 0, 1), [0, 1, 77], False),
+        (Rule(12, 4, 2, 1), [11, 12, 1200], True),  # K without RoPE in its far part
+        (Rule(60, 4, 14, 2), [59, 400, 61], True),  # far rows begin within a tile
     ],
     ids=str,
 )
-def test_attend(monkeypatch, heads, kv_heads, d, rule, positions, programs):
+def test_attend(monkeypatch, heads, kv_heads, d, rule, positions, programs, has_far):
     monkeypatch.setattr(triton_decode, "PROGRAMS", programs)
     rows = max(max(seen_rows(position, rule, 0)) for position in positions) + 3
     q, k, v = draw(3, heads, d), draw(3, kv_heads, d, seed=2), draw(3, kv_heads, d, seed=3)
@@ -76,10 +108,14 @@ def test_attend(monkeypatch, heads, kv_heads, d, rule, positions, programs):
         buffer[:, i, :, slot] = 1e4  # the token's own row comes from k and v
     keys, values = (x.nan_to_num().repeat_interleave(heads // kv_heads, dim=1) for x in filled)
     mask = real[:, None, None]
-    want = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
+    q_far = draw(3, heads, d, seed=4) if has_far else q
+    queries = torch.where(torch.arange(rows, device=DEVICE)[:, None] < rule.ring, q[:, :, None], q_far[:, :, None])
+    scores = ((queries * keys).sum(-1) * d**-0.5).masked_fill(~mask[:, :, 0], float("-inf"))
+    want = (scores.softmax(-1)[..., None] * values).sum(2)
     arrivals, at = torch.zeros(3 * kv_heads, dtype=torch.int32, device=DEVICE), torch.tensor(positions, device=DEVICE)
     for _ in range(2):  # the second launch finds the count of arrivals as the first did
-        got = triton_decode.attend(q, k, v, buffer, at, arrivals, rule, torch.full_like(q, float("nan")))
+        operands = q, k, v, buffer, at, arrivals, rule, torch.full_like(q, float("nan"))
+        got = triton_decode.attend(*operands, q_far=q_far if has_far else None)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert not arrivals.any()
     torch.testing.assert_close(buffer, filled, rtol=0, atol=0, equal_nan=True)
@@ -95,13 +131,14 @@ def test_summarise(monkeypatch, rule, m, heads):
     rows = ring + 5 * rule.own if ring else 19
     buffer, chunk = draw(2, 3, 2, rows, 24), torch.tensor([2, 4, 0], device=DEVICE)
     q, k_own, v_own = draw(3 * m, heads, 24, seed=1), draw(3 * m, 2, 24, seed=2), draw(3 * m, 2, 24, seed=3)
+    k_kept = draw(3 * m, 2, 24, seed=9)
     positions = chunk[:, None] * k + torch.arange(k, device=DEVICE)
     slots = (positions % ring if ring else positions).clamp(max=rows - 1)
     at = slots[None, :, None, :, None].expand(2, -1, 2, -1, 24)
     want, filled = _summarise(q, *buffer.gather(3, at), k_own, v_own), buffer.clone()
     if rule.own:
-        triton_decode.store_summaries(filled, chunk, rule, k_own, v_own)
-    summaries, before = Summaries(q, k_own, v_own, chunk, torch.empty_like(q)), buffer.clone()
+        triton_decode.store_summaries(filled, chunk, rule, k_kept, v_own)
+    summaries, before = Summaries(q, k_own, v_own, chunk, torch.empty_like(q), k_kept), buffer.clone()
     assert triton_decode.summarise(buffer, rule, summaries)
     torch.testing.assert_close(summaries.out, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(buffer, filled)
@@ -125,11 +162,19 @@ def test_summarise(monkeypatch, rule, m, heads):
     assert torch.equal(got, want)
     torch.testing.assert_close(summaries.out, _summarise(q, *before.gather(3, at), k_own, v_own), rtol=1e-4, atol=1e-5)
     if rule.own:
-        triton_decode.store_summaries(alone, chunk, rule, k_own, v_own)
+        triton_decode.store_summaries(alone, chunk, rule, k_kept, v_own)
     assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(layer_pattern="KSCF", window_chunks=0, summary_tokens=2)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(layer_pattern="KSCF", window_chunks=0, summary_tokens=2),
+        dict(layer_pattern="HPSF", window_chunks=0),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("several", [True, False])
 def test_a_whole_model_decodes_with_these_kernels(world, monkeypatch, changes, several):
     """Decoding through them, as on a GPU: rows for every shape a step has, read to the last allocated one."""
@@ -225,11 +270,13 @@ def test_attention_takes_as_many_rows_as_fit(limit, dtype, d, group, rows, taken
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "pattern, k, window, m", [("KKKF", 8, 5, 1), ("KSCF", 3, 0, 2), ("F", 8, 0, 1), ("K", 1, 1, 1)]
+    "pattern, k, window, m", [("KKKF", 8, 5, 1), ("KSCF", 3, 0, 2), ("F", 8, 0, 1), ("K", 1, 1, 1), ("HHPF", 8, 2, 1)]
 )
-def test_graphs_say_what_the_cpu_says(world, pattern, k, window, m):
-    config = small_config(layer_pattern=pattern, chunk_size=k, window_chunks=window, summary_tokens=m)
-    on_cpu = model_for(world, layer_pattern=pattern, chunk_size=k, window_chunks=window, summary_tokens=m)
+@pytest.mark.parametrize("rotates", [True, False])
+def test_graphs_say_what_the_cpu_says(world, pattern, k, window, m, rotates):
+    shape = dict(layer_pattern=pattern, chunk_size=k, window_chunks=window, summary_tokens=m)
+    shape |= dict(rotate_far=rotates, rotate_full_layers=rotates)
+    config, on_cpu = small_config(**shape), model_for(world, **shape)
     prompts = [[7], [5, 9, 11, 2], list(range(40))]
     want, _ = generate(on_cpu, prompts, Sampling(max_tokens=300))
     on_gpu = Decoder(config, TensorParallel(world.tensor_group)).cuda().eval()
