@@ -154,17 +154,17 @@ def _closing_words_of_chain(config: TrainConfig, result: RunResult) -> str:
     return f"\nAll {len(runs)} stages are done. The last one is in {result.directory}.\n"
 
 
-def check_keys(overrides: list[str]) -> None:
-    """Refuse a key that does not exist, naming the nearest one; Hydra's own message does not."""
+def check_keys(overrides: list[str], is_multirun: bool = False) -> None:
+    """Refuse what Hydra would refuse in words of its own: unknown keys, values that its grammar does not take, several
+    values where `is_multirun` is not set, and numbers where text is meant. Raises one of `USER_ERRORS`."""
     for text in overrides:
         if problem := unreadable(text):
             raise ConfigError(problem)
-    multirun = {"-m", "--multirun"} & set(sys.argv[1:])
     known = key_types(TrainConfig)
     groups = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
     for given in OverridesParser.create().parse_overrides(overrides):
         key = given.key_or_group
-        if given.is_sweep_override() and not multirun:
+        if given.is_sweep_override() and not is_multirun:
             text = (given.input_line or "").partition("=")[2]
             raise ConfigError(
                 f"{given.input_line} lists several values: as one text it is written {as_text(key, text)}; to run each "
@@ -272,7 +272,7 @@ def main() -> None:
     _failed.clear()
     robust_streams()
     try:
-        check_keys(overrides)
+        check_keys(overrides, bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*sys.argv[1:]}))
         check_points(sys.argv[1:])
     except USER_ERRORS as error:
         _exit_with(error, BAD_INPUT)

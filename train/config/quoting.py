@@ -32,16 +32,16 @@ def unreadable(text: str) -> str:
     from hydra.errors import HydraException
 
     key, equals, value = text.partition("=")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        return (
-            f"{text!r} holds bytes that are no text in the encoding of this locale; set LC_ALL=C.UTF-8, or rename what "
-            "it names"
-        )
     try:
         OverridesParser.create().parse_override(text)
     except HydraException as error:
         if not equals or not re.fullmatch(r"[~+]*[\w./@]+", key):
             return ""
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            return (
+                f"{text!r} holds bytes that are no text in the encoding of this locale; set LC_ALL=C.UTF-8, or rename "
+                "what it names"
+            )
         if value[:1] in ("[", "{"):
             return f"{text} cannot be read ({' '.join(str(error).split('See https')[0].split())}); correct the list"
         return (
