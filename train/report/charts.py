@@ -122,7 +122,7 @@ def _draw_loss(figure, runs: Sequence[Run]) -> None:
         tokens, losses = run.series("loss")
         soft = smoothed(losses)
         axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(tokens, soft, color=color, linewidth=1.8, label=run.name)
+        axes.plot(tokens, soft, color=color, linewidth=1.8, label=_short(run.name))
         axes.plot(
             *run.series("validation_loss"),
             color=color,
@@ -191,7 +191,7 @@ def _draw_speed(figure, runs: Sequence[Run]) -> None:
                 va="center",
                 fontsize=8,
             )
-        axes.set_yticks(rows, [r.name for r in runs])
+        axes.set_yticks(rows, [_short(r.name) for r in runs])
         axes.set_xlim(0, 1.15 * max(values))
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
@@ -206,7 +206,7 @@ def _draw_probes(figure, runs: Sequence[Run]) -> None:
         for run, color in zip(runs, _colors(runs)):
             found = sorted((p["distance"], p["accuracy"]) for p in run.probes() if p["task"] == task)
             if found:
-                axes.plot(*zip(*found), color=color, marker="o", markersize=4, label=run.name)
+                axes.plot(*zip(*found), color=color, marker="o", markersize=4, label=_short(run.name))
         axes.set_xscale("log", base=2)
         axes.set_ylim(-0.03, 1.03)
         axes.set_title(task, fontsize=9)
@@ -275,15 +275,16 @@ def _recall_pictures(runs: Sequence[Run]) -> list[Picture]:
     for by, (title, caption) in words.items():
         for measure in _MEASURES:
             panels = _recall_panels(runs, found, by, measure)
-            rows = -(-len(panels) // _panels_in_a_row(panels))
             if panels:
+                names, columns = _legend_names(panels)
+                rows, legend_rows = -(-len(panels) // _panels_in_a_row(panels)), -(-len(names) // columns)
                 chosen.append(
                     Picture(
                         f"recall_{by}_{measure.name}.png",
                         f"{title} during training against {measure.unit}",
                         f"Share of correct answer tokens of the probes during training. {caption}{measure.caption}",
                         functools.partial(_draw_panels, panels=panels, x=measure.unit),
-                        (9.0, 0.9 + 2.5 * rows),
+                        (9.0, 0.7 + 2.5 * rows + 0.2 * legend_rows),
                     )
                 )
     return chosen
@@ -330,11 +331,10 @@ def _draw_panels(figure, runs: Sequence[Run], *, panels: Sequence[_Panel], x: st
     in_a_row = min(_panels_in_a_row(panels), len(panels))
     places = list(figure.subplots(-(-len(panels) // in_a_row), in_a_row, squeeze=False).flat)
     right = max(max(line.points[0]) for panel in panels for line in panel.lines)
-    named: dict[tuple[int, str], Any] = {}
+    handles: dict[str, Any] = {}
     for i, (axes, panel) in enumerate(zip(places, panels)):
         for line in panel.lines:
-            (drawn,) = axes.plot(*line.points, color=line.color, marker="o", markersize=3, linewidth=1.4)
-            named[line.order, line.name] = drawn
+            (handles[line.name],) = axes.plot(*line.points, color=line.color, marker="o", markersize=3, linewidth=1.4)
         axes.set_title(panel.title, fontsize=9)
         axes.set_xlim(0, 1.04 * right or 1)
         axes.set_ylim(-0.03, 1.03)
@@ -343,19 +343,24 @@ def _draw_panels(figure, runs: Sequence[Run], *, panels: Sequence[_Panel], x: st
         _axes(axes, x if i + in_a_row >= len(panels) else "", "recall" if i % in_a_row == 0 else "")
     for axes in places[len(panels) :]:
         axes.remove()
-    if len(named) <= 16:
-        ordered = sorted(named)
-        names = [_short(name, 100) for _, name in ordered]
-        columns = 120 // (8 + max(map(len, names)))  # as many as fit
-        handles = [named[key] for key in ordered]
+    names, columns = _legend_names(panels)
+    if names:
         figure.legend(
-            handles,
-            names,
+            [handles[name] for name in names],
+            [_short(name, 100) for name in names],
             loc="outside lower center",
             frameon=False,
             fontsize=8,
-            ncols=min(len(names), max(1, columns)),
+            ncols=columns,
         )
+
+
+def _legend_names(panels: Sequence[_Panel]) -> tuple[list[str], int]:
+    """The names of all lines in their order, none if they are too many, and how many fit next to each other."""
+    orders = {line.name: line.order for panel in panels for line in panel.lines}
+    names = sorted(orders, key=orders.__getitem__) if len(orders) <= 16 else []
+    longest = max((len(_short(name, 100)) for name in names), default=0)
+    return names, max(1, min(len(names), 120 // (8 + longest)))
 
 
 def _shades(number: int) -> list[Any]:
@@ -364,7 +369,7 @@ def _shades(number: int) -> list[Any]:
     return [colormaps["viridis"](0.88 * i / max(1, number - 1)) for i in range(number)]
 
 
-def _short(text: str, size: int) -> str:
+def _short(text: str, size: int = 48) -> str:
     """`text` with its middle left out where it is longer than `size`: the ends of names tell runs apart."""
     half = (size - 1) // 2
     return text if len(text) <= size else f"{text[:half]}…{text[-half:]}"
@@ -380,7 +385,7 @@ def _draw_pareto(figure, runs: Sequence[Run]) -> None:
         axes.scatter(*points[i], color=colors[i], s=46, zorder=2, edgecolor="white")
         # Alternate above and below, so that the names of close points do not overlap.
         offset = (6, 5) if number % 2 else (6, -12)
-        axes.annotate(runs[i].name, points[i], xytext=offset, textcoords="offset points", fontsize=8)
+        axes.annotate(_short(runs[i].name), points[i], xytext=offset, textcoords="offset points", fontsize=8)
     axes.margins(x=0.14, y=0.14)
     _axes(axes, f"cache at {CONTEXT // 1024}k tokens (MiB)", "final loss (nats per token)")
 
