@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
@@ -166,7 +166,8 @@ def _scores(probes: Any) -> tuple[dict[Key, float], dict[Key, float]]:
         for length, scores in _items(lengths):
             if not (length.isdecimal() and isinstance(scores, dict)):
                 continue
-            if _is_finite(recall := scores.get("token_accuracy")):
+            recall = scores.get("token_accuracy")
+            if _is_finite(recall):
                 by_length[task, int(length)] = recall
             bins = scores.get("by_distance")
             binned[length] = {"by_distance": [b for b in bins if _is_bin(b)] if isinstance(bins, list) else []}
@@ -183,5 +184,5 @@ def _is_bin(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(_is_finite, value)) and value[2] > 0
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: Any) -> TypeGuard[float]:
     return is_number(value) and math.isfinite(value)
