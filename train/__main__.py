@@ -1,8 +1,8 @@
 """`python -m train [key=value ...]`: compose the configuration with Hydra, check it, run it.
 
 Exit codes: 0 the run is finished, `BAD_INPUT` it cannot start, `DIVERGED` it trained and cannot go on, `REQUEUE` it
-saved its state and wants to be started again, `NOT_SAVED` its last checkpoint could not be written
-(`train.distributed.signals`).
+saved its state and wants to be started again, `NOT_SAVED` its last checkpoint could not be written, `FAILED` something
+else that another start may not meet (`train.distributed.signals`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from train import chain
 from train.checkpoint.storage import SaveError
 from train.config.compose import CONFIGS, compose, register_defaults
 from train.config.conversion import all_keys, from_mapping, unknown_key
-from train.config.errors import ConfigError, StartError
+from train.config.errors import ConfigError, RunError, StartError
 from train.config.quoting import override
 from train.config.schema import USER_ERRORS, TrainConfig, validate
 from train.config.sections import MAX_NAME_BYTES, RunConfig
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from train.trainer import RunResult
 
 # What ends a run with one line instead of a traceback.
-FOREIGN_ERRORS = (*USER_ERRORS, TrainingDiverged, SaveError, StartError, OmegaConfBaseException)
+FOREIGN_ERRORS = (*USER_ERRORS, TrainingDiverged, SaveError, StartError, RunError, OmegaConfBaseException)
 _failed: list[int] = []  # exit codes of the points of a multirun that failed
 
 
@@ -217,7 +217,7 @@ def _code_of(error: BaseException) -> int:
         return DIVERGED
     if isinstance(error, SaveError):
         return NOT_SAVED
-    return FAILED if isinstance(error, StartError) else BAD_INPUT
+    return FAILED if isinstance(error, StartError | RunError) else BAD_INPUT
 
 
 def _print_error(error: BaseException, prefix: str = "") -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import data_pipeline
-from data_pipeline import TrainingData
+from data_pipeline import DataError, TrainingData
 from ksa_model.layers import delta
 from ksa_model.model import Objective
 from ksa_model.ops import fp8
@@ -22,7 +22,7 @@ from train.build import compute_dtype, with_vocabulary
 from train.cadence import Action
 from train.checkpoint import probe
 from train.config import run_directory
-from train.config.errors import ConfigError
+from train.config.errors import ConfigError, RunError
 from train.config.one_start import only_one
 from train.config.schema import TrainConfig, validate
 from train.distributed import environment, groups, same_start
@@ -140,6 +140,11 @@ def _train(
         if stopped:
             reason = request.reason or "by another rank"
             run.log_line(f"asked to stop ({reason}): saved step {step}; start again to continue")
+    except DataError as error:  # the configuration was accepted, so a launcher should try again
+        raise RunError(
+            f"step {step}: the data can no longer be read: {error}. Once that is mended, the same command continues "
+            "from the newest checkpoint"
+        ) from error
     finally:
         run.close()
     seconds, interrupted = time.perf_counter() - began, stopped and step < config.run.steps

@@ -1,8 +1,12 @@
-"""The errors of a start: what a configuration raises, and ranks that do not come together."""
+"""What a configuration raises, ranks that do not come together, and what a run loses while it trains."""
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run. The message is one line: the keys, their values and the rule they break."""
+
+
+class RunError(RuntimeError):
+    """A run that trained has lost something outside of its configuration, such as its data. Another start may help."""
 
 
 class StartError(RuntimeError):

@@ -19,7 +19,10 @@ TIMEOUT_SECONDS = 4
 
 
 def train_with_a_fault(corpus: str, root: str, fault: str, num_ranks: int, context: int):
-    """A rank suffers `fault` once its run has done some steps: rank 0 hosts the job's store. What a rank prints goes to `root/rank-N.txt`."""
+    """A rank suffers `fault` once its run has done some steps: rank 0 hosts the job's store.
+
+    What a rank prints goes to `root/rank-N.txt`.
+    """
     from data_pipeline import Loader
     from train import trainer
     from train.distributed import groups
