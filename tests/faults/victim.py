@@ -149,7 +149,7 @@ class Victim:
         """A start that must be refused by all ranks, in one line with `words`, and change nothing; returns the line."""
         before = self._contents()
         world = self.launch(**once)
-        codes = world.end(patience=30)
+        codes = world.end()
         assert codes == [code] * RANKS, f"exit codes {codes}:\n{world.outputs()}"
         line = self.error_of(world)
         for word in words:
@@ -173,7 +173,7 @@ class Victim:
         world = self.launch()
         if world.wait_until(lambda: world.has_begun):
             return ""
-        codes = world.end(patience=30)
+        codes = world.end()
         assert codes == [2] * RANKS, f"exit codes {codes}:\n{world.outputs()}"
         return self.error_of(world)
 

@@ -100,7 +100,7 @@ class World:
             if (ranks is None or rank in ranks) and process.is_alive():
                 os.kill(process.pid, number)
 
-    def end(self, patience: float = 15) -> list[int | None]:
+    def end(self, patience: float = 60) -> list[int | None]:
         """Wait for the ranks; returns their exit codes.
 
         Like a launcher it kills the ranks that still run `patience` seconds after the first has ended. Where that is

@@ -157,7 +157,7 @@ def nan_storm(case: Case) -> None:
     world = victim.start([(harms.nan_storm, rank, str(storm))], run__max_bad_steps=case.draw.randrange(3, 6))
     victim.wait_for_step(world.resumed_at + 1)
     storm.touch()
-    codes = world.end(patience=30)
+    codes = world.end()
     assert codes == [DIVERGED] * RANKS, f"exit codes {codes}:\n{world.outputs()}"
     line = victim.error_of(world)
     named = re.search(r"known to be healthy: resume=(\S+) run.name=NEW", line)

@@ -93,7 +93,7 @@ def second_start(case: Case) -> None:
     victim.world.signal(signal.SIGSTOP)  # it lives, and cannot come to its end first
     outputs = victim.root / "second"
     second = World(RANKS, victim.corpus, victim.root, victim.changes, environment=victim.environment, outputs=outputs)
-    codes = second.end(patience=30)
+    codes = second.end()
     victim.world.signal(signal.SIGCONT)
     assert codes == [2] * RANKS, f"exit codes {codes}:\n{second.outputs()}"
     line = victim.error_of(second)
