@@ -18,6 +18,7 @@ from tests.ranks import free_port, server
 from tests.train.runs import make_config
 from train.logs.metrics import read_records
 
+LONGEST = 300.0  # seconds that a world may take
 Harm = tuple[Any, ...]  # a function of `tests.faults.harms` and its arguments
 
 
@@ -104,13 +105,14 @@ class World:
         """Wait for the ranks; returns their exit codes.
 
         Like a launcher it kills the ranks that still run `patience` seconds after the first has ended. Where that is
-        long, these first print what they are doing.
+        long, these first print what they are doing. After `LONGEST` seconds it kills all.
         """
-        deadline = None
+        deadline, last = None, time.monotonic() + LONGEST
         while self.alive:
             if deadline is None and not all(process.is_alive() for process in self.processes):
                 deadline = time.monotonic() + patience
-            if deadline is not None and time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > last or (deadline is not None and now > deadline):
                 if patience > 5:
                     self.signal(signal.SIGUSR2)
                     time.sleep(0.5)

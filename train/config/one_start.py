@@ -71,10 +71,10 @@ def _lock(descriptor: int, directory: Path, key: str, say: Callable[[str], objec
             say(f"{directory} cannot be locked ({error.strerror}): take care that no second start of this run uses it")
             return
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    holder = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
+    own = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
+        os.pwrite(descriptor, own.encode(), 0)
 
 
 def _remove_if_empty(directory: Path, made: list[Path]) -> None:
