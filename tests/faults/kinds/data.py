@@ -81,7 +81,7 @@ def torn_file_in_the_data_cache(case: Case) -> None:
     line = case.victim.refusal()
     if not line:
         return
-    assert str(torn) in line, f"{torn} was torn: {line}"
+    assert str(torn.parent) in line, f"{torn} was torn: {line}"
     assert "delete" in line and "build it again" in line, line
     shutil.rmtree(torn.parent)
     case.victim.start()
