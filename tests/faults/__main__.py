@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -28,11 +29,11 @@ from tests.train.runs import write_corpus
 
 
 def available(setting: Setting, kinds: Sequence[Kind]) -> list[Kind]:
-    """The kinds that can be injected here; says which cannot, and why."""
-    if setting.may_mount or not any(kind.mounts for kind in kinds):
-        return list(kinds)
-    print("not injected, because this user may not mount:", *(kind.name for kind in kinds if kind.mounts))
-    return [kind for kind in kinds if not kind.mounts]
+    """The kinds that can be injected here; prints which cannot, and why."""
+    for kind in kinds:
+        if obstacle := kind.obstacle(setting):
+            print(f"{kind.name} is not injected: {obstacle}")
+    return [kind for kind in kinds if not kind.obstacle(setting)]
 
 
 def table(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
@@ -92,8 +93,6 @@ def main(arguments: list[str]) -> int:
         }
         Path(options["out"]).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if not lost:
-        import shutil
-
         shutil.rmtree(folder, ignore_errors=True)
     return 1 if lost else 0
 

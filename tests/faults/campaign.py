@@ -14,6 +14,7 @@ from tests.faults.kinds import data, disks, files, processes
 from tests.faults.victim import EVERY, STEPS, Case, Setting, TooLate, Victim
 
 PREPARED, STREAM, SHARDS = "prepared", "stream", "shards"
+REMOTE = (STREAM, SHARDS)
 FAULTS_A_RUN = 4
 LAST_STEP = STEPS - 3 * EVERY  # a fault at a later step would find too little of the run
 ATTEMPTS = 5  # runs that an injection may find at their end
@@ -34,10 +35,17 @@ class Kind:
     outcome: str
     data: tuple[str, ...] = (PREPARED,)
     mounts: bool = False
+    store: bool = False
 
     @property
     def name(self) -> str:
         return self.inject.__name__
+
+    def obstacle(self, setting: Setting) -> str:
+        """Why it cannot be injected here; empty where it can."""
+        if self.mounts and not setting.may_mount:
+            return "this user may not mount a file system"
+        return "" if setting.has_store or not self.store else "s3fs, moto or flask is not installed"
 
 
 KINDS = (
@@ -67,10 +75,10 @@ KINDS = (
     Kind(data.damaged_shard, "a flipped bit in a prepared shard", REFUSED),
     Kind(data.torn_file_in_the_data_cache, "a torn file in the data cache", REFUSED),
     Kind(data.nan_storm, "losses of a rank that are NaN for a while", ENDS),
-    Kind(data.store_dies_while_preparing, "an object store that dies while data are prepared", REFUSED),
-    Kind(data.store_dies_in_training, "an object store that dies in a read of training", ENDS, (STREAM, SHARDS)),
-    Kind(data.store_stutters, "an object store that fails one read in a few", GOES_ON, (STREAM, SHARDS)),
-    Kind(data.damaged_block, "damaged blocks in the cache of remote shards", GOES_ON, (SHARDS,)),
+    Kind(data.store_dies_while_preparing, "an object store that dies while data are prepared", REFUSED, store=True),
+    Kind(data.store_dies_in_training, "an object store that dies in a read of training", ENDS, REMOTE, store=True),
+    Kind(data.store_stutters, "an object store that fails one read in a few", GOES_ON, REMOTE, store=True),
+    Kind(data.damaged_block, "damaged blocks in the cache of remote shards", GOES_ON, (SHARDS,), store=True),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import os
 import shutil
@@ -25,6 +26,7 @@ from train.checkpoint import locate
 from train.checkpoint.__main__ import verify
 from train.checkpoint.storage import CheckpointPath, finished
 from train.config.one_start import LOCK
+from train.distributed.signals import BAD_INPUT
 from train.logs.metrics import METRICS, SUPERSEDED, read_records
 
 RANKS, STEPS, EVERY, KEEP = 2, 24, 3, 3
@@ -145,12 +147,12 @@ class Victim:
         assert world.wait_until(lambda: world.has_begun), f"the run does not start:\n{world.outputs()}"
         return world
 
-    def refused(self, *words: str, code: int = 2, **once: Any) -> str:
+    def refused(self, *words: str, **once: Any) -> str:
         """A start that must be refused by all ranks, in one line with `words`, and change nothing; returns the line."""
         before = self._contents()
         world = self.launch(**once)
         codes = world.end()
-        assert codes == [code] * RANKS, f"exit codes {codes}:\n{world.outputs()}"
+        assert codes == [BAD_INPUT] * RANKS, f"exit codes {codes}:\n{world.outputs()}"
         line = self.error_of(world)
         for word in words:
             assert word in line, f"{word!r} is not in: {line}"
@@ -174,7 +176,7 @@ class Victim:
         if world.wait_until(lambda: world.has_begun):
             return ""
         codes = world.end()
-        assert codes == [2] * RANKS, f"exit codes {codes}:\n{world.outputs()}"
+        assert codes == [BAD_INPUT] * RANKS, f"exit codes {codes}:\n{world.outputs()}"
         return self.error_of(world)
 
     def kill(self, ranks: list[int] | None = None) -> None:
@@ -213,8 +215,8 @@ class Victim:
         self._remember_lines()
         records = [*self._inherited, *read_records(self.directory / METRICS)]
         self.reference().assert_equal(Reference.of(self.directory, records))
-        held = self._sound_lines(METRICS) | self._sound_lines(SUPERSEDED)
-        assert not self._lines - held, f"{len(self._lines - held)} records are lost"
+        lost = self._lines - self.held_records()
+        assert not lost, f"{len(lost)} records are lost"
         checkpoints = self.checkpoints()
         assert checkpoints[-1].step == STEPS
         assert are_whole(checkpoints), "a checkpoint is damaged"
@@ -252,6 +254,10 @@ class Victim:
             if path.is_file() and path.name != LOCK
         }
 
+    def held_records(self) -> set[bytes]:
+        """The sound lines of the run's records, those that were set aside included."""
+        return self._sound_lines(METRICS) | self._sound_lines(SUPERSEDED)
+
     def _sound_lines(self, name: str) -> set[bytes]:
         path = self.directory / name
         lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -278,6 +284,11 @@ class Setting:
             return False
         subprocess.run(["umount", str(probe)], check=True)
         return True
+
+    @property
+    def has_store(self) -> bool:
+        """Whether what an object store on this machine needs is installed."""
+        return all(importlib.util.find_spec(name) for name in ("s3fs", "moto", "flask"))
 
     @cached_property
     def store(self) -> Any:

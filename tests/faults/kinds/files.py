@@ -11,7 +11,7 @@ from random import Random
 from tests.faults import harms
 from tests.faults.victim import Case
 from train.config.run_directory import CONFIG
-from train.logs.metrics import METRICS, SUPERSEDED, read_records
+from train.logs.metrics import METRICS, read_records
 
 
 def flip_a_bit(path: Path | str, draw: Random) -> None:
@@ -62,12 +62,12 @@ def kill_in_the_rewrite_of_the_log(case: Case) -> None:
         if read_records(victim.directory / METRICS)[-1]["step"] > victim.checkpoints()[-1].step:
             break  # else nothing would be rewritten
         victim.start()
-    before = victim._sound_lines(METRICS) | victim._sound_lines(SUPERSEDED)
+    before = victim.held_records()
     world = victim.launch([(harms.die_before, 0, "metrics", case.draw.randrange(2, 7))])
     codes = world.end(patience=2)
     assert codes[0] == -signal.SIGKILL, f"exit codes {codes}:\n{world.outputs()}"
-    held = victim._sound_lines(METRICS) | victim._sound_lines(SUPERSEDED)
-    assert not before - held, f"the rewrite has lost {len(before - held)} records"
+    lost = before - victim.held_records()
+    assert not lost, f"the rewrite has lost {len(lost)} records"
     victim.start()
 
 
