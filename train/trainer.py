@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from train.checkpoint import probe
 from train.checkpoint.storage import CheckpointError
 from train.config import run_directory
 from train.config.errors import ConfigError, RunError
+from train.config.one_start import only_one
 from train.config.schema import USER_ERRORS, TrainConfig, validate
 from train.distributed import environment, groups, same_start
 from train.distributed.consensus import NO_REQUESTS, Decision, RankConsensus, Requests
@@ -63,13 +65,16 @@ def train(config: TrainConfig) -> RunResult:
     _, world_size, _ = environment.environment_world()
     validate(config, world_size)
     environment.check()
-    with StopRequest(config.run.max_minutes) as request:
+    with StopRequest(config.run.max_minutes) as request, contextlib.ExitStack() as held:
         ranks = groups.rendezvous(config.parallel, line_printer(environment.is_first_of_host()))
         same_start.check_settings(ranks, config)
         with ranks.failing_together():
             device = groups.pick_device(config.run.device)
             _check_device(config, device)
             run_directory.check(config.run.directory, config)
+            if ranks.is_main:
+                key, say = f"run.root={config.run.root} and run.name={config.run.name}", line_printer(True)
+                held.enter_context(only_one(config.run.directory, key, say))
         start = choose_start(config, ranks)
         with ranks.failing_together():
             owned = tokenizer_of(config, start)
@@ -77,8 +82,11 @@ def train(config: TrainConfig) -> RunResult:
         if owned is not None and chosen is not config:
             line_printer(ranks.is_main)(f"data.tokenizer={chosen.data.tokenizer}: the tokenizer of {owned.owner}")
         config = chosen
-        probe.check_writable(config, checkpoint_directory(config), ranks)
+        own = checkpoint_directory(config)
+        probe.check_writable(config, own, ranks)
         with ranks.failing_together():
+            if ranks.is_main and config.checkpoint.dir is not None and own.is_local:
+                held.enter_context(only_one(Path(own.path), f"checkpoint.dir={config.checkpoint.dir}", say))
             data = data_pipeline.open_data(config.data, progress=ranks.is_main and config.logging.progress)
             if owned is not None:
                 tokenizers.check(owned, data.tokenizer_path, f"the tokenizer of the data, {data.tokenizer_path},")

@@ -218,10 +218,12 @@ class Plan(Samples):
         try:
             self._row_ptr = MappedArray.open(directory / "row_ptr.npy")
             self._segments = MappedArray.open(directory / "segments.npy")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{directory}: the plan cannot be read ({error}); delete the directory") from error
+        except (OSError, ValueError, EOFError) as error:  # EOFError: an empty file
+            raise DataError(f"{directory}: the plan cannot be read ({error}); delete it to build it again") from error
         if self._segments.dtype != SEGMENT or int(self._row_ptr.values[-1]) != self._segments.size:
-            raise DataError(f"{directory}: row_ptr.npy and segments.npy do not belong together; delete the directory")
+            raise DataError(
+                f"{directory}: row_ptr.npy and segments.npy do not belong together; delete it to build it again"
+            )
         self.num_samples = self._row_ptr.size - 1
 
     def at(self, index: int) -> PackedSample:

@@ -336,13 +336,49 @@ def test_a_second_run_in_a_directory_without_checkpoints_is_refused_at_its_start
     metrics = tmp_path / "a/default/metrics.jsonl"
     while first.is_running and not (metrics.is_file() and metrics.read_bytes()):
         time.sleep(0.01)
-    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "b", **shared), "run.stop_at_step=1")
     first.send_signal(signal.SIGKILL)
     first.wait()
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "b", **shared), "run.stop_at_step=1")
     assert code == BAD_INPUT and f"belongs to the run in {tmp_path}/a/default" in err, err
     assert not (tmp_path / "b/default").exists()
     code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "a", **shared), "run.stop_at_step=2")
     assert code == 0 and "afresh" in err, err
+
+
+def test_data_that_vanish_in_training_end_the_run_with_the_code_of_another_try(corpus, tmp_path):
+    """The configuration was accepted, so a launcher starts the run again; with `BAD_INPUT` it would not."""
+    (tmp_path / "corpus").mkdir()
+    shutil.copy(corpus, tmp_path / "corpus")
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path, run__steps=1, run__name="first"))
+    assert code == 0, err
+    streamed = dict(
+        data__path=tmp_path / "corpus", data__stream="true", data__slab_mb=0.005, data__validation_fraction=0,
+        data__tokenizer=tmp_path / "first" / "tokenizer.model", data__cache_dir=tmp_path / "slabs", run__steps=500,
+    )  # fmt: skip
+    metrics = tmp_path / "default" / "metrics.jsonl"
+    command = commands.Command("train", *small_overrides(corpus, tmp_path, **streamed))
+    while command.is_running and not (metrics.is_file() and metrics.read_bytes()):
+        time.sleep(0.01)
+    (tmp_path / "corpus").rename(tmp_path / "elsewhere")
+    code, err = command.wait(), command.stderr
+    assert code == FAILED, err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "from the newest checkpoint" in error and str(tmp_path / "corpus") in error and "Traceback" not in err
+
+
+def test_a_second_start_of_a_run_is_refused(corpus, tmp_path):
+    arguments = small_overrides(corpus, tmp_path, run__steps=10_000)
+    first = commands.Command("train", *arguments)
+    while first.is_running and not (tmp_path / "default" / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    code, _, err = commands.run("train", *arguments)
+    assert code == BAD_INPUT and err.count("\n") == 1 and "default is in use: process " in err, err
+    # Another run directory, the same place for checkpoints.
+    elsewhere = dict(run__steps=10_000, checkpoint__dir=tmp_path)
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "b", **elsewhere))
+    assert code == BAD_INPUT and f"checkpoint.dir={tmp_path}: {tmp_path / 'default'} is in use" in err, err
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() == REQUEUE
 
 
 def test_checkpoints_that_are_not_mounted_stop_a_run_and_cost_no_history(corpus, tmp_path):

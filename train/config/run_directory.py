@@ -53,6 +53,12 @@ def check(directory: Path, config: TrainConfig) -> None:
     now = flatten(to_mapping(config))
     saved["model"]["vocab_size"] = now["model.vocab_size"]  # filled in from the tokenizer
     if changed := of_another_run(differences(saved, now)):
+        text = path.read_text(encoding="utf-8")
+        if changed.keys() - flatten(yaml.safe_load(text)).keys() or not text.endswith("\n"):
+            raise ConfigError(
+                f"{path} ends early, or an earlier version wrote it: {in_words(changed)}. If it is damaged, rename it, "
+                "and the next start writes it again; if not, set them back, or choose another run.name for a new run"
+            )
         raise ConfigError(
             f"{directory} holds a run with another configuration: {in_words(changed)}; choose another run.name for a "
             "new run, or set them back to go on with this one"

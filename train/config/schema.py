@@ -138,7 +138,10 @@ def from_saved(mapping: Mapping[str, Any]) -> TrainConfig:
 
     Runs before 0.1.0 have `run.recompute`, which became `memory.recompute`; keys that are newer get their defaults.
     """
-    run, memory = dict(mapping.get("run", {})), dict(mapping.get("memory", {}))
+    run, memory = mapping.get("run", {}), mapping.get("memory", {})
+    if not isinstance(run, Mapping) or not isinstance(memory, Mapping):
+        raise ConfigError("run and memory must hold keys and values")
+    run, memory = dict(run), dict(memory)
     if run.pop("recompute", False):
         memory.setdefault("recompute", "full")
     return from_mapping(TrainConfig, {**mapping, "run": run, "memory": memory})

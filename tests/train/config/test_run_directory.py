@@ -48,6 +48,22 @@ def test_a_torn_file_is_named(config, tmp_path):
         run_directory.check(tmp_path / "run", config)
 
 
+def test_a_file_that_was_cut_is_not_called_another_run(config, tmp_path):
+    """Wherever it ends, what is left is enough, or the message tells how to mend it."""
+    path = tmp_path / "run/config.yaml"
+    own = dataclasses.replace(config, optim=OptimConfig(lr=0.5), seq_len=128)
+    text = yaml.safe_dump(to_mapping(own))
+    refused = 0
+    for end in range(0, len(text), 29):
+        path.write_text(text[:end])
+        try:
+            run_directory.check(tmp_path / "run", own)
+        except ConfigError as error:
+            refused += 1
+            assert str(path) in str(error) and "rename it, and the next start writes it again" in str(error)
+    assert refused > len(text) / 29 / 3
+
+
 def test_a_directory_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is not a directory that can be written"):

@@ -70,6 +70,32 @@ def test_under_nohup_a_terminal_that_closes_changes_nothing():
         signal.signal(signal.SIGHUP, before)
 
 
+BLOCKED = """
+import ctypes, os, signal, sys, threading, time
+from train.distributed.signals import StopRequest
+
+def send():
+    for _ in range(int(sys.argv[1])):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+with StopRequest() as request:
+    if int(sys.argv[1]) == 2:
+        request.begin_steps()
+    threading.Thread(target=send, daemon=True).start()
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):  # waits for itself in a library, for ever
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize("signals, code", [(1, REQUEUE), (2, 128 + signal.SIGTERM)], ids=["before the steps", "twice"])
+def test_a_process_that_waits_in_a_library_ends_too(signals, code):
+    done = subprocess.run([sys.executable, "-c", BLOCKED, str(signals)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert ("asked to stop (SIGTERM) before the first step" in done.stderr) == (signals == 1)
+
+
 def test_the_time_limit_counts_from_the_first_step():
     request = StopRequest(max_minutes=1e-9)
     assert not request.is_due
