@@ -153,7 +153,10 @@ def merge(options: dict[str, Any], decoding: dict[str, Any] | None = None) -> Mo
     for directory in sorted((root / "speed").glob("*")):
         rates = [r["tokens_per_second"] for r in read_records(directory / METRICS) if "loss" in r]
         if len(rates) > 2 and directory.name in found["models"]:
-            found["models"][directory.name]["alone"] = facts | {"tokens_per_second": statistics.median(rates[1:])}
+            timed = facts | {"tokens_per_second": statistics.median(rates[1:])}
+            alone = found["models"][directory.name].setdefault("alone", [])
+            if timed["tokens_per_second"] not in [earlier["tokens_per_second"] for earlier in alone]:
+                alone.append(timed)  # of each call: hosts differ
     for name, times in (decoding or {}).items():
         found["models"].setdefault(name, {"seeds": {}})["decode"] = facts | times
     with atomic_write(path) as file:
