@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -99,7 +100,8 @@ class World:
     def signal(self, number: int, ranks: list[int] | None = None) -> None:
         for rank, process in enumerate(self.processes):
             if (ranks is None or rank in ranks) and process.is_alive():
-                os.kill(process.pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has ended in between
+                    os.kill(process.pid, number)
 
     def end(self, patience: float = 60) -> list[int | None]:
         """Wait for the ranks; returns their exit codes.
