@@ -131,29 +131,25 @@ def test_a_disk_with_room_for_two_checkpoints_and_a_half_keeps_two(corpus, tmp_p
         subprocess.run(["umount", str(disk)])
 
 
-def make_read_only(disk):
-    while not mount("-o", "remount,ro,bind", str(disk)):  # refused while a file there is open for writing
-        pass
-
-
 def test_read_only_directory(corpus, tmp_path, undisturbed):
-    disk = tmp_path / "disk"
+    disk, place = tmp_path / "disk", tmp_path / "disk" / "default"
     disk.mkdir()
     if not mount("--bind", str(disk), str(disk)):
         pytest.skip("needs to mount a directory on itself, which this user may not")
+
+    def make_read_only():
+        """Mounted over itself, because a mount cannot become read-only while a file there is open for writing."""
+        assert mount("--bind", str(place), str(place)) and mount("-o", "remount,ro,bind", str(place))
+
     try:
         world = train_while(
-            corpus,
-            tmp_path,
-            disk,
-            lambda: make_read_only(disk),
-            lambda: subprocess.run(["mount", "-o", "remount,rw,bind", str(disk)], check=True),
+            corpus, tmp_path, disk, make_read_only, lambda: subprocess.run(["umount", "--lazy", str(place)], check=True)
         )
         assert "Read-only file system" in world.output()
-        (tmp_path / "default" / "checkpoints").symlink_to(disk / "default")
+        (tmp_path / "default" / "checkpoints").symlink_to(place)
         undisturbed.assert_equal(Reference.of(tmp_path / "default"))
     finally:
-        subprocess.run(["umount", str(disk)])
+        subprocess.run(["umount", "--recursive", str(disk)])
 
 
 def test_a_second_signal_ends_at_once(corpus, tmp_path, undisturbed):
