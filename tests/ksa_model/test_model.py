@@ -49,6 +49,15 @@ def spread_pooling(decoder):
                 p.copy_(whole.chunk(decoder.tp.size)[decoder.tp.rank])
 
 
+def spread_biases(decoder):
+    """Biases of projections that differ from feature to feature, the same on any number of tensor ranks."""
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            if name.endswith(".bias"):
+                whole = torch.cos(torch.arange(float(p.numel() * decoder.tp.size)) + len(name))
+                p.copy_(whole.chunk(decoder.tp.size)[decoder.tp.rank])
+
+
 def random_text(pack, vocab=61, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab, (pack.num_text,), generator=generator)
@@ -75,7 +84,10 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         return torch.cat([z.real, z.imag], -1)
 
     def heads(x, weight, norm_name=None, table=None):
-        x = (x @ p[weight].t()).unflatten(-1, (-1, config.head_dim))
+        x = x @ p[weight].t()
+        if config.qkv_bias:
+            x = x + p[weight.replace(".weight", ".bias")]
+        x = x.unflatten(-1, (-1, config.head_dim))
         return normed_and_turned(x, norm_name, table)
 
     def normed_and_turned(x, norm_name, table):
@@ -155,6 +167,10 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         dict(rotate_far=False, rotate_full_layers=False),
         dict(layer_pattern="K", rotate_far=False, summary_tokens=2),
         dict(layer_pattern="FK", rotate_full_layers=False, qk_norm=False, independent_qkv=False),
+        dict(qkv_bias=True, qk_norm=False),
+        dict(qkv_bias=True, layer_pattern="KSCF", summary_tokens=2),
+        dict(qkv_bias=True, layer_pattern="KF", independent_qkv=False),
+        dict(qkv_bias=True, layer_pattern="HPHF"),
     ],
     ids=str,
 )
