@@ -66,7 +66,8 @@ def hf_name(name: str) -> str:
     if name in _TOP:
         return _TOP[name]
     _, layer, inside = name.split(".", 2)
-    return f"model.layers.{layer}.{_IN_BLOCK[inside.removesuffix('.weight')]}.weight"
+    kind = "bias" if inside.endswith(".bias") else "weight"
+    return f"model.layers.{layer}.{_IN_BLOCK[inside.removesuffix(f'.{kind}')]}.{kind}"
 
 
 def exported_shapes(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -265,7 +265,9 @@ MODELS = {
         layer_pattern="KFKS", full_layers_update_summaries=False, window_chunks=(1, 0, 3, 0)
     ),
     "k=1": dict(chunk_size=1, window_chunks=5),
-    "no norm of q and k": dict(layer_pattern="F", qk_norm=False),
+    "no norm of q and k": dict(layer_pattern="FK", qk_norm=False),
+    "biases": dict(qkv_bias=True, qk_norm=False, summary_tokens=2),
+    "KSCF, shared q/k/v and biases": dict(layer_pattern="KSCF", independent_qkv=False, chunk_size=3, qkv_bias=True),
     "linear": dict(rope_scaling=RopeScaling("linear", 4.0)),
     "ntk": dict(rope_scaling=RopeScaling("ntk", 4.0)),
     "yarn": dict(rope_scaling=RopeScaling("yarn", 8.0, 16), summary_tokens=2),
