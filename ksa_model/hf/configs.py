@@ -256,7 +256,7 @@ def _published(config: Mapping[str, Any]) -> CheckpointSpec:
         independent_qkv=independent and share > 0,
         full_layers_update_summaries=updates,
     )
-    return CheckpointSpec("a published KSA checkpoint", model, _positions(config), share, row, rows)
+    return CheckpointSpec("a published KSA checkpoint", model, _positions(config), share, row, rows, is_complete=True)
 
 
 def _published_layers(config: Mapping[str, Any], n: int, chunk: int) -> tuple[str, int | tuple[int, ...], bool]:

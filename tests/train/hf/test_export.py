@@ -167,7 +167,12 @@ def break_qwen(directory, what):
         ("pickle", "pytorch_model.bin is a pickle"),
         ("cut short", "cannot be read as safetensors"),
         ("no config", "config.json is missing"),
-        (dict(architectures=["LlamaForCausalLM"], model_type="llama"), "architectures=LlamaForCausalLM"),
+        (dict(architectures=["Gemma2ForCausalLM"], model_type="gemma2"), "architectures=Gemma2ForCausalLM"),
+        (
+            dict(architectures=["LlamaForCausalLM"], model_type="llama"),
+            "has model.layers.0.self_attn.k_norm.weight, model.layers.0.self_attn.q_norm.weight",
+        ),
+        (dict(architectures=["Qwen2ForCausalLM"]), "architectures=Qwen2ForCausalLM and model_type=qwen3"),
         (dict(attention_bias=True), "attention_bias=True, and this project supports only False"),
         (dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4)), "scales its positions"),
         (PUBLISHED | dict(summary_token_position_ids_type="zeros"), "summary_token_position_ids_type='zeros'"),

@@ -419,6 +419,32 @@ def publish(world, directory, mix=1.0, own_row=True, **changes):
     return decoder
 
 
+K_SUMMARY = "model.layers.0.self_attn.k_proj_summary.weight"
+
+
+@pytest.mark.parametrize(
+    "lost, added, flags, message",
+    [
+        (K_SUMMARY, None, {}, f"lacks {K_SUMMARY}, which a published KSA checkpoint with this shape must have"),
+        ("summary_embedding.weight", None, dict(summary_token_begin=None), "lacks model.summary_embedding.weight"),
+        (None, "model.layers.0.self_attn.q_norm_summary.weight", {}, "has model.layers.0.self_attn.q_norm_summary"),
+        (None, "model.layers.0.input_layernorm_summary.weight", {}, "has model.layers.0.input_layernorm_summary"),
+        (None, "model.layers.0.self_attn.o_proj_summary.weight", {}, "has model.layers.0.self_attn.o_proj_summary"),
+        (None, None, dict(summary_independent_parameters=False), f"has {K_SUMMARY}"),
+        (None, None, dict(use_summary_attention=False), f"has {K_SUMMARY}"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_of_the_summaries_is_lost_in_silence(world, tmp_path, capsys, lost, added, flags, message):
+    publish(world, tmp_path / "published", **flags)
+    path = tmp_path / "published/model.safetensors"
+    tensors = load_file(path)
+    save_file({n: t for n, t in tensors.items() if n != lost} | ({added: torch.ones(8)} if added else {}), path)
+    code, said = run_command(import_command, tmp_path / "published", f"out={tmp_path}/run", capsys=capsys)
+    assert code == 2 and message in said and len(said.strip().splitlines()) == 1, said
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("mix, own_row", [(1.0, True), (0.25, True), (0, False)])
 def test_published_names_and_keys(world, tmp_path, mix, own_row):
     decoder = publish(world, tmp_path / "published", mix, own_row)
