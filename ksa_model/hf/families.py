@@ -128,7 +128,7 @@ class Family:
 
 _WINDOWS = {"sliding_window": 4096, "max_window_layers": 28}
 _QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, **_WINDOWS}
-# In this order an export takes the first that computes its model.
+# At most one of them computes a model.
 FAMILIES = (
     Family("LlamaForCausalLM", "llama", defaults={"max_position_embeddings": 2048}),
     Family(
