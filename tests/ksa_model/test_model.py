@@ -219,7 +219,7 @@ def assert_like_a_plain_decoder(decoder, pack, atol=2e-5):
 def test_every_parameter_gets_a_gradient(world):
     """No parameter exists that nothing reads: ZeRO and checkpoints would carry it for ever."""
     for pattern in ("KKKF", "F", "FKSC", "SSSS", "CKKK", "HPHF"):
-        decoder = build(world, small_config(layer_pattern=pattern))
+        decoder = build(world, small_config(layer_pattern=pattern, qkv_bias=True))
         pack = make_layout([30, 9], 4, 1, 0)
         decoder(*random_text(pack), pack).backward()
         missing = [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.any()]
@@ -268,8 +268,8 @@ def test_packing_does_not_change_a_document(world):
 
 
 def test_parameter_count_is_what_is_built(world):
-    for pattern in ("KKKF", "F", "FKSC", "CKKK", "HPHF"):
-        config = small_config(layer_pattern=pattern, vocab_size=64)
+    for pattern, bias in [(p, b) for p in ("KKKF", "F", "FKSC", "CKKK", "HPHF", "GKGF") for b in (False, True)]:
+        config = small_config(layer_pattern=pattern, vocab_size=64, qkv_bias=bias)
         built = dict(build(world, config).named_parameters())
         assert config.num_parameters()["total"] == sum(p.numel() for p in built.values()), pattern
         shapes = config.parameter_shapes()

@@ -162,7 +162,7 @@ def break_qwen(directory, what):
     "what, message",
     [
         ("missing", "the checkpoint lacks model.layers.1.mlp.up_proj.weight"),
-        ("extra", "has model.layers.1.self_attn.q_proj.bias, which this model does not have"),
+        ("extra", "q_proj.bias, which Qwen3ForCausalLM with its configuration does not have"),
         ("shape", "model.layers.1.mlp.up_proj.weight is of shape (48, 31), this model needs (48, 32)"),
         ("pickle", "pytorch_model.bin is a pickle"),
         ("cut short", "cannot be read as safetensors"),
