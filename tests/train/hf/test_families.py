@@ -9,8 +9,6 @@ import torch
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from ksa_model.config import ModelConfig  # noqa: E402
-from ksa_model.hf.families import FAMILIES  # noqa: E402
 from ksa_model.layout.sequence import ShardedLayout  # noqa: E402
 from tests.ksa_model.ops.attention.test_joint import make_layout  # noqa: E402
 from tests.ksa_model.test_model import small_config  # noqa: E402
@@ -320,12 +318,3 @@ def test_biases_are_part_of_the_shape(tmp_path, capsys):
     assert code == 2 and "qkv_bias is True, not False; set model.qkv_bias=true" in said
     code, said = run_command(import_command, tmp_path / "hf", capsys=capsys)
     assert code == 0 and "model.qkv_bias=true" in said and "model.qk_norm=false" in said
-
-
-def test_families_do_not_compute_the_same_model():
-    """Two families that both compute a model would make the order of FAMILIES a choice of class."""
-    for pattern in ("F", "S", "FFSS", "SSSF", "K", "FC"):
-        for norm in (True, False):
-            for bias in (True, False):
-                model: ModelConfig = small_config(layer_pattern=pattern, qk_norm=norm, qkv_bias=bias)
-                assert sum(family.computes(model) for family in FAMILIES) <= 1
