@@ -270,6 +270,15 @@ def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
     own = dict(init_from=str(root / "1-distill"), stage__kind="extend", model__layer_pattern="KKKF")
     with pytest.raises(ConfigError, match=r"has summary projections .* anneal them away first"):
         train(config(**own, model__independent_qkv=False))
+    full = dict(init_from=str(root / "0-full"), stage__kind="distill", model__layer_pattern="KKKF")
+    with pytest.raises(
+        ConfigError, match=r"RoPE in other layers than .*: set model.rotate_full_layers=true, or train all"
+    ):
+        train(config(**full, model__rotate_full_layers=False))
+    with pytest.raises(ConfigError, match=r"other layers than the stage before b has, .*: train all weights first"):
+        a = {"name": "a", "run.steps": 9, "model.layer_pattern": "F", "model.rotate_full_layers": False}
+        b = {"name": "b", "stage": "distill", "run.steps": 1, "model.layer_pattern": "KKKF"}
+        chains.links(config(stages=[a, b]))
     with pytest.raises(ConfigError, match=r"model.window_chunks was 2 in the stage before b and is now 4"):
         b = {"name": "b", "stage": "extend", "run.steps": 1, "model.window_chunks": 4}
         chains.links(config(stages=[{"name": "a", "run.steps": 9}, b]))

@@ -20,6 +20,7 @@ from ksa_model.config import ModelConfig
 from ksa_model.hf import naming
 from ksa_model.hf.configs import CheckpointSpec, check_same_shape
 from ksa_model.model import Decoder
+from train import stages
 from train.checkpoint import locate, rewrite
 from train.checkpoint import tensors as checkpoint_tensors
 from train.checkpoint.storage import CheckpointPath
@@ -197,21 +198,25 @@ def open_source(directory: str | Path, allow_pickle: bool = False) -> tuple[Tens
 
 
 def check(config: TrainConfig) -> None:
-    """Raise one of `USER_ERRORS` if the model does not fit `init_from=hf:...`; reads no tensor."""
+    """Raise one of `USER_ERRORS` if model or stage do not fit `init_from=hf:...`; reads no tensor."""
     if config.init_from is not None and config.init_from.startswith(HF_PREFIX):
-        _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
+        weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
+        stages.check_teacher(config.stage, config.model, config.init_from, vars(weights.source.config))
 
 
-def initialise(engine: Any, world: World, config: TrainConfig, run: CheckpointPath | None = None) -> str:
+def initialise(
+    engine: Any, world: World, config: TrainConfig, run: tuple[CheckpointPath, dict[str, Any]] | None = None
+) -> str:
     """Fill the fp32 weights that this rank owns, on any parallel layout; AdamW's moments stay zero. Collective.
 
-    They come from `init_from=hf:...`, or from `run`, a verified checkpoint. Returns a line for the log.
+    They come from `init_from=hf:...`, or from `run`, a verified checkpoint with its state.json. Returns a line for the
+    log.
     """
     assert config.init_from is not None
     if run is None:
         weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
     else:
-        weights = _weights_of_run(run, config)
+        weights = _weights_of_run(*run, config)
     dims = {name: dim for name, (_, dim) in config.model.parameter_shapes().items()}
     for owned in engine.owned_state():
         shift, dim = [0] * len(owned.shape), dims[owned.name]
@@ -248,8 +253,7 @@ def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle
     return Weights(tensors, source, model, _summary_row(summary_from, directory))
 
 
-def _weights_of_run(checkpoint: CheckpointPath, config: TrainConfig) -> Weights:
-    state = locate.read_state(checkpoint)
+def _weights_of_run(checkpoint: CheckpointPath, state: dict[str, Any], config: TrainConfig) -> Weights:
     saved = from_saved(state["config"])
     source = CheckpointSpec("a run", saved.model, saved.seq_len, is_complete=True)
     tensors = RunTensors(checkpoint, state.get("own_share", 1.0))

@@ -179,6 +179,25 @@ def test_another_rotation_than_the_checkpoints_is_noted(tmp_path):
     )
 
 
+def test_a_teacher_keeps_the_rotation_of_its_weights(tmp_path):
+    import dataclasses
+
+    from train.config.errors import ConfigError
+    from train.config.stage import StageConfig
+
+    make_qwen(tmp_path / "qwen", tied=True)
+    for far, full, refused in ((False, True, False), (True, False, True)):
+        changes = dict(layer_pattern="KF", rotate_far=far, rotate_full_layers=full)
+        config = train_config(f"hf:{tmp_path}/qwen", tmp_path, 1, **changes)
+        import_weights.check(config)  # all weights are trained
+        config = dataclasses.replace(config, stage=StageConfig("distill"))
+        if not refused:
+            import_weights.check(config)
+            continue
+        with pytest.raises(ConfigError, match=r"model.rotate_full_layers=false gives .* than hf:.*: set model.rotate_"):
+            import_weights.check(config)
+
+
 def test_training_goes_on_from_qwen3(tmp_path, corpus):
     """The trainer's own way: weights at step 0, and not again where the run resumes."""
     from tests.train.runs import run_training
