@@ -123,6 +123,7 @@ class ModelConfig:
     independent_qkv: bool = True
     full_layers_update_summaries: bool = True
     qk_norm: bool = True
+    qkv_bias: bool = False  # biases of the query, key and value projections; `G` layers have none
     tie_embeddings: bool = False
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -136,18 +137,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if isinstance(self.window_chunks, list):  # from Python; configuration files give tuples
             object.__setattr__(self, "window_chunks", tuple(self.window_chunks))
-        for name in (
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "ffn_size",
-            "chunk_size",
-            "summary_tokens",
-            "window_tokens",
-            "vocab_multiple",
-        ):
+        sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "chunk_size",
+                 "summary_tokens", "window_tokens", "vocab_multiple")  # fmt: skip
+        for name in sizes:
             if not 1 <= getattr(self, name) <= MAX_INT32:
                 raise ModelConfigError(f"model.{name}={getattr(self, name)} must be from 1 to {MAX_INT32}")
         for name in ("norm_eps", "init_std"):
@@ -305,6 +297,9 @@ class ModelConfig:
             if self.independent_qkv and layer.projects_summaries:
                 columns |= {"summary_key": kv, "summary_value": kv}
             shapes |= {f"{prefix}attention.{name}.weight": ((size, h), 0) for name, size in columns.items()}
+            if self.qkv_bias and layer.mixer != "G":
+                columns.pop("pool_score", None)
+                shapes |= {f"{prefix}attention.{name}.bias": ((size,), 0) for name, size in columns.items()}
             shapes[f"{prefix}attention.output.weight"] = ((h, q), 1)
             if layer.mixer == "G":
                 shapes[f"{prefix}attention.output_norm.weight"] = ((d,), None)

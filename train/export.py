@@ -1,8 +1,8 @@
 """`python -m train.export RUN format=hf|safetensors out=DIR [step=N] [dtype=bf16|fp32]`: export a run's weights.
 
-    hf            a directory that transformers loads: Qwen3ForCausalLM where every layer is full attention, otherwise
-                  with the model code beside the weights (`trust_remote_code=True`); tokenizer, generation settings and
-                  a model card with the facts of the training
+    hf            a directory that transformers loads: a Llama, Mistral, Qwen2 or Qwen3 where one of these computes the
+                  model, otherwise with the model code beside the weights (`trust_remote_code=True`); tokenizer,
+                  generation settings and a model card with the facts of the training
     safetensors   the same tensors under this project's names, with the run's config.yaml
 
 RUN is a run directory; `step` picks one of its checkpoints. One tensor is in memory at a time. Rows of vocabulary

@@ -12,8 +12,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups for `torch.optim.AdamW`, each with the keys `params`, `weight_decay` and `frozen`.
 
-    Matrices decay; vectors (norm gains, decay rates) and embeddings (text and summary) do not. Parameters whose name
-    `trains` refuses are in groups with `frozen` set: no step changes them, but checkpoints hold them.
+    Matrices decay; vectors (norm gains, biases, decay rates) and embeddings (text and summary) do not. Parameters whose
+    name `trains` refuses are in groups with `frozen` set: no step changes them, but checkpoints hold them.
     """
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

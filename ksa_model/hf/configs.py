@@ -1,7 +1,8 @@
 """config.json of a Hugging Face checkpoint <-> `ModelConfig`. Pure: mappings in, mappings out.
 
-Three kinds of checkpoint are read: `Qwen3ForCausalLM`; exports of this project (`ksa`); and published KSA checkpoints,
-with the keys `use_summary_attention`, `summary_chunk_size`, `summary_sliding_chunk_num` and others.
+Three kinds of checkpoint are read: those of the families in `ksa_model.hf.families`; exports of this project (`ksa`);
+and published KSA checkpoints, with the keys `use_summary_attention`, `summary_chunk_size`, `summary_sliding_chunk_num`
+and others.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ksa_model.config import MAX_INT32, MIXERS, ModelConfig, ModelConfigError, RopeScaling
+from ksa_model.hf.families import FAMILIES, check_features, family_named, family_of
 from ksa_model.hf.fields import Fields
 from ksa_model.layers.rope import attention_factor, rope_base
 
 MODELING_FILE, TOKENIZER_FILE = "modeling_ksa.py", "tokenization_ksa.py"
 _MAX_LAYERS = 4096
 _KSA_KEYS = ("layer_pattern", "chunk_size", "summary_tokens", "window_tokens", "independent_qkv",
-             "full_layers_update_summaries", "qk_norm", "rotate_far", "rotate_full_layers")  # fmt: skip
+             "full_layers_update_summaries", "qk_norm", "qkv_bias", "rotate_far", "rotate_full_layers")  # fmt: skip
 # What must agree for a model to take the tensors of a checkpoint. The model may choose everything else.
 _SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "qk_norm",
-          "norm_eps")  # fmt: skip
+          "qkv_bias", "norm_eps")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,21 @@ def read_config(config: Mapping[str, Any]) -> CheckpointSpec:
             "convert the checkpoint first"
         )
     if kind == "ksa":
+        _check_full_attention(config)
         model = ModelConfig(**_shape(config), **_ksa(config))
         return CheckpointSpec(
             "a KSA export", model, _positions(config), embedding_rows=model.vocab_size, is_complete=True
         )
     if fields.flag("use_summary_attention", False, null=True):
         return _published(config)
-    if architecture == "Qwen3ForCausalLM" or (architecture == "none" and kind == "qwen3"):
-        model = ModelConfig(**_shape(config), layer_pattern="F")
-        return CheckpointSpec("Qwen3ForCausalLM", model, _positions(config), embedding_rows=model.vocab_size)
+    if (family := family_named(architecture, kind)) is not None:
+        filled = {**family.defaults, **config}
+        model = ModelConfig(**family.read(filled), **_shape(filled, family.defaults.get("head_dim")))
+        return CheckpointSpec(family.architecture, model, _positions(filled), embedding_rows=model.vocab_size)
     raise ModelConfigError(
         f"config.json has architectures={architecture}, model_type={kind}; supported are "
-        "Qwen3ForCausalLM, published KSA checkpoints (use_summary_attention) and exports of this project (ksa)"
+        f"{', '.join(family.architecture for family in FAMILIES)}, published KSA checkpoints (use_summary_attention) "
+        "and exports of this project (ksa)"
     )
 
 
@@ -78,7 +83,8 @@ def _ksa(config: Mapping[str, Any]) -> dict[str, Any]:
     given["layer_pattern"] = fields.text("layer_pattern", None)
     for key in ("chunk_size", "summary_tokens", "window_tokens"):
         given[key] = fields.integer(key, None)
-    for key in ("independent_qkv", "full_layers_update_summaries", "qk_norm", "rotate_far", "rotate_full_layers"):
+    for key in ("independent_qkv", "full_layers_update_summaries", "qk_norm", "qkv_bias", "rotate_far",
+                "rotate_full_layers"):  # fmt: skip
         given[key] = fields.flag(key, None)
     window = config.get("window_chunks", 128)
     if isinstance(window, list):
@@ -112,7 +118,7 @@ def check_same_shape(source: CheckpointSpec, target: ModelConfig) -> None:
 
 
 def exported_config(config: ModelConfig, max_positions: int, eos_token: int | None, dtype: str) -> dict[str, Any]:
-    """config.json of an export: `Qwen3ForCausalLM` if that is the model, see `is_plain`, otherwise `ksa`."""
+    """config.json of an export: that of the family that computes the model (`is_plain`), otherwise `ksa`."""
     check_exportable(config)
     assert config.vocab_size is not None
     rope = _rope_parameters(config)
@@ -137,16 +143,13 @@ def exported_config(config: ModelConfig, max_positions: int, eos_token: int | No
         "dtype": dtype,
         "torch_dtype": dtype,  # for releases before 4.56
     }
-    if is_plain(config):
+    if (family := family_of(config)) is not None:
         return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
             **shared,
             **({} if rope["rope_type"] == "default" else {"rope_scaling": rope}),  # for releases before 5
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "use_sliding_window": False,
+            **family.write(config),
         }
     window = config.window_chunks
     return {
@@ -171,7 +174,7 @@ def check_exportable(config: ModelConfig) -> None:
 
 def is_plain(config: ModelConfig) -> bool:
     """Whether transformers computes this model without `modeling_ksa.py`."""
-    return set(config.layer_pattern) == {"F"} and config.qk_norm and config.rotate_full_layers
+    return family_of(config) is not None
 
 
 def parse_pattern(value: Any, key: str, num_layers: int) -> list[int]:
@@ -218,6 +221,7 @@ def _walk(node: ast.expr) -> Any:
 
 def _published(config: Mapping[str, Any]) -> CheckpointSpec:
     """A published KSA checkpoint."""
+    _check_full_attention(config)
     shape, fields = _shape(config), Fields(config)
     required = {
         "summary_chunk_position_ids_type": ("inner_chunk", "origin"),
@@ -252,7 +256,7 @@ def _published(config: Mapping[str, Any]) -> CheckpointSpec:
         independent_qkv=independent and share > 0,
         full_layers_update_summaries=updates,
     )
-    return CheckpointSpec("a published KSA checkpoint", model, _positions(config), share, row, rows)
+    return CheckpointSpec("a published KSA checkpoint", model, _positions(config), share, row, rows, is_complete=True)
 
 
 def _published_layers(config: Mapping[str, Any], n: int, chunk: int) -> tuple[str, int | tuple[int, ...], bool]:
@@ -286,26 +290,38 @@ def _published_layers(config: Mapping[str, Any], n: int, chunk: int) -> tuple[st
     return "".join(letter for letter, _ in unit), tuple(w for _, w in unit) if one is None else one, full != {False}
 
 
-def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`ModelConfig` arguments from the keys that all kinds share; `ModelConfigError` for values with no counterpart."""
-    for key, computed in (("attention_bias", False), ("hidden_act", "silu"), ("use_sliding_window", False)):
-        if config.get(key, computed) != computed or type(config.get(key, computed)) is not type(computed):
-            raise ModelConfigError(
-                f"config.json has {key}={config[key]!r}, and this project supports only {computed!r}"
-            )
+def _check_full_attention(config: Mapping[str, Any]) -> None:
+    """Raise `ModelConfigError` if a KSA checkpoint has features or windows that are not its own."""
+    check_features(config)
+    uses = config.get("use_sliding_window", False)
+    if uses is not False:
+        raise ModelConfigError(
+            f"config.json has use_sliding_window={uses!r}, and this project supports only False there"
+        )
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise ModelConfigError(
             f"config.json has layer_types={kinds!r}, and this project supports only 'full_attention' there"
         )
+
+
+def _shape(config: Mapping[str, Any], head_dim: int | None = 128) -> dict[str, Any]:
+    """`ModelConfig` arguments from the keys that all kinds share. `head_dim`: that of a config.json without; None: the
+    hidden size over the number of heads. `ModelConfigError` for values with no counterpart."""
     fields = Fields(config)
-    heads = fields.integer("num_attention_heads")
+    heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    head_dim = fields.integer("head_dim", head_dim, null=True)
+    if head_dim is None and hidden % heads:
+        raise ModelConfigError(
+            f"config.json has hidden_size={hidden}, which num_attention_heads={heads} does not divide, and no "
+            "head_dim; correct it"
+        )
     shape = dict(
-        hidden_size=fields.integer("hidden_size"),
+        hidden_size=hidden,
         num_layers=fields.integer("num_hidden_layers", most=_MAX_LAYERS),
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", heads, null=True),
-        head_dim=fields.integer("head_dim", 128, null=True),
+        head_dim=head_dim or hidden // heads,
         ffn_size=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size", least=2),
         norm_eps=fields.number("rms_norm_eps", 1e-6),

@@ -47,7 +47,7 @@ class KsaConfig(PretrainedConfig):
         max_position_embeddings=131072, layer_pattern="KKKF", chunk_size=8, summary_tokens=1, window_chunks=128,
         window_tokens=1024, independent_qkv=True, full_layers_update_summaries=True, qk_norm=True,
         initializer_range=0.02, use_cache=True, tie_word_embeddings=False, rotate_far=True, rotate_full_layers=True,
-        **kwargs,
+        qkv_bias=False, **kwargs,
     ):  # fmt: skip
         self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
@@ -57,7 +57,7 @@ class KsaConfig(PretrainedConfig):
         self.rope_theta, self.rope_parameters = rope_theta, rope_parameters
         self.layer_pattern, self.chunk_size, self.summary_tokens = layer_pattern, chunk_size, summary_tokens
         self.window_chunks, self.window_tokens = window_chunks, window_tokens
-        self.independent_qkv, self.qk_norm = independent_qkv, qk_norm
+        self.independent_qkv, self.qk_norm, self.qkv_bias = independent_qkv, qk_norm, qkv_bias
         self.full_layers_update_summaries, self.use_cache = full_layers_update_summaries, use_cache
         self.rotate_far, self.rotate_full_layers = rotate_far, rotate_full_layers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -200,14 +200,14 @@ class KsaAttention(nn.Module):
         ring = (self.window + 1) * config.chunk_size
         self.ring = {"F": None, "S": config.window_tokens, "K": ring, "C": ring}[self.mixer]  # cached text rows
         h, d = config.hidden_size, config.head_dim
-        q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
-        self.q_proj, self.k_proj = nn.Linear(h, q, bias=False), nn.Linear(h, kv, bias=False)
-        self.v_proj, self.o_proj = nn.Linear(h, kv, bias=False), nn.Linear(q, h, bias=False)
+        q, kv, bias = config.num_attention_heads * d, config.num_key_value_heads * d, config.qkv_bias
+        self.q_proj, self.k_proj = nn.Linear(h, q, bias=bias), nn.Linear(h, kv, bias=bias)
+        self.v_proj, self.o_proj = nn.Linear(h, kv, bias=bias), nn.Linear(q, h, bias=False)
         if config.independent_qkv and self.updates:
-            self.q_proj_summary = nn.Linear(h, q, bias=False)
+            self.q_proj_summary = nn.Linear(h, q, bias=bias)
         if config.independent_qkv and self.projects:
-            self.k_proj_summary = nn.Linear(h, kv, bias=False)
-            self.v_proj_summary = nn.Linear(h, kv, bias=False)
+            self.k_proj_summary = nn.Linear(h, kv, bias=bias)
+            self.v_proj_summary = nn.Linear(h, kv, bias=bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = KsaRMSNorm(d, config.rms_norm_eps), KsaRMSNorm(d, config.rms_norm_eps)
 

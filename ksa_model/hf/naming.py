@@ -6,12 +6,14 @@ Hugging Face names are those of Qwen3. Summaries use the names of the published 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from ksa_model.config import ModelConfig, ModelConfigError
 from ksa_model.hf.configs import CheckpointSpec
 
+_SUMMARY_PROJECTION = re.compile(r"\.[qkv]_proj_summary\.(weight|bias)$")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SUMMARY_EMBEDDING = ("model.summary_embedding.weight", "summary_embedding.weight")
 _TOP = {"embedding.weight": EMBEDDING, "summary_embedding": SUMMARY_EMBEDDING[0], "norm.weight": "model.norm.weight",
@@ -66,7 +68,8 @@ def hf_name(name: str) -> str:
     if name in _TOP:
         return _TOP[name]
     _, layer, inside = name.split(".", 2)
-    return f"model.layers.{layer}.{_IN_BLOCK[inside.removesuffix('.weight')]}.weight"
+    kind = "bias" if inside.endswith(".bias") else "weight"
+    return f"model.layers.{layer}.{_IN_BLOCK[inside.removesuffix(f'.{kind}')]}.{kind}"
 
 
 def exported_shapes(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -91,14 +94,23 @@ def origins(
     found = {name: _origin(name, source, available, summary_row) for name in target.parameter_shapes()}
     used = [tensor for origin in found.values() for _, tensor in origin.terms]
     if source.is_complete:
-        used += [hf_name(name) for name in source.config.parameter_shapes() if "summary" in name]
+        used += _summary_tensors(source, available)
     if missing := [tensor for tensor in used if tensor not in available]:
         raise ModelConfigError(f"the checkpoint lacks {_list(missing)}, which {source.kind} with this shape must have")
-    if extra := [tensor for tensor in sorted(set(available) - set(used)) if not _may_be_unused(tensor, target)]:
+    if extra := [t for t in sorted(set(available) - set(used)) if not _may_be_unused(t, source, target)]:
         raise ModelConfigError(
-            f"the checkpoint has {_list(extra)}, which this model does not have; it is of another architecture"
+            f"the checkpoint has {_list(extra)}, which {source.kind} with its configuration does not have; it is of "
+            "another architecture"
         )
     return found
+
+
+def _summary_tensors(source: CheckpointSpec, available: Collection[str]) -> list[str]:
+    """The summary tensors that a complete checkpoint holds."""
+    names = [hf_name(name) for name in source.config.parameter_shapes() if "attention.summary_" in name]
+    if source.config.has_summaries and source.summary_row is None:
+        names.append(next((tensor for tensor in SUMMARY_EMBEDDING if tensor in available), SUMMARY_EMBEDDING[0]))
+    return names
 
 
 def _origin(name: str, source: CheckpointSpec, available: Collection[str], summary_row: int | None) -> Origin:
@@ -126,9 +138,14 @@ def _origin(name: str, source: CheckpointSpec, available: Collection[str], summa
     return Origin(((1.0, tensor),))
 
 
-def _may_be_unused(tensor: str, target: ModelConfig) -> bool:
-    # The last `K` layer and those above it need no summary projections. A tied head repeats the embedding.
-    return "summary" in tensor or "rotary_emb" in tensor or (tensor == HEAD and target.tie_embeddings)
+def _may_be_unused(tensor: str, source: CheckpointSpec, target: ModelConfig) -> bool:
+    """Whether a model computes the same without a tensor, or has been told to do without its summaries."""
+    if tensor in SUMMARY_EMBEDDING:
+        return source.config.has_summaries
+    if _SUMMARY_PROJECTION.search(tensor):
+        # The last `K` layer and those above it need none, and a share of 0 makes them text's.
+        return source.config.has_summaries and (source.config.independent_qkv or source.summary_share == 0)
+    return "rotary_emb" in tensor or (tensor == HEAD and target.tie_embeddings)  # a tied head repeats the embedding
 
 
 def _list(names: list[str]) -> str:

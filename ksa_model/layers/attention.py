@@ -110,7 +110,8 @@ class Attention(nn.Module):
     """Attention of one layer over both streams.
 
     Parameters: `query`, `key`, `value`, `output`. If the layer handles summaries and these have projections of their
-    own: `summary_key`, `summary_value`, and `summary_query` where the layer updates summaries. In a layer with learned
+    own: `summary_key`, `summary_value`, and `summary_query` where the layer updates summaries. With `qkv_bias` each of
+    these but `output` has a bias, added before norm and rotation. In a layer with learned
     pooling: `pool_score` [G, h] and `pool_bias` [G*k]; both start at zero, which makes every weight 1/k.
     """
 
@@ -127,7 +128,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer, self.tp, self.backend, self.context = config, layer, tp, backend, context
         h, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        column = partial(tp.column, h, init_std=config.init_std, fp8=fp8)
+        column = partial(tp.column, h, init_std=config.init_std, fp8=fp8, bias=config.qkv_bias)
         self.query, self.key, self.value = column(q), column(kv), column(kv)
         own = config.independent_qkv
         self.summary_query = column(q) if own and layer.updates_summaries else None

@@ -67,14 +67,17 @@ class TensorParallel:
 
     # -- layers -----------------------------------------------------------------------------------------------------
 
-    def column(self, in_size: int, out_size: int, init_std: float, fp8: bool = False) -> ColumnParallelLinear:
-        """A weight from all input features to this rank's share of the output features. `fp8`: see `weight_of`."""
+    def column(
+        self, in_size: int, out_size: int, init_std: float, fp8: bool = False, bias: bool = False
+    ) -> ColumnParallelLinear:
+        """A weight from all input features to this rank's share of the output features, and with `bias` one for these,
+        which starts at zero. `fp8`: see `weight_of`."""
         layer = ColumnParallelLinear(
             in_size,
             out_size,
             config=self._config(False),
             init_method=_normal(init_std),
-            bias=False,
+            bias=bias,
             disable_grad_reduce=True,
             tp_group=self.group,
         )
@@ -212,9 +215,9 @@ class TensorParallel:
 
 
 def weight_of(layer: torch.nn.Module) -> Weight:
-    """The weight of a layer made by `column` or `row`. Its GEMMs run in fp8 where the layer's do and gradients are
-    computed; without gradients, as in validation and decoding, they do not."""
-    return Weight(layer.weight, bool(layer.fp8) and torch.is_grad_enabled())  # type: ignore[arg-type]
+    """The weight of a layer made by `column` or `row`, with its bias. Its GEMMs run in fp8 where the layer's do and
+    gradients are computed; without gradients, as in validation and decoding, they do not."""
+    return Weight(layer.weight, bool(layer.fp8) and torch.is_grad_enabled(), layer.bias)  # type: ignore[arg-type]
 
 
 def _is_followed_by(x: torch.Tensor, other: torch.Tensor) -> bool:

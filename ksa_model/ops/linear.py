@@ -31,10 +31,11 @@ class Norm(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A weight [out, h], and whether its GEMMs run in fp8."""
+    """A weight [out, h], whether its GEMMs run in fp8, and the bias [out] that `project` adds to their results."""
 
     matrix: torch.Tensor
     fp8: bool = False
+    bias: torch.Tensor | None = None
 
 
 class Target(NamedTuple):
@@ -46,7 +47,7 @@ class Target(NamedTuple):
 
 
 def project(backend: Backend, x: torch.Tensor, norm: Norm | None, targets: Sequence[Target]) -> list[torch.Tensor]:
-    """For each target `normed[start:stop] @ weight.T`, where `normed` is x [n, h] after the norm, or x itself.
+    """For each target `normed[start:stop] @ weight.T + bias`, where `normed` is x [n, h] after the norm, or x itself.
 
     The row ranges of two targets are equal or disjoint. Rows without a target get a gradient of 0.
     """
@@ -55,8 +56,8 @@ def project(backend: Backend, x: torch.Tensor, norm: Norm | None, targets: Seque
     normed = x if norm is None else backend.rows.rms_norm(x, norm.gain, norm.eps)
     source = x.detach() if norm is not None and backend.recompute_in_backward else None
     spans, in_fp8 = [(t.start, t.stop) for t in targets], [t.weight.fp8 for t in targets]
-    matrices = (t.weight.matrix for t in targets)
-    return list(_Project.apply(backend, normed, source, norm, spans, in_fp8, *matrices))
+    matrices, biases = [t.weight.matrix for t in targets], [t.weight.bias for t in targets]
+    return list(_Project.apply(backend, normed, source, norm, spans, in_fp8, *matrices, *biases))
 
 
 def gated(backend: Backend, x: torch.Tensor, norm: Norm | None, gate: Weight, up: Weight) -> tuple[torch.Tensor, ...]:
@@ -93,20 +94,27 @@ def add_gated_gemm(
 
 
 class _Project(torch.autograd.Function):
-    """GEMMs of rows x with weights. With a `source`, this is kept instead of x = norm(source)."""
+    """GEMMs of rows x with weights, each followed by its bias or None. With a `source`, this is kept instead of
+    x = norm(source)."""
 
     @staticmethod
-    def forward(ctx, backend: Backend, x, source, norm: Norm | None, spans, in_fp8: list[bool], *weights):
+    def forward(ctx, backend: Backend, x, source, norm: Norm | None, spans, in_fp8: list[bool], *parameters):
+        weights, biases = parameters[: len(spans)], parameters[len(spans) :]
         ctx.backend, ctx.spans, ctx.in_fp8, ctx.num_weights = backend, spans, in_fp8, len(weights)
         ctx.eps = None if norm is None else norm.eps
         kept = (x,) if source is None or norm is None else (source, norm.gain)
         ctx.save_for_backward(*weights, *kept)
         quantize = backend.fp8.quantize_rows
         rows8 = {span: quantize(x[slice(*span)]) for span in {s for s, fp8 in zip(spans, in_fp8) if fp8}}
-        return tuple(
-            backend.fp8.gemm(rows8[span], quantize(weight), True) if fp8 else x[slice(*span)] @ weight.t()
-            for span, weight, fp8 in zip(spans, weights, in_fp8)
-        )
+        found = []
+        for span, weight, bias, fp8 in zip(spans, weights, biases, in_fp8):
+            if fp8:
+                out = backend.fp8.gemm(rows8[span], quantize(weight), True)
+                found.append(out if bias is None else out.add_(bias))
+            else:
+                rows = x[slice(*span)]
+                found.append(rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t()))
+        return tuple(found)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -119,7 +127,9 @@ class _Project(torch.autograd.Function):
             _weight_gradient(weight, grad, x[slice(*span)]) if ctx.needs_input_grad[6 + i] else None
             for i, (span, weight, grad) in enumerate(zip(ctx.spans, weights, grads))
         )
-        return None, grad_x, None, None, None, None, *of_weights
+        first_bias = 6 + ctx.num_weights
+        of_biases = (grad.sum(0) if ctx.needs_input_grad[first_bias + i] else None for i, grad in enumerate(grads))
+        return None, grad_x, None, None, None, None, *of_weights, *of_biases
 
 
 def _project_input_gradient(ctx, x: torch.Tensor, weights, grads) -> torch.Tensor:

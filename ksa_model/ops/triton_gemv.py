@@ -26,32 +26,33 @@ GEMV_ROWS = 2  # the most rows of the gemv kernel; more use the tensor cores
 
 
 @triton.jit
-def _features_of(weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1, features_2,
-                 FEATURES: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    """The weight, the output and the output features of this program; the weights' features are numbered in
+def _features_of(weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, features_0, features_1,
+                 features_2, FEATURES: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """The weight, the bias, the output and the output features of this program; the weights' features are numbered in
     sequence."""
-    block, weight, out, features = tl.program_id(0), weight_0, out_0, features_0
+    block, weight, bias, out, features = tl.program_id(0), weight_0, bias_0, out_0, features_0
     if not GATED:
         before = tl.cdiv(features_0, FEATURES)
         if block >= before:
-            block, weight, out, features = block - before, weight_1, out_1, features_1
+            block, weight, bias, out, features = block - before, weight_1, bias_1, out_1, features_1
             before = tl.cdiv(features_1, FEATURES)
             if block >= before:
-                block, weight, out, features = block - before, weight_2, out_2, features_2
-    return weight, out, block * FEATURES + tl.arange(0, FEATURES), features
+                block, weight, bias, out, features = block - before, weight_2, bias_2, out_2, features_2
+    return weight, bias, out, block * FEATURES + tl.arange(0, FEATURES), features
 
 
 @triton.jit
-def _gemv(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1, features_2,
-          size, eps, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
-          FEATURES: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+def _gemv(x, gain, residual, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, features_0,
+          features_1, features_2, size, eps, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
+          BIAS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """Some output features of one of three weights (or with GATED of two together) for one or two rows.
 
     Elements are multiplied one by one, without the tensor cores and the data movement they need, and summed once at the
     end. The scale of a norm is one number per row, so it multiplies the result.
     """
-    weight, out, feature, features = _features_of(weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0,
-                                                  features_1, features_2, FEATURES, GATED)  # fmt: skip
+    weight, bias, out, feature, features = _features_of(weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_0,
+                                                        out_1, out_2, features_0, features_1, features_2, FEATURES,
+                                                        GATED)  # fmt: skip
     in_features = feature < features
     line = feature.to(tl.int64)[:, None] * size
     sums = (tl.zeros([FEATURES, DEPTH // 8], tl.float32),) * ROWS
@@ -83,6 +84,8 @@ def _gemv(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out_2, 
         if GATED:
             total = _swiglu(total, tl.sum(up_sums[row], 1) * scale)
         at = row * features + feature
+        if BIAS:
+            total += tl.load(bias + feature, mask=in_features, other=0.0).to(tl.float32)
         if ADD:
             total += tl.load(residual + at, mask=in_features, other=0.0).to(tl.float32)
         tl.store(out + at, total.to(out.dtype.element_ty), mask=in_features)
@@ -101,14 +104,15 @@ def _swiglu(gate, up):
 
 
 @triton.jit
-def _skinny_gemm(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0, features_1,
-                 features_2, rows, size, eps, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
-                 ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-                 STAGES: tl.constexpr):  # fmt: skip
+def _skinny_gemm(x, gain, residual, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_0, out_1, out_2,
+                 features_0, features_1, features_2, rows, size, eps, NORM: tl.constexpr, GATED: tl.constexpr,
+                 ADD: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
+                 DEPTH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """`_gemv` for up to ROWS rows on the tensor cores: weights are loaded through shared memory in a pipeline of
     several tiles. The gain multiplies the rows, which are then rounded once."""
-    weight, out, feature, features = _features_of(weight_0, weight_1, weight_2, out_0, out_1, out_2, features_0,
-                                                  features_1, features_2, FEATURES, GATED)  # fmt: skip
+    weight, bias, out, feature, features = _features_of(weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_0,
+                                                        out_1, out_2, features_0, features_1, features_2, FEATURES,
+                                                        GATED)  # fmt: skip
     row = tl.arange(0, ROWS)
     in_features, real = feature < features, row < rows
     line = feature.to(tl.int64)[:, None] * size
@@ -138,6 +142,8 @@ def _skinny_gemm(x, gain, residual, weight_0, weight_1, weight_2, out_0, out_1, 
         total = _swiglu(total, up_sums * scale[None, :])
     at = row[None, :] * features + feature[:, None]
     kept = in_features[:, None] & real[None, :]
+    if BIAS:
+        total += tl.load(bias + feature, mask=in_features, other=0.0).to(tl.float32)[:, None]
     if ADD:
         total += tl.load(residual + at, mask=kept, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=kept)
@@ -187,10 +193,12 @@ class Stream(NamedTuple):
 def project(x: torch.Tensor, gain: torch.Tensor, eps: float, targets: Sequence[Target]) -> list[torch.Tensor]:
     """`linear.project` after a norm, for few rows."""
     found: list[torch.Tensor] = []
-    for (start, stop), alike in groupby(targets, key=lambda target: (target.start, target.stop)):
-        weights = [target.weight.matrix for target in alike]
-        for first in range(0, len(weights), 3):
-            found += _launch(x[start:stop], weights[first : first + 3], gain=gain, eps=eps)
+    for (start, stop, _), group in groupby(targets, key=lambda t: (t.start, t.stop, t.weight.bias is None)):
+        alike = list(group)
+        for first in range(0, len(alike), 3):
+            weights = [target.weight for target in alike[first : first + 3]]
+            biases = [weight.bias for weight in weights if weight.bias is not None]
+            found += _launch(x[start:stop], [weight.matrix for weight in weights], biases, gain=gain, eps=eps)
     return found
 
 
@@ -244,23 +252,24 @@ def _tile(rows: int, is_normed: bool, is_gated: bool) -> dict[str, int]:
     return dict(FEATURES=2, DEPTH=1024, num_warps=4)
 
 
-def _launch(x, weights, gain=None, eps=0.0, residual=None, is_gated=False) -> list[torch.Tensor]:
-    """The GEMMs of x [n, h] with up to three weights."""
+def _launch(x, weights, biases=(), gain=None, eps=0.0, residual=None, is_gated=False) -> list[torch.Tensor]:
+    """The GEMMs of x [n, h] with up to three weights, which have a bias each or none."""
     x, (rows, size) = x.contiguous(), x.shape
     outs = [x.new_empty(rows, len(weight)) for weight in weights[: 1 if is_gated else 3]]
     tile = _tile(rows, gain is not None, is_gated)
     programs = sum(triton.cdiv(out.shape[1], tile["FEATURES"]) for out in outs)
-    weights, outs_3 = weights + weights[:1] * (3 - len(weights)), outs + outs[:1] * (3 - len(outs))
+    added = list(biases) or weights  # without biases the weights stand in for them; no program reads them as such
+    weights, added, outs_3 = (side + side[:1] * (3 - len(side)) for side in (weights, added, outs))
     features = [out.shape[1] for out in outs] + [0] * (3 - len(outs))
-    operands = (x, x if gain is None else gain, x if residual is None else residual.contiguous(), *weights, *outs_3)
-    kind = dict(NORM=gain is not None, GATED=is_gated, ADD=residual is not None)
+    operands = (x, x if gain is None else gain, x if residual is None else residual.contiguous(), *weights, *added)
+    kind = dict(NORM=gain is not None, GATED=is_gated, ADD=residual is not None, BIAS=bool(biases))
     if rows > GEMV_ROWS:
         padded = max(8, triton.next_power_of_2(rows))
         _skinny_gemm[(programs,)](
-            *operands, *features, rows, size, eps, **kind, ROWS=padded, PRECISION=precision(x), **tile
+            *operands, *outs_3, *features, rows, size, eps, **kind, ROWS=padded, PRECISION=precision(x), **tile
         )
     elif rows:
-        _gemv[(programs,)](*operands, *features, size, eps, **kind, ROWS=rows, **tile)
+        _gemv[(programs,)](*operands, *outs_3, *features, size, eps, **kind, ROWS=rows, **tile)
     return outs
 
 

@@ -49,6 +49,15 @@ def spread_pooling(decoder):
                 p.copy_(whole.chunk(decoder.tp.size)[decoder.tp.rank])
 
 
+def spread_biases(decoder):
+    """Biases of projections that differ from feature to feature, the same on any number of tensor ranks."""
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            if name.endswith(".bias"):
+                whole = torch.cos(torch.arange(float(p.numel() * decoder.tp.size)) + len(name))
+                p.copy_(whole.chunk(decoder.tp.size)[decoder.tp.rank])
+
+
 def random_text(pack, vocab=61, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab, (pack.num_text,), generator=generator)
@@ -75,7 +84,10 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         return torch.cat([z.real, z.imag], -1)
 
     def heads(x, weight, norm_name=None, table=None):
-        x = (x @ p[weight].t()).unflatten(-1, (-1, config.head_dim))
+        x = x @ p[weight].t()
+        if config.qkv_bias:
+            x = x + p[weight.replace(".weight", ".bias")]
+        x = x.unflatten(-1, (-1, config.head_dim))
         return normed_and_turned(x, norm_name, table)
 
     def normed_and_turned(x, norm_name, table):
@@ -155,6 +167,10 @@ def plain_decoder_loss(decoder, tokens, labels, pack):
         dict(rotate_far=False, rotate_full_layers=False),
         dict(layer_pattern="K", rotate_far=False, summary_tokens=2),
         dict(layer_pattern="FK", rotate_full_layers=False, qk_norm=False, independent_qkv=False),
+        dict(qkv_bias=True, qk_norm=False),
+        dict(qkv_bias=True, layer_pattern="KSCF", summary_tokens=2),
+        dict(qkv_bias=True, layer_pattern="KF", independent_qkv=False),
+        dict(qkv_bias=True, layer_pattern="HPHF"),
     ],
     ids=str,
 )
@@ -203,7 +219,7 @@ def assert_like_a_plain_decoder(decoder, pack, atol=2e-5):
 def test_every_parameter_gets_a_gradient(world):
     """No parameter exists that nothing reads: ZeRO and checkpoints would carry it for ever."""
     for pattern in ("KKKF", "F", "FKSC", "SSSS", "CKKK", "HPHF"):
-        decoder = build(world, small_config(layer_pattern=pattern))
+        decoder = build(world, small_config(layer_pattern=pattern, qkv_bias=True))
         pack = make_layout([30, 9], 4, 1, 0)
         decoder(*random_text(pack), pack).backward()
         missing = [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.any()]
@@ -252,8 +268,8 @@ def test_packing_does_not_change_a_document(world):
 
 
 def test_parameter_count_is_what_is_built(world):
-    for pattern in ("KKKF", "F", "FKSC", "CKKK", "HPHF"):
-        config = small_config(layer_pattern=pattern, vocab_size=64)
+    for pattern, bias in [(p, b) for p in ("KKKF", "F", "FKSC", "CKKK", "HPHF", "GKGF") for b in (False, True)]:
+        config = small_config(layer_pattern=pattern, vocab_size=64, qkv_bias=bias)
         built = dict(build(world, config).named_parameters())
         assert config.num_parameters()["total"] == sum(p.numel() for p in built.values()), pattern
         shapes = config.parameter_shapes()

@@ -137,6 +137,16 @@ def test_parameter_groups_by_name(world):
     }
 
 
+def test_biases_do_not_decay(world):
+    model = build(world, small_config(layer_pattern=LAYERS, num_layers=6, tie_embeddings=False, qkv_bias=True))
+    groups = groups_by_name(model, StageConfig(train="summary").trains)
+    biases = {name for group in groups.values() for name in group if name.endswith("bias") and "step" not in name}
+    of_summaries = {name.replace(".weight", ".bias") for name in SUMMARY_DECAYS}
+    assert groups[0.0, False] == {"summary_embedding"} | of_summaries
+    assert groups[0.0, True] == KEEPS - {"summary_embedding"} | biases - of_summaries
+    assert len(biases - of_summaries) == 5 * 3  # not of the gated delta net
+
+
 def test_tied_embeddings_are_one_parameter_that_does_not_decay(world):
     model = build(world, small_config(layer_pattern="KF", num_layers=2, tie_embeddings=True))
     groups = groups_by_name(model, StageConfig().trains)

@@ -7,7 +7,7 @@ from ksa_model.config import ModelConfig, ModelConfigError
 from ksa_model.decoding.cache import DecodingCache
 from ksa_model.decoding.generate import Sampling, generate
 from tests.ksa_model.ops.attention.test_joint import make_layout
-from tests.ksa_model.test_model import build, small_config, spread_pooling
+from tests.ksa_model.test_model import build, small_config, spread_biases, spread_pooling
 
 
 def model_for(world, **changes):
@@ -18,6 +18,7 @@ def model_for(world, **changes):
             if p.ndim == 2 and "embedding" not in name:
                 p.mul_(6)
     spread_pooling(decoder)
+    spread_biases(decoder)
     with torch.no_grad():
         decoder.embedding.weight.mul_(20)
         if decoder.config.has_summaries:
@@ -57,6 +58,16 @@ def test_cached_equals_uncached_without_rope(world, pattern, far, full):
     generated, _ = generate(decoder, prompts, Sampling(max_tokens=50))
     for prompt, continuation in zip(prompts, generated):
         assert_greedy(decoder, prompt, continuation)
+
+
+@pytest.mark.parametrize("pattern", ["KKKF", "KS", "HPSF"])
+def test_cached_equals_uncached_with_biases(world, pattern):
+    decoder = model_for(world, layer_pattern=pattern, chunk_size=3, qkv_bias=True, qk_norm=False, window_tokens=5)
+    prompts = [[7], list(range(17)), list(range(30, 42))]
+    generated, _ = generate(decoder, prompts, Sampling(max_tokens=50))
+    for prompt, continuation in zip(prompts, generated):
+        assert_greedy(decoder, prompt, continuation)
+        assert len(set(continuation)) >= 4, "a model that repeats itself would prove nothing"
 
 
 @pytest.mark.slow

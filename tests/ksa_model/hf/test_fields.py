@@ -16,6 +16,11 @@ SOURCES = {
     "qwen": exported_config(small_config(layer_pattern="F"), 64, None, "float32"),
     "yarn": exported_config(small_config(layer_pattern="F", rope_scaling=YARN), 64, None, "float32"),
     "llama3": exported_config(small_config(layer_pattern="F", rope_scaling=LLAMA), 64, None, "float32"),
+    "llama": exported_config(small_config(layer_pattern="F", qk_norm=False), 64, None, "float32"),
+    "mistral": exported_config(small_config(layer_pattern="S", qk_norm=False), 64, None, "float32"),
+    "qwen2": exported_config(
+        small_config(layer_pattern="FSSS", qk_norm=False, qkv_bias=True, rope_scaling=YARN), 64, None, "float32"
+    ),
     "ksa": exported_config(small_config(window_chunks=(1, 2, 1, 0)), 64, None, "float32"),
     "published": PUBLISHED | dict(summary_layer_freq=0),
 }
@@ -28,7 +33,9 @@ NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermedi
 def test_any_value_is_read_or_named_in_one_line(source):
     assert read_config(source)
     tried = refused = 0
-    for key in [*source, "rope_scaling", "layer_types", "quantization_config", "partial_rotary_factor", "mix_coeff"]:
+    others = ["rope_scaling", "layer_types", "quantization_config", "partial_rotary_factor", "mix_coeff", "mlp_bias",
+              "sliding_window", "use_sliding_window", "max_window_layers", "num_local_experts"]  # fmt: skip
+    for key in [*source, *others]:
         for value in WRONG:
             tried += 1
             try:
@@ -82,6 +89,15 @@ def test_missing_null_text_and_impossible_numbers(key):
         ("ksa", "layer_pattern", 3, "a text"),
         ("ksa", "independent_qkv", "false", "true or false"),
         ("ksa", "qk_norm", 1, "true or false"),
+        ("ksa", "qkv_bias", "true", "true or false"),
+        ("llama", "head_dim", "8", "a whole number"),
+        ("llama", "use_sliding_window", "false", "true or false"),
+        ("mistral", "sliding_window", 0, "a whole number"),
+        ("mistral", "sliding_window", 4.5, "a whole number"),
+        ("qwen2", "sliding_window", "6", "a whole number"),
+        ("qwen2", "use_sliding_window", 1, "true or false"),
+        ("qwen2", "layer_types", "full_attention", "a list of 4 names"),
+        ("qwen2", "layer_types", [["full_attention"]] * 4, "a list of 4 names"),
         ("ksa", "rotate_far", "false", "true or false"),
         ("ksa", "rotate_full_layers", 0, "true or false"),
         ("published", "summary_chunk_size", None, "a whole number"),

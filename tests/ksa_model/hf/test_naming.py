@@ -60,7 +60,9 @@ def test_tensors_that_do_not_fit_are_named():
     available = {name for name, _ in exported_shapes(config).values()}
     with pytest.raises(ModelConfigError, match=r"lacks lm_head.weight, which a checkpoint with this shape must have"):
         origins(spec(config), config, available - {"lm_head.weight"}, None)
-    with pytest.raises(ModelConfigError, match=r"has model.a, model.b, model.c and 1 more tensors, which this model"):
+    with pytest.raises(
+        ModelConfigError, match=r"has model.a, model.b, model.c and 1 more tensors, which a checkpoint with"
+    ):
         origins(spec(config), config, available | {f"model.{name}" for name in "abcd"}, None)
     tied = dataclasses.replace(config, tie_embeddings=True)  # the head then repeats the embedding
     assert "head.weight" not in origins(spec(tied), tied, available, None)

@@ -55,6 +55,7 @@ def kept_bytes_on_a_rank(changes: dict) -> float:
     (1, dict(model__layer_pattern="G", run__precision="bf16")),
     (2, dict(model__layer_pattern="KGFG", parallel__tensor=2, parallel__sequence=True)),
     (1, dict(model__layer_pattern="KKKF", model__qk_norm=False, model__summary_tokens=2)),
+    (1, dict(model__layer_pattern="KKKF", model__qk_norm=False, model__qkv_bias=True)),
     (1, dict(model__layer_pattern="KKKF", model__rotate_far=False, model__rotate_full_layers=False)),
     (1, dict(model__layer_pattern="KKKF", model__rotate_far=False, run__precision="bf16")),
     (2, dict(model__layer_pattern="KKFK", model__rotate_far=False, parallel__context=2)),

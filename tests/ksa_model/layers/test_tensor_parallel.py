@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.ksa_model.ops.attention.test_joint import make_layout
-from tests.ksa_model.test_model import random_text, small_config, spread_pooling
+from tests.ksa_model.test_model import random_text, small_config, spread_biases, spread_pooling
 from tests.ranks import run_on_ranks
 
 # One pack with documents, a short chunk and padding; 32 chunks, so that two and four ranks share them.
@@ -23,6 +23,7 @@ def gradients_on_a_rank(tensor: int, sequence: bool, changes: dict) -> dict:
     torch.manual_seed(0)
     decoder = Decoder(config, TensorParallel(world.tensor_group, sequence))
     spread_pooling(decoder)
+    spread_biases(decoder)
     lengths, k, _, padding = PACK
     pack = make_layout(lengths, k, config.summary_tokens, padding)
     loss = decoder(*random_text(pack), pack)
@@ -45,6 +46,7 @@ def gradients_on_a_rank(tensor: int, sequence: bool, changes: dict) -> dict:
         dict(layer_pattern="KKFK", tie_embeddings=True),
         dict(layer_pattern="GKGG"),
         dict(layer_pattern="HPHF", summary_tokens=1),
+        dict(layer_pattern="KSKF", qkv_bias=True),
     ],
     ids=str,
 )

@@ -143,6 +143,16 @@ def test_project(backend, spans):
         assert torch.equal(a, b), "the gradient of a weight is a 16-bit GEMM"
 
 
+def test_biases_stay_in_16_bits(backend):
+    x, weight, bias = draw(40, 64), draw(32, 64, seed=1), (100 * draw(32, seed=2)).detach().requires_grad_()
+    (found,) = linear.project(backend, x, None, [Target(0, 40, Weight(weight, True, bias))])
+    (plain,) = linear.project(backend, x, None, [Target(0, 40, Weight(weight, True))])
+    torch.testing.assert_close(found, plain + bias)
+    given = draw(40, 32, seed=3).detach()
+    found.backward(given)
+    assert bias.grad is not None and torch.equal(bias.grad, given.sum(0))
+
+
 def test_one_target_in_fp8_and_another_in_bf16(backend):
     x, wide, narrow = draw(20, 64), draw(32, 64, seed=1), draw(3, 64, seed=2)
     targets = [Target(0, 20, Weight(wide, True)), Target(0, 20, Weight(narrow))]

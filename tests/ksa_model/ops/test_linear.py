@@ -46,6 +46,21 @@ def test_project(backend, spans):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+def test_biases_are_added_to_the_rows_of_their_target(backend):
+    x, gain = draw(10, 6), draw(6, seed=1)
+    weights, biases = [draw(3, 6, seed=2 + i) for i in range(3)], [draw(3, seed=7), None, draw(3, seed=8)]
+    spans = [(0, 7), (0, 7), (7, 10)]
+    targets = [Target(*span, Weight(w, bias=bias)) for span, w, bias in zip(spans, weights, biases)]
+    found = linear.project(backend, x, Norm(gain, 1e-6), targets)
+    normed = rows.rms_norm(x, gain, 1e-6)
+    wanted = [F.linear(normed[start:stop], w, bias) for (start, stop), w, bias in zip(spans, weights, biases)]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+    inputs = [x, gain, *weights, biases[0], biases[2]]
+    for a, b in zip(gradients(found, inputs), gradients(wanted, inputs)):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
 def test_targets_that_overlap_in_part_are_refused():
     x, weight = draw(6, 4), draw(3, 4, seed=1)
     found = linear.project(Backend(), x, None, [Target(0, 4, Weight(weight)), Target(2, 6, Weight(weight))])

@@ -43,6 +43,10 @@ def test_gemms_of_few_rows(count, size):
     got = triton_gemv.project(x, gain, 1e-6, [Target(*span, Weight(w)) for span, w in zip(spans, weights)])
     for out, (start, stop), weight in zip(got, spans, weights, strict=True):
         torch.testing.assert_close(out, normed[start:stop] @ weight.t(), rtol=1e-4, atol=1e-4)
+    biases = [None, *(draw(len(weight), seed=20 + i) for i, weight in enumerate(weights[1:]))]
+    targets = [Target(*span, Weight(w, bias=bias)) for span, w, bias in zip(spans, weights, biases)]
+    for out, plain, bias in zip(triton_gemv.project(x, gain, 1e-6, targets), got, biases, strict=True):
+        torch.testing.assert_close(out, plain if bias is None else plain + bias, rtol=1e-6, atol=1e-6)
     gate, up = draw(40, size, seed=8), draw(40, size, seed=9)
     product = rows.swiglu(normed @ gate.t(), normed @ up.t())
     torch.testing.assert_close(triton_gemv.gated(x, gain, 1e-6, gate, up), product, rtol=1e-3, atol=1e-3)

@@ -7,7 +7,7 @@ from ksa_model.config import MemoryConfig
 from ksa_model.layout.sequence import ShardedLayout
 from ksa_model.parallel.context import ContextParallel, Gather, Halo
 from tests.ksa_model.layout.test_sequence import pack_of
-from tests.ksa_model.test_model import random_text, small_config, spread_pooling
+from tests.ksa_model.test_model import random_text, small_config, spread_biases, spread_pooling
 from tests.ranks import run_on_ranks
 
 
@@ -63,6 +63,7 @@ def test_exchanges(size):
 
 POOLED = dict(summary_tokens=1, layer_pattern="HFSPH")
 WITHOUT_ROPE = dict(rotate_far=False, rotate_full_layers=False)
+BIASED = dict(qkv_bias=True, qk_norm=False)
 
 
 def model_on_a_rank(tensor: int, sequence: bool, context: int, memory: MemoryConfig, changes: dict):
@@ -82,6 +83,7 @@ def model_on_a_rank(tensor: int, sequence: bool, context: int, memory: MemoryCon
     exchange = ContextParallel(world.context_group)
     decoder = Decoder(config, TensorParallel(world.tensor_group, sequence), exchange, memory)
     spread_pooling(decoder)
+    spread_biases(decoder)
     if context > 1:
         pack = ShardedLayout(pack, exchange.rank, context)
         tokens, labels = (torch.from_numpy(pack.rows(x.numpy())) for x in (tokens, labels))
@@ -105,7 +107,7 @@ def model_on_a_rank(tensor: int, sequence: bool, context: int, memory: MemoryCon
 def one_rank():
     return {
         name: run_on_ranks(1, model_on_a_rank, 1, False, 1, MemoryConfig(), changes)[0]
-        for name, changes in (("summaries", {}), ("pooled", POOLED), ("without RoPE", WITHOUT_ROPE))
+        for name, changes in (("summaries", {}), ("pooled", POOLED), ("without RoPE", WITHOUT_ROPE), ("biased", BIASED))
     }
 
 
@@ -133,6 +135,14 @@ def test_pooled_chunks_match_one_rank(tensor, sequence, context, memory, one_ran
 def test_far_keys_without_rope_match_one_rank(tensor, sequence, context, memory, one_rank):
     found = run_on_ranks(tensor * context, model_on_a_rank, tensor, sequence, context, memory, WITHOUT_ROPE)
     assert_like_one_rank(found, one_rank["without RoPE"])
+
+
+@pytest.mark.parametrize("tensor, sequence, context, memory", [
+    (1, False, 2, MemoryConfig()), (2, True, 2, MemoryConfig("selective", mlp_rows=20)),
+])  # fmt: skip
+def test_biases_match_one_rank(tensor, sequence, context, memory, one_rank):
+    found = run_on_ranks(tensor * context, model_on_a_rank, tensor, sequence, context, memory, BIASED)
+    assert_like_one_rank(found, one_rank["biased"])
 
 
 def assert_like_one_rank(found, one_rank):

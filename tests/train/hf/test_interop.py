@@ -284,7 +284,9 @@ MODELS = {
         layer_pattern="KFKS", full_layers_update_summaries=False, window_chunks=(1, 0, 3, 0)
     ),
     "k=1": dict(chunk_size=1, window_chunks=5),
-    "no norm of q and k": dict(layer_pattern="F", qk_norm=False),
+    "no norm of q and k": dict(layer_pattern="FK", qk_norm=False),
+    "biases": dict(qkv_bias=True, qk_norm=False, summary_tokens=2),
+    "KSCF, shared q/k/v and biases": dict(layer_pattern="KSCF", independent_qkv=False, chunk_size=3, qkv_bias=True),
     "linear": dict(rope_scaling=RopeScaling("linear", 4.0)),
     "ntk": dict(rope_scaling=RopeScaling("ntk", 4.0)),
     "yarn": dict(rope_scaling=RopeScaling("yarn", 8.0, 16), summary_tokens=2),
@@ -434,6 +436,32 @@ def publish(world, directory, mix=1.0, own_row=True, **changes):
     save_file({name: t.contiguous() for name, t in tensors.items()}, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(PUBLISHED | dict(mix_coeff=mix) | changes))
     return decoder
+
+
+K_SUMMARY = "model.layers.0.self_attn.k_proj_summary.weight"
+
+
+@pytest.mark.parametrize(
+    "lost, added, flags, message",
+    [
+        (K_SUMMARY, None, {}, f"lacks {K_SUMMARY}, which a published KSA checkpoint with this shape must have"),
+        ("summary_embedding.weight", None, dict(summary_token_begin=None), "lacks model.summary_embedding.weight"),
+        (None, "model.layers.0.self_attn.q_norm_summary.weight", {}, "has model.layers.0.self_attn.q_norm_summary"),
+        (None, "model.layers.0.input_layernorm_summary.weight", {}, "has model.layers.0.input_layernorm_summary"),
+        (None, "model.layers.0.self_attn.o_proj_summary.weight", {}, "has model.layers.0.self_attn.o_proj_summary"),
+        (None, None, dict(summary_independent_parameters=False), f"has {K_SUMMARY}"),
+        (None, None, dict(use_summary_attention=False), f"has {K_SUMMARY}"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_of_the_summaries_is_lost_in_silence(world, tmp_path, capsys, lost, added, flags, message):
+    publish(world, tmp_path / "published", **flags)
+    path = tmp_path / "published/model.safetensors"
+    tensors = load_file(path)
+    save_file({n: t for n, t in tensors.items() if n != lost} | ({added: torch.ones(8)} if added else {}), path)
+    code, said = run_command(import_command, tmp_path / "published", f"out={tmp_path}/run", capsys=capsys)
+    assert code == 2 and message in said and len(said.strip().splitlines()) == 1, said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("mix, own_row", [(1.0, True), (0.25, True), (0, False)])
