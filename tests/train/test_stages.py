@@ -170,12 +170,24 @@ def test_frozen_weights_stay_under_every_zero_stage(zero, chain, corpus, tmp_pat
     assert frozen and all(torch.equal(real_rows(name, after[name]), real_rows(name, before[name])) for name in frozen)
 
 
+def test_annealing_on_split_rows_heads_and_weights_is_that_of_one_rank(chain, corpus, tmp_path):
+    """Each rank norms its own heads of own and base projections, and both add to the gradient of one gain."""
+    root, outcome = chain
+    changes = dict(
+        init_from=str(root / "1-distill"), stage__kind="anneal", model__layer_pattern="KKKF", run__steps=5,
+        stage__anneal_from=1, stage__anneal_to=4, optim__decay_steps=0, run__name="anneal", memory__recompute="full",
+        parallel__tensor=2, parallel__sequence=True, parallel__context=2, parallel__zero=3,
+    )  # fmt: skip
+    records = run_on_ranks(4, one_run, str(corpus), str(tmp_path), changes)[0]
+    assert losses(records) == pytest.approx(losses(outcome["records"]["default/2-anneal"]), rel=2e-5)
+
+
 def test_an_annealed_model_is_loaded_as_it_was_saved(chain, world):
     from train.generate import load_run
 
     root, _ = chain
     model, _ = load_run(root / "2-anneal", world)
-    assert not model.config.independent_qkv and model.blocks[0].attention.summary_projection_weight is None
+    assert not model.config.independent_qkv and model.blocks[0].attention.summary_projection_weight == 1
 
 
 def test_an_annealed_run_is_not_brought_back(chain, corpus, tmp_path):
