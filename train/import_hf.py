@@ -52,10 +52,10 @@ def _run(arguments: list[str]) -> str:
         tokenizer = find_tokenizer(Path(directory))
         return overrides(model) + ("" if tokenizer is None else f" {shlex.quote(f'data.tokenizer={tokenizer}')}")
     checkpoint, unused = import_run(directory, Path(options.out), model, options.summary_from, options.allow_pickle)
-    return (
-        f"wrote {checkpoint}; sample it: python -m train.generate {options.out}; train from it: init_from={options.out}"
-        f"{unused}"
-    )
+    train_from = f"train from it: init_from={options.out}"
+    if source.mix_coeff_in(model) != 1:
+        train_from = f"it is from the middle of annealing (mix_coeff={source.mix_coeff:g}), so no run can begin with it"
+    return f"wrote {checkpoint}; sample it: python -m train.generate {options.out}; {train_from}{unused}"
 
 
 def main(arguments: list[str] | None = None) -> int:

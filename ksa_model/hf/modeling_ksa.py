@@ -35,7 +35,8 @@ class KsaConfig(PretrainedConfig):
     """Shape of the decoder.
 
     `layer_pattern` has one letter per layer (see above) and is repeated to `num_hidden_layers`. `window_chunks` (W) is
-    one number, or a list with one for each letter.
+    one number, or a list with one for each letter. `mix_coeff` is the weight of the summaries' own projections, below 1
+    in the middle of annealing; the rest is that of text's.
     """
 
     model_type = "ksa"
@@ -45,7 +46,7 @@ class KsaConfig(PretrainedConfig):
         num_key_value_heads=16, head_dim=128, rms_norm_eps=1e-6, rope_theta=10000.0, rope_parameters=None,
         max_position_embeddings=131072, layer_pattern="KKKF", chunk_size=8, summary_tokens=1, window_chunks=128,
         window_tokens=1024, independent_qkv=True, full_layers_update_summaries=True, qk_norm=True,
-        initializer_range=0.02, use_cache=True, tie_word_embeddings=False, **kwargs,
+        mix_coeff=1.0, initializer_range=0.02, use_cache=True, tie_word_embeddings=False, **kwargs,
     ):  # fmt: skip
         self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
@@ -55,7 +56,7 @@ class KsaConfig(PretrainedConfig):
         self.rope_theta, self.rope_parameters = rope_theta, rope_parameters
         self.layer_pattern, self.chunk_size, self.summary_tokens = layer_pattern, chunk_size, summary_tokens
         self.window_chunks, self.window_tokens = window_chunks, window_tokens
-        self.independent_qkv, self.qk_norm = independent_qkv, qk_norm
+        self.independent_qkv, self.qk_norm, self.mix_coeff = independent_qkv, qk_norm, mix_coeff
         self.full_layers_update_summaries = full_layers_update_summaries
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -211,10 +212,15 @@ class KsaAttention(nn.Module):
     def heads(self, x, name, table=None):
         """Projection `name` of x [B, n, h] -> [B, heads, n, d], normed and rotated if there is a RoPE `table`."""
         base = name.removesuffix("_summary")  # used where summaries have no projection of their own
-        x = getattr(self, name if hasattr(self, name) else base)(x).unflatten(-1, (-1, self.config.head_dim))
-        if table is not None:
-            x = _rotate(getattr(self, f"{base[0]}_norm")(x) if self.config.qk_norm else x, table)
-        return x.transpose(1, 2)
+        norm = getattr(self, f"{base[0]}_norm") if self.config.qk_norm and table is not None else nn.Identity()
+
+        def of(projection):
+            return norm(getattr(self, projection)(x).unflatten(-1, (-1, self.config.head_dim)))
+
+        rows = of(name if hasattr(self, name) else base)
+        if name != base and hasattr(self, name) and self.config.mix_coeff != 1:  # between norm and rotation
+            rows = torch.lerp(of(base), rows, self.config.mix_coeff)
+        return (rows if table is None else _rotate(rows, table)).transpose(1, 2)
 
     def project(self, x, s, tables):
         """x, s -> (q, k, v) of text; (k, v) of summaries or None; q of summaries or None."""
@@ -462,17 +468,9 @@ class KsaForCausalLM(KsaPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        cache=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        return_dict=None,
-        **kwargs,
-    ):
+        self, input_ids=None, attention_mask=None, past_key_values=None, cache=None, labels=None, use_cache=None,
+        logits_to_keep=0, return_dict=None, **kwargs,
+    ):  # fmt: skip
         """Logits [B, columns, vocab_size], or of the last `logits_to_keep` columns; the loss if `labels` are given.
 
         `cache` and `past_key_values` are two names for the same `KsaCache`. With one, `input_ids` are new columns only.

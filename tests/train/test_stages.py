@@ -249,6 +249,27 @@ def test_some_keys_of_a_group_leave_the_others(corpus, tmp_path):
     assert second.model.hidden_size == 32
 
 
+@pytest.mark.parametrize("kind, qk_norm, refused", [
+    ("scratch", True, True), ("anneal", True, True), ("extend", True, True), ("extend", False, True),
+    ("scratch", False, False), ("anneal", False, False),
+])  # fmt: skip
+def test_a_run_begins_amid_annealing_only_where_mixed_projections_are_exact(kind, qk_norm, refused):
+    from ksa_model.config import ModelConfig
+    from train import stages
+    from train.config.errors import ConfigError
+    from train.config.stage import StageConfig
+
+    model = ModelConfig(layer_pattern="KKKF", qk_norm=qk_norm)
+    before = {name: getattr(model, name) for name in ModelConfig.__dataclass_fields__}
+    for share in (0.0, 1.0):
+        stages.check_inherited(StageConfig(kind), model, "runs/a", before, share)
+    if not refused:
+        stages.check_inherited(StageConfig(kind), model, "runs/a", before, 0.4)
+        return
+    with pytest.raises(ConfigError, match=rf"runs/a is from the middle of annealing: .* stage.kind={kind} cannot"):
+        stages.check_inherited(StageConfig(kind), model, "runs/a", before, 0.4)
+
+
 def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
     from train import chain as chains
     from train.config.errors import ConfigError
@@ -280,6 +301,9 @@ def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"model.window_chunks was 2 in the stage before b and is now 4"):
         b = {"name": "b", "stage": "extend", "run.steps": 1, "model.window_chunks": 4}
         chains.links(config(stages=[{"name": "a", "run.steps": 9}, b]))
+    with pytest.raises(ConfigError, match=r"the stage before b is from the middle of annealing: .* with 0.25 of their"):
+        a = {"name": "a", "stage": "anneal", "run.steps": 6, "stage.anneal_to": 8, "model.layer_pattern": "KKKF"}
+        chains.links(config(init_from="x", stages=[a, {"name": "b", "stage": "extend", "run.steps": 1}]))
     with pytest.raises(ConfigError, match=r"init_from=nowhere: neither a checkpoint"):
         train(config(init_from="nowhere"))
     for stages, message in (

@@ -11,7 +11,6 @@ from ksa_model.config import MemoryConfig
 from ksa_model.loss import IGNORE_INDEX
 from tests.ksa_model.ops.attention.test_joint import make_layout
 from tests.ksa_model.test_model import build, random_text, small_config
-from tests.ranks import run_on_ranks
 
 LENGTHS, CHUNK, WINDOW = [11, 4, 1, 13], 4, 1
 
