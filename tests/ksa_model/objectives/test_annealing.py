@@ -127,6 +127,24 @@ def test_logits_and_gradients_are_those_of_the_published_rule(world, pattern, m,
     config = small_config(layer_pattern=pattern, summary_tokens=m, qk_norm=qk_norm)
     decoder = uneven(build(world, config, memory=MemoryConfig("selective")))
     decoder.anneal(a)
+    compare_with_the_published_rule(decoder, a)
+
+
+@pytest.mark.parametrize("a", [0.3, 1.0])
+def test_the_kernels_of_a_gpu_compute_the_published_rule(world, a):
+    """Norms, rotation, and the launch for all heads of few rows, where no gradients are computed."""
+    if torch.cuda.is_available():
+        pytest.skip("runs on the CPU, in Triton's interpreter; tests/ksa_model/ops has the kernels on a GPU")
+    triton_rows = pytest.importorskip("ksa_model.ops.triton_rows", reason="Triton is not installed")
+    triton_gemv = pytest.importorskip("ksa_model.ops.triton_gemv", reason="Triton is not installed")
+    decoder = uneven(build(world, small_config(summary_tokens=2)))
+    decoder.backend.rows, decoder.backend.gemv = triton_rows, triton_gemv
+    decoder.anneal(a)
+    compare_with_the_published_rule(decoder, a)
+
+
+def compare_with_the_published_rule(decoder, a):
+    config, m = decoder.config, decoder.config.summary_tokens
     pack = make_layout(LENGTHS, CHUNK, m, 1)
     tokens, labels = random_text(pack)
     real = labels != IGNORE_INDEX
@@ -136,6 +154,8 @@ def test_logits_and_gradients_are_those_of_the_published_rule(world, pattern, m,
     torch.nn.functional.cross_entropy(want, labels[real], reduction="sum").backward()
 
     close(decoder.logits(tokens, pack)[real], want, "logits")
+    with torch.no_grad():
+        close(decoder.logits(tokens, pack)[real], want, "logits without gradients")
     decoder(tokens, labels, pack).backward()
     for name, parameter in decoder.named_parameters():
         of_rule = p[name].grad
