@@ -254,13 +254,13 @@ def test_some_keys_of_a_group_leave_the_others(corpus, tmp_path):
     ("scratch", False, False), ("anneal", False, False),
 ])  # fmt: skip
 def test_a_run_begins_amid_annealing_only_where_mixed_projections_are_exact(kind, qk_norm, refused):
-    from ksa_model.config import ModelConfig
+    from tests.ksa_model.test_model import small_config
     from train import stages
     from train.config.errors import ConfigError
     from train.config.stage import StageConfig
 
-    model = ModelConfig(layer_pattern="KKKF", qk_norm=qk_norm)
-    before = {name: getattr(model, name) for name in ModelConfig.__dataclass_fields__}
+    model = small_config(qk_norm=qk_norm)
+    before = {name: getattr(model, name) for name in type(model).__dataclass_fields__}
     for share in (0.0, 1.0):
         stages.check_inherited(StageConfig(kind), model, "runs/a", before, share)
     if not refused:
