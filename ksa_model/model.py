@@ -139,17 +139,13 @@ class Decoder(nn.Module):
 
     def anneal(self, summary_projection_weight: float) -> None:
         """Set the weight of the summary projections: summary queries, keys and values become this weight times their
-        own projection plus the rest times that of text.
+        own projection plus the rest times that of text. With QK-norm, queries and keys are normed before that.
 
         1 is a model with independent projections, 0 a model without them (annealing of arXiv 2604.24432).
         """
-        # A tensor on the host, which kernels read as a number without a synchronisation. It is no state of the model.
-        weight = (
-            None if summary_projection_weight == 1 else torch.tensor(summary_projection_weight, dtype=torch.float32)
-        )
-        for module in self.modules():
+        for module in self.modules():  # it is no state of the model
             if isinstance(module, Attention):
-                module.summary_projection_weight = weight
+                module.summary_projection_weight = summary_projection_weight
 
     @property
     def head_weight(self) -> torch.Tensor:

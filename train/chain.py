@@ -41,6 +41,7 @@ def links(config: TrainConfig) -> list[TrainConfig]:
     settings = to_mapping(config) | {"stages": []}
     fresh_stage = settings["stage"]
     found: list[TrainConfig] = []
+    own_share = 1.0
     for number, changes in enumerate(config.stages):
         key = f"stages[{number}]"
         changes = dict(changes)
@@ -62,10 +63,10 @@ def links(config: TrainConfig) -> list[TrainConfig]:
         settings["run"]["name"] = f"{config.run.name}/{number}-{name}"
         link = from_mapping(TrainConfig, settings)
         if found:  # here, because at the start of the stage the ones before it may have trained for days
-            stages.check_inherited(link.stage, link.model, f"the stage before {name}", before)
+            stages.check_inherited(link.stage, link.model, f"the stage before {name}", before, own_share)
         found.append(link)
-        # An annealed model has no summary projections any more.
-        if link.stage.summary_projection_weight(link.run.steps, link.run.steps) == 0:
+        own_share = link.stage.summary_projection_weight(link.run.steps, link.run.steps)
+        if own_share == 0:  # an annealed model has no summary projections any more
             settings["model"]["independent_qkv"] = False
     return found
 

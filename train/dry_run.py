@@ -79,6 +79,7 @@ def rank_shape(config: TrainConfig) -> RankShape:
         context=parallel.context,
         mlp_rows=config.memory.mlp_rows,
         sums_weight_grads=bf16 and parallel.zero < 2,
+        anneals=config.stage.kind == "anneal",
     )
 
 

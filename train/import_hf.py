@@ -54,7 +54,10 @@ def _run(arguments: list[str]) -> str:
         return overrides(model) + ("" if tokenizer is None else f" {shlex.quote(f'data.tokenizer={tokenizer}')}")
     out = Path(expand_home(options.out))
     checkpoint, unused = import_run(directory, out, model, options.summary_from, options.allow_pickle)
-    return f"wrote {checkpoint}; sample it: python -m train.generate {out}; train from it: init_from={out}{unused}"
+    train_from = f"train from it: init_from={out}"
+    if source.mix_coeff_in(model) != 1:
+        train_from = f"it is from the middle of annealing (mix_coeff={source.mix_coeff:g}), so no run can begin with it"
+    return f"wrote {checkpoint}; sample it: python -m train.generate {out}; {train_from}{unused}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,10 +27,12 @@ def is_dropped(name: str, summary_projection_weight: float) -> bool:
     return summary_projection_weight == 0 and any(f".{projection}." in name for projection in SUMMARY_PROJECTIONS)
 
 
-def check_inherited(stage: StageConfig, model: ModelConfig, source: str, before: Mapping[str, Any]) -> None:
+def check_inherited(
+    stage: StageConfig, model: ModelConfig, source: str, before: Mapping[str, Any], own_share: float = 1.0
+) -> None:
     """Raise `ConfigError` unless `model` can take the weights of a checkpoint whose model settings were `before`.
 
-    `source` names the checkpoint in the message.
+    `source` names the checkpoint in the message. `own_share`: its annealing weight.
     """
     check_teacher(stage, model, source, before)
     settings = {name: getattr(model, name) for name in ModelConfig.__dataclass_fields__}
@@ -38,6 +40,14 @@ def check_inherited(stage: StageConfig, model: ModelConfig, source: str, before:
         raise ConfigError(
             f"{source} has summary projections and model.independent_qkv=false has none: anneal them away first "
             "(stage.kind=anneal), or leave model.independent_qkv=true"
+        )
+    # Without QK-norm the mixture is linear, so the run begins with projections that are mixed once; moments are not.
+    mixes = before.get("independent_qkv") and model.independent_qkv and model.has_summaries and 0 < own_share < 1
+    if mixes and (model.qk_norm or stage.inherits_moments):
+        raise ConfigError(
+            f"{source} is from the middle of annealing: its summaries compute with {own_share:.2f} of their own "
+            f"projections and the rest of text's, which stage.kind={stage.kind} cannot begin with; let that run finish "
+            "annealing, or begin with another checkpoint"
         )
     if stage.kind != "extend":
         return

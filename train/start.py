@@ -109,7 +109,8 @@ def find_start(config: TrainConfig) -> Start:
     found = locate.find(config.init_from, "", key="init_from")
     assert found is not None
     state = locate.read_state(found)
-    stages.check_inherited(config.stage, config.model, str(found), state.get("config", {}).get("model", {}))
+    before = state.get("config", {}).get("model", {})
+    stages.check_inherited(config.stage, config.model, str(found), before, state.get("own_share", 1.0))
     return Inherit(found, state)
 
 
@@ -175,7 +176,8 @@ def changes_of_resumed(config: TrainConfig, checkpoint: CheckpointPath, state: S
     `state`: its state.json.
 
     Raises `CheckpointError` where the run of `config` cannot go on from it: a checkpoint in the run's own directory
-    that another run wrote, or one of another model.
+    that another run wrote, one of another model, or an import from the middle of
+    annealing.
     """
     found = _differences(config, state)
     if is_own(config, checkpoint):
@@ -185,6 +187,13 @@ def changes_of_resumed(config: TrainConfig, checkpoint: CheckpointPath, state: S
         raise CheckpointError(
             f"{checkpoint} is of another model or stage: {differences.in_words(model)}; set them back, or give "
             f"init_from={checkpoint} in place of resume to begin a new run with its weights"
+        )
+    own_share = locate.read_state(checkpoint).get("own_share", 1.0)
+    if 0 < own_share < 1 and config.stage.kind != "anneal":  # imported: a run's own checkpoint has its own stage
+        raise CheckpointError(
+            f"{checkpoint} was imported from the middle of annealing (mix_coeff={own_share:g}), which stage.kind="
+            f"{config.stage.kind} does not continue; sample, evaluate or export it, and train from a checkpoint whose "
+            "annealing is finished"
         )
     return differences.in_arrows(
         {key: pair for key, pair in found.items() if not differences.under(key, differences.UNREPORTED)}

@@ -101,7 +101,8 @@ class TrainState:
         """Begin with another run's weights; where the data are the same, with the samples it has not seen."""
         config = self._config
         # Again, because the size of the vocabulary is known now.
-        stages.check_inherited(config.stage, config.model, str(checkpoint), state.get("config", {}).get("model", {}))
+        before = state.get("config", {}).get("model", {})
+        stages.check_inherited(config.stage, config.model, str(checkpoint), before, state.get("own_share", 1.0))
         self._check_tokenizer(checkpoint, state)
         if config.stage.inherits_moments:
             self.checkpoints.inherit(checkpoint, state)

@@ -32,9 +32,9 @@ class CheckpointSpec:
     """What a checkpoint to import contains.
 
     `summary_share`: how much of a summary's queries, keys and values comes from the summaries' own projections, the
-    rest from those of text (1: all). `summary_row`: the vocabulary row that is the summary embedding, if that has no
-    tensor of its own. `embedding_rows`: rows of its embedding and head; None: `vocab_size` or more. `is_complete`: it
-    has every summary parameter of `config`, so that a missing one is damage.
+    rest from those of text (1: all); published as `mix_coeff`. `summary_row`: the vocabulary row that is the summary
+    embedding, if that has no tensor of its own. `embedding_rows`: rows of its embedding and head; None: `vocab_size` or
+    more. `is_complete`: it has every summary parameter of `config`, so that a missing one is damage.
     """
 
     kind: str
@@ -44,6 +44,24 @@ class CheckpointSpec:
     summary_row: int | None = None
     embedding_rows: int | None = None
     is_complete: bool = False
+
+    @property
+    def mix_coeff(self) -> float:
+        """The annealing weight by which a model with these tensors must mix, see `Decoder.anneal`.
+
+        With QK-norm, queries and keys are normed before they are mixed, and no projection gives such a mixture.
+        """
+        return self.summary_share if self.config.qk_norm and 0 < self.summary_share < 1 else 1.0
+
+    @property
+    def folded_share(self) -> float:
+        """The share of the summaries' own projections in those that are read, the rest being text's. Without QK-norm
+        the mixture is linear, so projections that are mixed once compute the same."""
+        return self.summary_share if self.mix_coeff == 1 else 1.0
+
+    def mix_coeff_in(self, target: ModelConfig) -> float:
+        """`mix_coeff`, where `target` has the summary projections that it is about."""
+        return self.mix_coeff if target.has_summaries and target.independent_qkv else 1.0
 
 
 def read_config(config: Mapping[str, Any]) -> CheckpointSpec:
@@ -61,8 +79,9 @@ def read_config(config: Mapping[str, Any]) -> CheckpointSpec:
     if kind == "ksa":
         _check_full_attention(config)
         model = ModelConfig(**_shape(config), **_ksa(config))
+        share = fields.number("mix_coeff", 1.0, least=0, most=1)
         return CheckpointSpec(
-            "a KSA export", model, _positions(config), embedding_rows=model.vocab_size, is_complete=True
+            "a KSA export", model, _positions(config), share, embedding_rows=model.vocab_size, is_complete=True
         )
     if fields.flag("use_summary_attention", False, null=True):
         return _published(config)
@@ -117,7 +136,9 @@ def check_same_shape(source: CheckpointSpec, target: ModelConfig) -> None:
         )
 
 
-def exported_config(config: ModelConfig, max_positions: int, eos_token: int | None, dtype: str) -> dict[str, Any]:
+def exported_config(
+    config: ModelConfig, max_positions: int, eos_token: int | None, dtype: str, mix_coeff: float = 1.0
+) -> dict[str, Any]:
     """config.json of an export: that of the family that computes the model (`is_plain`), otherwise `ksa`."""
     check_exportable(config)
     assert config.vocab_size is not None
@@ -159,6 +180,7 @@ def exported_config(config: ModelConfig, max_positions: int, eos_token: int | No
         **shared,
         **{key: getattr(config, key) for key in _KSA_KEYS},
         "window_chunks": list(window) if isinstance(window, tuple) else window,
+        **({} if mix_coeff == 1 else {"mix_coeff": mix_coeff}),
     }
 
 
@@ -239,7 +261,7 @@ def _published(config: Mapping[str, Any]) -> CheckpointSpec:
     independent = fields.flag("summary_independent_qkv", None, null=True)
     if independent is None:
         independent = fields.flag("summary_independent_parameters", False, null=True)
-    share, rows = fields.number("mix_coeff", 1.0, least=0), shape["vocab_size"]
+    share, rows = fields.number("mix_coeff", 1.0, least=0, most=1), shape["vocab_size"]
     row = fields.integer("summary_token_begin", None, least=0, null=True)
     if row is not None and row + m > rows:
         raise ModelConfigError(

@@ -30,14 +30,17 @@ class Fields:
             raise self._wrong(key, value, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, key: str, default: Any = _REQUIRED, least: float = -math.inf, null: bool = False) -> Any:
-        """A finite number of at least `least` as float, or the default."""
+    def number(
+        self, key: str, default: Any = _REQUIRED, least: float = -math.inf, null: bool = False, most: float = math.inf
+    ) -> Any:
+        """A finite number from `least` to `most` as float, or the default."""
         value, given = self._get(key, default, null)
         if not given:
             return value
         number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else _float(value)
-        if not (math.isfinite(number) and number >= least):
+        if not (math.isfinite(number) and least <= number <= most):
             wanted = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
+            wanted += "" if most == math.inf else f" and at most {most:g}"
             raise self._wrong(key, value, wanted)
         return number
 

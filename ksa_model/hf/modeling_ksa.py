@@ -37,6 +37,7 @@ class KsaConfig(PretrainedConfig):
     `layer_pattern` has one letter per layer (see above) and is repeated to `num_hidden_layers`. `window_chunks` (W) is
     one number, or a list with one for each letter. `rotate_far`: RoPE on the summaries that text attends to, and on the
     queries that read them (a summary's attention to its chunk always has it). `rotate_full_layers`: RoPE in `F` layers.
+    `mix_coeff`: the weight of the summaries' own projections, below 1 amid annealing; the rest is that of text's.
     """
 
     model_type = "ksa"
@@ -47,7 +48,7 @@ class KsaConfig(PretrainedConfig):
         max_position_embeddings=131072, layer_pattern="KKKF", chunk_size=8, summary_tokens=1, window_chunks=128,
         window_tokens=1024, independent_qkv=True, full_layers_update_summaries=True, qk_norm=True,
         initializer_range=0.02, use_cache=True, tie_word_embeddings=False, rotate_far=True, rotate_full_layers=True,
-        qkv_bias=False, **kwargs,
+        qkv_bias=False, mix_coeff=1.0, **kwargs,
     ):  # fmt: skip
         self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
@@ -59,7 +60,7 @@ class KsaConfig(PretrainedConfig):
         self.window_chunks, self.window_tokens = window_chunks, window_tokens
         self.independent_qkv, self.qk_norm, self.qkv_bias = independent_qkv, qk_norm, qkv_bias
         self.full_layers_update_summaries, self.use_cache = full_layers_update_summaries, use_cache
-        self.rotate_far, self.rotate_full_layers = rotate_far, rotate_full_layers
+        self.rotate_far, self.rotate_full_layers, self.mix_coeff = rotate_far, rotate_full_layers, mix_coeff
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
@@ -203,11 +204,9 @@ class KsaAttention(nn.Module):
         q, kv, bias = config.num_attention_heads * d, config.num_key_value_heads * d, config.qkv_bias
         self.q_proj, self.k_proj = nn.Linear(h, q, bias=bias), nn.Linear(h, kv, bias=bias)
         self.v_proj, self.o_proj = nn.Linear(h, kv, bias=bias), nn.Linear(q, h, bias=False)
-        if config.independent_qkv and self.updates:
-            self.q_proj_summary = nn.Linear(h, q, bias=bias)
-        if config.independent_qkv and self.projects:
-            self.k_proj_summary = nn.Linear(h, kv, bias=bias)
-            self.v_proj_summary = nn.Linear(h, kv, bias=bias)
+        own = ["q"] * self.updates + ["k", "v"] * self.projects if config.independent_qkv else []
+        for name in own:
+            setattr(self, f"{name}_proj_summary", nn.Linear(h, q if name == "q" else kv, bias=bias))
         if config.qk_norm:
             self.q_norm, self.k_norm = KsaRMSNorm(d, config.rms_norm_eps), KsaRMSNorm(d, config.rms_norm_eps)
 
@@ -215,12 +214,13 @@ class KsaAttention(nn.Module):
         """Projection `name` of x [B, n, h] -> [B, heads, n, d], normed and rotated if there is a RoPE table; with two,
         [B, heads, n, 2d], rotated by each."""
         base = name.removesuffix("_summary")  # used where summaries have no projection of their own
-        x = getattr(self, name if hasattr(self, name) else base)(x).unflatten(-1, (-1, self.config.head_dim))
-        if tables:
-            x = getattr(self, f"{base[0]}_norm")(x) if self.config.qk_norm else x
-            x, *second = (_rotate(x, table) for table in tables)
-            x = torch.cat([x, *second], dim=-1) if second else x
-        return x.transpose(1, 2)
+        own = hasattr(self, name)
+        names = [name if own else base] + [base] * (own and name != base and self.config.mix_coeff != 1)
+        norm = getattr(self, f"{base[0]}_norm") if self.config.qk_norm and tables else nn.Identity()
+        rows = [norm(getattr(self, of)(x).unflatten(-1, (-1, self.config.head_dim))) for of in names]
+        rows = torch.lerp(rows[1], rows[0], self.config.mix_coeff) if rows[1:] else rows[0]  # before the rotation
+        rows = torch.cat([_rotate(rows, table) for table in tables], dim=-1) if tables else rows
+        return rows.transpose(1, 2)
 
     def project(self, x, s, tables):
         """x, s -> (q, k, v) of text; (k, v) of summaries for text, or None; their own (q, k, v), or None.

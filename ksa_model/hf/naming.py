@@ -133,7 +133,7 @@ def _origin(name: str, source: CheckpointSpec, available: Collection[str], summa
         base = hf_name(name.replace("summary_", ""))
         if tensor not in available:
             return Origin(((1.0, base),))
-        if (share := source.summary_share) != 1.0:
+        if (share := source.folded_share) != 1.0:
             return Origin(((share, tensor), (1 - share, base)))
     return Origin(((1.0, tensor),))
 

@@ -32,6 +32,7 @@ class RankShape:
     context: int = 1
     mlp_rows: int | None = None  # see `ksa_model.memory.MemoryConfig`
     sums_weight_grads: bool = False  # GEMMs add weight gradients to fp32 sums directly
+    anneals: bool = False  # summaries mix their own projections with those of text
 
     @property
     def row_shards(self) -> int:
@@ -121,6 +122,8 @@ def _attention(model: ModelConfig, layer: LayerConfig, shape: RankShape) -> Mixe
     if model.qk_norm:  # The norm's input too: RoPE makes a new tensor of its output. On a GPU one scale per head.
         per_feature = 4 / model.head_dim if shape.fused else shape.norm_bytes
         heads += (text * (q + kv) + projected * kv + summaries * q) * per_feature
+        if shape.anneals and not layer.pools:  # two norms of the summaries' queries and keys, which keep both inputs
+            heads += (projected * kv + summaries * q) * (2 * shape.norm_bytes - per_feature)
     if summaries and not shape.fused:  # copies of keys and values by chunk for the summary queries
         heads += (text + projected) * 2 * kv * b + summaries * q * b
     if layer.has_far and not model.rotate_far:  # far queries and keys besides those with RoPE; only a summary's own

@@ -134,7 +134,7 @@ class Attention(nn.Module):
         self.summary_query = column(q) if own and layer.updates_summaries else None
         self.summary_key = column(kv) if own and layer.projects_summaries else None
         self.summary_value = column(kv) if own and layer.projects_summaries else None
-        self.summary_projection_weight: torch.Tensor | None = None  # see `Decoder.anneal`
+        self.summary_projection_weight = 1.0  # see `Decoder.anneal`
         # Never in fp8: it is small.
         self.pool_score = tp.column(h, config.num_kv_heads, init_std=0.0) if layer.mixer == "H" else None
         self.pool_bias = tp.share(torch.zeros(config.num_kv_heads * config.chunk_size)) if layer.mixer == "H" else None
@@ -169,7 +169,7 @@ class Attention(nn.Module):
         q, k, v, *rest = self.tp.project(self.backend, x, norm, layout.num_text, text, summary)
         scores, of_summary = rest[: len(text) - 3], rest[len(text) - 3 :]
         heads = Heads(self._heads(q), self._heads(k), self._heads(v))
-        own = {name: self._heads(self._summary_rows(of_summary)) for name in names} if layout.num_summary else {}
+        own = {name: self._summary_rows(name, of_summary) for name in names} if layout.num_summary else {}
         heads.q_summary, heads.k_summary, heads.v_summary = (own.get(name) for name in ("query", "key", "value"))
         if self.layer.pools:
             heads.unpooled = ChunkRows(heads.k, heads.v, scores[0] if scores else None, self.pool_bias)
@@ -201,16 +201,25 @@ class Attention(nn.Module):
         base, own = weight_of(getattr(self, name)), getattr(self, f"summary_{name}")
         if own is None:
             return [base]
-        return [weight_of(own)] if self.summary_projection_weight is None else [weight_of(own), base]
+        return [weight_of(own)] if self.summary_projection_weight == 1 else [weight_of(own), base]
 
-    def _summary_rows(self, projected: list[torch.Tensor]) -> torch.Tensor:
+    def _summary_rows(self, name: str, projected: list[torch.Tensor]) -> torch.Tensor:
         """Remove the results of one projection's `_summary_weights` from the front of `projected`; return their
-        weighted mean."""
-        own = projected.pop(0)
-        if self.summary_projection_weight is None or self.summary_key is None:
+        weighted mean by heads. Queries and keys are normed before, see `_norms_before_mixing`."""
+        own = self._heads(projected.pop(0))
+        if self.summary_projection_weight == 1 or self.summary_key is None:
             return own
-        weight = self.summary_projection_weight.to(own.dtype)
-        return weight * own + (1 - weight) * projected.pop(0)
+        base = self._heads(projected.pop(0))
+        if self._norms_before_mixing and name != "value":
+            norm = self.query_norm if name == "query" else self.key_norm
+            own, base = norm(own), norm(base)
+        return torch.lerp(base, own, self.summary_projection_weight)
+
+    @property
+    def _norms_before_mixing(self) -> bool:
+        """Whether summary queries and keys are mixtures of normed ones, so that they must not be normed again. A norm
+        is not linear: the norm of a mixture is another row. At a weight of 0 nothing is mixed."""
+        return self.config.qk_norm and self.summary_key is not None and 0 < self.summary_projection_weight < 1
 
     @staticmethod
     def core(
@@ -238,13 +247,15 @@ class Attention(nn.Module):
     def _norm_rotate(self, heads: Heads, rotary: RotaryTables) -> None:
         """Norm and rotate the queries and keys of both streams; replaces them in `heads`."""
         normed, eps = self.config.qk_norm, self.config.norm_eps
+        summaries_are_normed = self._norms_before_mixing and heads.k_summary is not None
         far = None
         if self.layer.mixer == "F" and not self.config.rotate_full_layers:
             assert rotary.unrotated is not None
             rotary = rotary.unrotated
         elif self.layer.has_far and not self.config.rotate_far:
             far = rotary.unrotated
-        if far is None and (gemv := self.backend.gemv_for(len(heads.q), SMALL_BATCH)) is not None:
+        gemv = None if summaries_are_normed else self.backend.gemv_for(len(heads.q), SMALL_BATCH)
+        if far is None and gemv is not None:
             streams = [gemv.Stream(heads.q, heads.k, *rotary.text)]
             if heads.k_summary is not None:
                 streams.append(gemv.Stream(heads.q_summary, heads.k_summary, *rotary.summary))
@@ -254,16 +265,17 @@ class Attention(nn.Module):
                 ((heads.q_summary, heads.k_summary),) = of_summary
             return
         q_gain, k_gain = (self.query_norm.ready().gain, self.key_norm.ready().gain) if normed else (None, None)
+        summary_q_gain, summary_k_gain = (None, None) if summaries_are_normed else (q_gain, k_gain)
         if far is not None:
             heads.q_far, heads.k_far = heads.q, heads.k_summary
         for name, gain, table in (
             ("q_far", q_gain, None if far is None else far.text),
-            ("k_far", k_gain, None if far is None else far.summary),
+            ("k_far", summary_k_gain, None if far is None else far.summary),
             ("q", q_gain, rotary.text),
             ("k", k_gain, rotary.text),
-            ("q_summary", q_gain, rotary.summary),
+            ("q_summary", summary_q_gain, rotary.summary),
             # With `k_far`, only summaries read their rotated keys.
-            ("k_summary", k_gain, rotary.summary if far is None or heads.q_summary is not None else None),
+            ("k_summary", summary_k_gain, rotary.summary if far is None or heads.q_summary is not None else None),
         ):
             if (x := getattr(heads, name)) is not None and table is not None:
                 rotated = self.backend.rows.norm_rotate(x, gain, eps, *table, keep_input=self.gains_are_uneven)

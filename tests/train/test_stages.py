@@ -175,12 +175,24 @@ def test_frozen_weights_stay_under_every_zero_stage(zero, chain, corpus, tmp_pat
     assert frozen and all(torch.equal(real_rows(name, after[name]), real_rows(name, before[name])) for name in frozen)
 
 
+def test_annealing_on_split_rows_heads_and_weights_is_that_of_one_rank(chain, corpus, tmp_path):
+    """Each rank norms its own heads of own and base projections, and both add to the gradient of one gain."""
+    root, outcome = chain
+    changes = dict(
+        init_from=str(root / "1-distill"), stage__kind="anneal", model__layer_pattern="KKKF", run__steps=5,
+        stage__anneal_from=1, stage__anneal_to=4, optim__decay_steps=0, run__name="anneal", memory__recompute="full",
+        parallel__tensor=2, parallel__sequence=True, parallel__context=2, parallel__zero=3,
+    )  # fmt: skip
+    records = run_on_ranks(4, one_run, str(corpus), str(tmp_path), changes)[0]
+    assert losses(records) == pytest.approx(losses(outcome["records"]["default/2-anneal"]), rel=2e-5)
+
+
 def test_an_annealed_model_is_loaded_as_it_was_saved(chain, world):
     from train.generate import load_run
 
     root, _ = chain
     model, _ = load_run(root / "2-anneal", world)
-    assert not model.config.independent_qkv and model.blocks[0].attention.summary_projection_weight is None
+    assert not model.config.independent_qkv and model.blocks[0].attention.summary_projection_weight == 1
 
 
 def test_an_annealed_run_is_not_brought_back(chain, corpus, tmp_path):
@@ -242,6 +254,27 @@ def test_some_keys_of_a_group_leave_the_others(corpus, tmp_path):
     assert second.model.hidden_size == 32
 
 
+@pytest.mark.parametrize("kind, qk_norm, refused", [
+    ("scratch", True, True), ("anneal", True, True), ("extend", True, True), ("extend", False, True),
+    ("scratch", False, False), ("anneal", False, False),
+])  # fmt: skip
+def test_a_run_begins_amid_annealing_only_where_mixed_projections_are_exact(kind, qk_norm, refused):
+    from tests.ksa_model.test_model import small_config
+    from train import stages
+    from train.config.errors import ConfigError
+    from train.config.stage import StageConfig
+
+    model = small_config(qk_norm=qk_norm)
+    before = {name: getattr(model, name) for name in type(model).__dataclass_fields__}
+    for share in (0.0, 1.0):
+        stages.check_inherited(StageConfig(kind), model, "runs/a", before, share)
+    if not refused:
+        stages.check_inherited(StageConfig(kind), model, "runs/a", before, 0.4)
+        return
+    with pytest.raises(ConfigError, match=rf"runs/a is from the middle of annealing: .* stage.kind={kind} cannot"):
+        stages.check_inherited(StageConfig(kind), model, "runs/a", before, 0.4)
+
+
 def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
     from train import chain as chains
     from train.config.errors import ConfigError
@@ -282,6 +315,9 @@ def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"model.window_chunks was 2 in the stage before b and is now 4"):
         b = {"name": "b", "stage": "extend", "run.steps": 1, "model.window_chunks": 4}
         chains.links(config(stages=[{"name": "a", "run.steps": 9}, b]))
+    with pytest.raises(ConfigError, match=r"the stage before b is from the middle of annealing: .* with 0.25 of their"):
+        a = {"name": "a", "stage": "anneal", "run.steps": 6, "stage.anneal_to": 8, "model.layer_pattern": "KKKF"}
+        chains.links(config(init_from="x", stages=[a, {"name": "b", "stage": "extend", "run.steps": 1}]))
     with pytest.raises(ConfigError, match=r"init_from=nowhere: neither a checkpoint"):
         train(config(init_from="nowhere"))
     for stages, message in (

@@ -31,7 +31,7 @@ from train.config.errors import ConfigError
 from train.config.run_directory import read_config
 from train.config.schema import TrainConfig, from_saved
 from train.hf.files import write_safetensors
-from train.hf.import_weights import RunTensors
+from train.hf.import_weights import RunTensors, spec_of_run
 from train.hf.tokenizers import VOCABULARY, run_tokenizer
 from train.logs.metrics import read_records
 
@@ -109,17 +109,16 @@ def export(run: Run, config: ExportConfig) -> list[str]:
 
 
 def _write_weights(run: Run, directory: Path, config: ExportConfig) -> None:
-    source, wanted = (
-        RunTensors(run.checkpoint, run.state.get("own_share", 1.0)),
-        naming.exported_shapes(run.config.model),
-    )
+    spec, wanted = spec_of_run(run.state), naming.exported_shapes(run.config.model)
+    source = RunTensors(run.checkpoint, spec.folded_share)
     size = sum(math.prod(shape) for _, shape in wanted.values())
     with tqdm(total=size, unit=" elements", unit_scale=True, desc=directory.name, file=sys.stderr) as bar:
         tensors = [
             (theirs if config.format == "hf" else ours, shape, partial(source.read, theirs, [0] * len(shape), shape))
             for ours, (theirs, shape) in wanted.items()
         ]
-        write_safetensors(directory, tensors, _DTYPES[config.dtype], bar.update)
+        facts = {} if spec.mix_coeff == 1 else {"mix_coeff": repr(spec.mix_coeff)}
+        write_safetensors(directory, tensors, _DTYPES[config.dtype], bar.update, facts=facts)
 
 
 def _write_hf_files(run: Run, directory: Path, dtype: str) -> None:
@@ -127,7 +126,7 @@ def _write_hf_files(run: Run, directory: Path, dtype: str) -> None:
     eos = None if tokenizer is None else tokenizer.eos_id
     model = run.config.model
     vocabulary = {} if tokenizer is None else {VOCABULARY: tokenizer.vocabulary_sha256}
-    exported = exported_config(model, run.config.seq_len, eos, _NAMES[dtype])
+    exported = exported_config(model, run.config.seq_len, eos, _NAMES[dtype], spec_of_run(run.state).mix_coeff)
     _json(directory / "config.json", exported | vocabulary)
     # Only stable keys: transformers refuses contradictions such as a temperature without sampling.
     generation = {"do_sample": True, "temperature": 0.8, "top_k": 50}

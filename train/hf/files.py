@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,12 @@ def write_safetensors(
     dtype: torch.dtype,
     progress: Callable[[int], object] = lambda _: None,
     shard_bytes: int = SHARD_BYTES,
+    *,
+    facts: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write (name, shape, read) tensors as safetensors of about `shard_bytes` each, with an index where there are
     several. One tensor is in memory at a time: headers follow from shapes, and each tensor is written once it is read.
+    `facts` go into the metadata of every file.
     """
     shards: list[list[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]] = [[]]
     filled, total = 0, 0
@@ -188,7 +191,7 @@ def write_safetensors(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         path = directory / (f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else WEIGHTS)
-        _write_shard(path, shard, dtype, progress)
+        _write_shard(path, shard, dtype, progress, facts or {})
         paths.append(path)
         weight_map |= {name: path.name for name, _, _ in shard}
     if many:
@@ -197,9 +200,11 @@ def write_safetensors(
     return paths
 
 
-def _write_shard(path: Path, shard: list, dtype: torch.dtype, progress: Callable[[int], object]) -> None:
+def _write_shard(
+    path: Path, shard: list, dtype: torch.dtype, progress: Callable[[int], object], facts: Mapping[str, str]
+) -> None:
     """Write one file: 8 bytes of header length, a JSON header with the offsets of all tensors, then their bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **facts}}
     offset = 0
     for name, shape, _ in shard:
         size = _bytes(shape, dtype)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,12 +56,11 @@ class Tensors(Protocol):
 class RunTensors:
     """The weights of a checkpoint of ours under their Hugging Face names, with vocabulary padding.
 
-    During annealing, `read` returns summary projections blended with text's by `summary_projection_weight`, which is
-    what the model computes with (`ksa_model.model.Decoder.anneal`).
+    `folded_share` as in `CheckpointSpec`: how much `read` takes of a summary projection, the rest being text's.
     """
 
-    def __init__(self, checkpoint: CheckpointPath, summary_projection_weight: float = 1.0):
-        self._checkpoint, self._summary_projection_weight = checkpoint, summary_projection_weight
+    def __init__(self, checkpoint: CheckpointPath, folded_share: float = 1.0):
+        self._checkpoint, self._folded_share = checkpoint, folded_share
         held = checkpoint_tensors.shapes(checkpoint)
         ours = [name.removeprefix("master/") for name in held if name.startswith("master/")]
         self._ours = {naming.hf_name(name): f"master/{name}" for name in ours}
@@ -75,10 +74,10 @@ class RunTensors:
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         own = self._stored(name, offset, size)
-        if self._summary_projection_weight == 1 or "_proj_summary" not in name:
+        if self._folded_share == 1 or "_proj_summary" not in name:
             return own
         base = self._stored(name.replace("_proj_summary", "_proj"), offset, size)
-        return self._summary_projection_weight * own + (1 - self._summary_projection_weight) * base
+        return self._folded_share * own + (1 - self._folded_share) * base
 
     def _stored(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         box = torch.empty(tuple(size))
@@ -93,12 +92,14 @@ class RunTensors:
 class Weights:
     """Every parameter of `model`, computed from the tensors of a checkpoint, in boxes of our full tensors.
 
+    `mix_coeff`: what `model.anneal` must be called with to compute what the checkpoint does.
+
     The constructor raises one of `USER_ERRORS` that names a shape that does not fit, or a missing or extra tensor.
     """
 
     def __init__(self, tensors: Tensors, source: CheckpointSpec, model: ModelConfig, summary_row: int | None = None):
         check_same_shape(source, model)
-        self.source, self._tensors = source, tensors
+        self.source, self._tensors, self.mix_coeff = source, tensors, source.mix_coeff_in(model)
         if summary_row is not None and not 0 <= summary_row < (model.vocab_size or 0):
             raise ConfigError(f"summary token {summary_row} is not in the vocabulary of {model.vocab_size}")
         self._origins = naming.origins(source, model, set(tensors.names()), summary_row)
@@ -202,6 +203,13 @@ def check(config: TrainConfig) -> None:
     if config.init_from is not None and config.init_from.startswith(HF_PREFIX):
         weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
         stages.check_teacher(config.stage, config.model, config.init_from, vars(weights.source.config))
+        if weights.mix_coeff != 1:
+            raise ConfigError(
+                f"init_from={config.init_from}: its config.json has mix_coeff={weights.mix_coeff:g}: it is from the "
+                "middle of annealing, and with QK-norm no summary projections compute what its mixture does, so no run "
+                "can begin with it; give a checkpoint whose annealing is finished, or set mix_coeff in a copy of "
+                "config.json to 1, to begin with the summaries' own projections alone, or to 0, to begin with text's"
+            )
 
 
 def initialise(
@@ -238,7 +246,7 @@ def initialise(
 
 
 def load_model(model: Decoder, weights: Weights, world: World) -> None:
-    """Fill a bare model, or this tensor rank's shard of one."""
+    """Fill a bare model, or this tensor rank's shard of one, and set its annealing weight."""
     dims = {name: dim for name, (_, dim) in model.config.parameter_shapes().items()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -246,6 +254,7 @@ def load_model(model: Decoder, weights: Weights, world: World) -> None:
             if dim is not None:
                 offset[dim] = parameter.shape[dim] * world.tensor_rank
             parameter.copy_(weights.box(name, offset, parameter.shape))
+    model.anneal(weights.mix_coeff)
 
 
 def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle: bool = False) -> Weights:
@@ -253,11 +262,15 @@ def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle
     return Weights(tensors, source, model, _summary_row(summary_from, directory))
 
 
-def _weights_of_run(checkpoint: CheckpointPath, state: dict[str, Any], config: TrainConfig) -> Weights:
+def _weights_of_run(checkpoint: CheckpointPath, state: Mapping[str, Any], config: TrainConfig) -> Weights:
+    row = _summary_row(config.init_summary_from, str(checkpoint))
+    return Weights(RunTensors(checkpoint), spec_of_run(state), config.model, row)
+
+
+def spec_of_run(state: Mapping[str, Any]) -> CheckpointSpec:
+    """What a checkpoint of ours with the state.json `state` contains."""
     saved = from_saved(state["config"])
-    source = CheckpointSpec("a run", saved.model, saved.seq_len, is_complete=True)
-    tensors = RunTensors(checkpoint, state.get("own_share", 1.0))
-    return Weights(tensors, source, config.model, _summary_row(config.init_summary_from, str(checkpoint)))
+    return CheckpointSpec("a run", saved.model, saved.seq_len, state.get("own_share", 1.0), is_complete=True)
 
 
 def _summary_row(summary_from: str, directory: str) -> int | None:
@@ -298,6 +311,7 @@ def import_run(
         "tokens": 0,
         "loader": {},
         "contains": ["master"],
+        "own_share": weights.mix_coeff,
         "made_by": f"{IMPORTED}, from {weights.source.kind}",
         **facts,
         "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),

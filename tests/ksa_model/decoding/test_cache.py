@@ -70,6 +70,16 @@ def test_cached_equals_uncached_with_biases(world, pattern):
         assert len(set(continuation)) >= 4, "a model that repeats itself would prove nothing"
 
 
+@pytest.mark.parametrize("changes", [dict(summary_tokens=2), dict(rotate_far=False), dict(qk_norm=False)], ids=str)
+def test_cached_equals_uncached_amid_annealing(world, changes):
+    decoder = model_for(world, layer_pattern="KFKK", chunk_size=3, **changes)
+    decoder.anneal(0.3)
+    prompts = [[7], list(range(17)), list(range(30, 42))]
+    generated, _ = generate(decoder, prompts, Sampling(max_tokens=50))
+    for prompt, continuation in zip(prompts, generated):
+        assert_greedy(decoder, prompt, continuation)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern, k, window, m, tokens", [
     ("KKKF", 8, 5, 1, 2000), ("KSCF", 3, 1, 2, 600), ("PHFH", 4, 3, 1, 600),

@@ -104,6 +104,8 @@ def test_missing_null_text_and_impossible_numbers(key):
         ("published", "summary_token_num", "1", "a whole number"),
         ("published", "summary_token_begin", "61", "a whole number"),
         ("published", "mix_coeff", "1", "a finite number"),
+        ("published", "mix_coeff", 1.5, "at least 0 and at most 1"),
+        ("ksa", "mix_coeff", -0.5, "at least 0 and at most 1"),
         ("published", "summary_independent_parameters", "true", "true or false"),
         ("published", "use_summary_attention", "false", "true or false"),
         ("published", "summary_layer_freq", -1, "a whole number"),

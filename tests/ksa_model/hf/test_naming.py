@@ -47,12 +47,21 @@ def test_missing_summary_parameters_are_copies():
     assert origins(spec(config, summary_row=60), config, available, None)["summary_embedding"].first_row == 60
 
 
-def test_annealed_summary_projections_are_mixed():
-    config = small_config()
-    available = {name for name, _ in exported_shapes(config).values()}
-    found = origins(spec(config, summary_share=0.25), config, available, None)
+def test_annealed_summary_projections_are_mixed_where_no_norm_comes_before():
+    config = small_config(qk_norm=False)
+    available = {name for name, _ in exported_shapes(small_config()).values()}
+    without_norms = {name for name in available if "q_norm" not in name and "k_norm" not in name}
+    found = origins(spec(config, summary_share=0.25), config, without_norms, None)
     own, base = (f"model.layers.0.self_attn.k_proj{suffix}.weight" for suffix in ("_summary", ""))
     assert found["blocks.0.attention.summary_key.weight"].terms == ((0.25, own), (0.75, base))
+    for share, folded in ((0.25, ((1.0, own),)), (1.0, ((1.0, own),)), (0.0, ((0.0, own), (1.0, base)))):
+        normed = spec(small_config(), summary_share=share)
+        found = origins(normed, small_config(), available, None)
+        for name in ("key", "value"):  # one weight mixes both, so the values are not mixed here either
+            terms = found[f"blocks.0.attention.summary_{name}.weight"].terms
+            assert terms == tuple((weight, tensor.replace("k_", f"{name[0]}_")) for weight, tensor in folded)
+        assert normed.mix_coeff == (share or 1.0)
+        assert normed.mix_coeff_in(small_config(independent_qkv=False)) == 1.0
 
 
 def test_tensors_that_do_not_fit_are_named():

@@ -24,6 +24,7 @@ def kept_bytes_on_a_rank(changes: dict) -> float:
     config = make_config(Path("corpus.jsonl"), Path("runs"), **changes)
     world = groups.initialize(config.parallel, torch.device("cpu"))
     model = build_engine(config, world).module
+    model.anneal(config.stage.summary_projection_weight(1, 2))
     k = config.model.chunk_size
     pack = build_layout(np.array([0]), np.array([config.seq_len]), config.seq_len, k, config.model.summary_tokens)
     tokens = torch.zeros(config.seq_len, dtype=torch.long)
@@ -56,6 +57,8 @@ def kept_bytes_on_a_rank(changes: dict) -> float:
     (2, dict(model__layer_pattern="KGFG", parallel__tensor=2, parallel__sequence=True)),
     (1, dict(model__layer_pattern="KKKF", model__qk_norm=False, model__summary_tokens=2)),
     (1, dict(model__layer_pattern="KKKF", model__qk_norm=False, model__qkv_bias=True)),
+    (1, dict(model__layer_pattern="KKFK", stage__kind="anneal", model__summary_tokens=4, model__head_dim=256,
+             model__chunk_size=1, model__ffn_size=64, run__precision="bf16")),
     (1, dict(model__layer_pattern="KKKF", model__rotate_far=False, model__rotate_full_layers=False)),
     (1, dict(model__layer_pattern="KKKF", model__rotate_far=False, run__precision="bf16")),
     (2, dict(model__layer_pattern="KKFK", model__rotate_far=False, parallel__context=2)),

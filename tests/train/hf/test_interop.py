@@ -2,12 +2,14 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from ksa_model.config import ModelConfig, RopeScaling  # noqa: E402
@@ -29,6 +31,7 @@ from tests.train.hf.interop import (  # noqa: E402
 )
 from train import export as export_command  # noqa: E402
 from train import import_hf as import_command  # noqa: E402
+from train.checkpoint import loading  # noqa: E402
 from train.config.conversion import from_mapping  # noqa: E402
 from train.hf import export, import_weights  # noqa: E402
 
@@ -375,15 +378,29 @@ def test_generation_of_every_kind(world, tmp_path, capsys, rotates):
     torch.testing.assert_close(loss, want)
 
 
-def test_an_export_amid_annealing_computes_what_the_run_computes(world, tmp_path, capsys):
-    decoder = make_run(world, tmp_path / "run", small_config(), own_share=0.4)
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_an_export_amid_annealing_computes_what_the_run_computes(world, tmp_path, capsys, qk_norm):
+    decoder = make_run(world, tmp_path / "run", small_config(qk_norm=qk_norm), own_share=0.4)
     run_command(export_command, tmp_path / "run", f"out={tmp_path}/out", "dtype=fp32", capsys=capsys)
+    assert json.loads((tmp_path / "out/config.json").read_text()).get("mix_coeff") == (0.4 if qk_norm else None)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     whole = our_logits(decoder, TOKENS)
     decoder.anneal(0.4)
     want = our_logits(decoder, TOKENS)
     assert (whole - want).abs().max() > 0.1
     torch.testing.assert_close(theirs(torch.tensor([TOKENS])).logits[0], want, rtol=0, atol=1e-4)
+    settings = dict(max_new_tokens=40, do_sample=False, pad_token_id=0)
+    said = theirs.generate(torch.tensor([TOKENS[:9]]), **settings)[0, 9:].tolist()
+    assert said == generate(decoder, [TOKENS[:9]], Sampling(max_tokens=40))[0][0]
+    back = imported(world, tmp_path / "out")
+    torch.testing.assert_close(our_logits(back, TOKENS), want, rtol=0, atol=1e-5)
+    arguments = f"out={tmp_path}/weights", "format=safetensors", "dtype=fp32"
+    run_command(export_command, tmp_path / "run", *arguments, capsys=capsys)
+    held = load_file(tmp_path / "weights/model.safetensors")
+    own = decoder.blocks[0].attention.summary_key.weight
+    assert torch.equal(held["blocks.0.attention.summary_key.weight"], own) == qk_norm
+    with safe_open(tmp_path / "weights/model.safetensors", "pt") as file:
+        assert file.metadata().get("mix_coeff") == ("0.4" if qk_norm else None)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(rotate_far=False), dict(rotate_full_layers=False)], ids=str)
@@ -427,10 +444,8 @@ def publish(world, directory, mix=1.0, own_row=True, **changes):
         tensors["summary_embedding.weight"] = summary
     else:
         tensors["model.embed_tokens.weight"][61] = summary[0]
-    if 0 < mix < 1:  # what is stored is the summaries' own part of the mixture that our model computes
-        for name in [n for n in tensors if "_summary" in n and "proj" in n]:
-            base = tensors[name.replace("_summary", "")]
-            tensors[name] = (tensors[name] - (1 - mix) * base) / mix
+    if 0 < mix < 1:
+        decoder.anneal(mix)  # `tests/ksa_model/objectives/test_annealing.py` compares this with the published rule
     for layer in (6, 7):  # they keep projections that nobody reads
         tensors[f"model.layers.{layer}.self_attn.q_proj_summary.weight"] = torch.randn(32, 32)
     save_file({name: t.contiguous() for name, t in tensors.items()}, directory / "model.safetensors")
@@ -473,3 +488,32 @@ def test_published_names_and_keys(world, tmp_path, mix, own_row):
     assert found.independent_qkv == (mix > 0) and found.full_layers_update_summaries
     back = imported(world, tmp_path / "published")
     torch.testing.assert_close(our_logits(back, TOKENS[:40]), our_logits(decoder, TOKENS[:40]), rtol=0, atol=1e-4)
+
+
+def test_a_published_checkpoint_amid_annealing_is_computed_and_not_trained(world, tmp_path, corpus, capsys):
+    from tests.train.runs import make_config
+    from train.config.errors import ConfigError
+    from train.start import find_start
+
+    decoder = publish(world, tmp_path / "published", 0.25)
+    code, said = run_command(import_command, tmp_path / "published", f"out={tmp_path}/run", capsys=capsys)
+    assert code == 0 and "from the middle of annealing (mix_coeff=0.25), so no run can begin with it" in said
+    run = export.open_run(tmp_path / "run")
+    back = Decoder(run.config.model, decoder.tp).eval()
+    loading.load_weights(run.checkpoint, back, world)
+    back.anneal(run.state["own_share"])
+    torch.testing.assert_close(our_logits(back, TOKENS), our_logits(decoder, TOKENS), rtol=0, atol=1e-4)
+
+    def config(**changes):
+        config = make_config(corpus, tmp_path / "runs", **changes)
+        return replace(config, model=run.config.model, data=replace(config.data, tokenizer=None))
+
+    for changes, message in (
+        (dict(init_from=f"hf:{tmp_path}/published"), r"mix_coeff=0.25: it is from the middle of annealing"),
+        (dict(init_from=str(tmp_path / "run")), r"with 0.25 of their own projections .* stage.kind=scratch cannot"),
+        (dict(resume=str(tmp_path / "run")), r"imported from the middle of annealing \(mix_coeff=0.25\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            find_start(config(**changes))
+    (tmp_path / "published/config.json").write_text(json.dumps(PUBLISHED | dict(mix_coeff=1)))
+    find_start(config(init_from=f"hf:{tmp_path}/published"))  # as the message says
