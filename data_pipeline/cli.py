@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import os
-import signal
 import sys
-import threading
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+from data_pipeline import commands
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.values import from_text, key_values
@@ -52,64 +48,13 @@ def run(description: str, command: Callable[[Sequence[str]], None], arguments: S
 
     Args:
         description: the usage text, printed for `--help` and for a command line without words.
-        command: takes the words; raises DataError for bad input, which ends in one line on stderr and exit code 2. So
-            do errors of the operating system. A signal ends it with 128 and its number, as in a shell.
+        command: takes the words; raises DataError for bad input. See `data_pipeline.commands.run`.
         arguments: the words; None for those of the process.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may hold bytes that are no UTF-8
-            stream.reconfigure(errors="backslashreplace")
     if not arguments or any(argument in ("-h", "--help", "help") for argument in arguments):
         print(f"{description.strip()}\n\nKeys with their defaults, see data_pipeline/config.py:\n")
         for field in fields(DataConfig):
             print(f"  {field.name:22} {field.default!r}")
         return 0
-    try:
-        with _stop_at_sigterm():
-            command(arguments)
-            sys.stdout.flush()
-    except DataError as error:
-        return _fail(str(error))
-    except BrokenPipeError:  # `| head` has read enough
-        sys.stdout = open(os.devnull, "w")  # Python flushes it at exit
-        return 128 + signal.SIGPIPE
-    except OSError as error:  # of a place that names no key itself
-        return _fail(_os_error(error, arguments))
-    except MemoryError as error:
-        return _fail(f"the machine has not enough memory ({error}); choose smaller sizes")
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        print(f"stopped by {signal.Signals(number).name}; the same command goes on, or begins again", file=sys.stderr)
-        return 128 + number
-    return 0
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
-def _os_error(error: OSError, arguments: Sequence[str]) -> str:
-    """One line for an error of the operating system: the word of the command line with its path, and the reason."""
-    path = str(error.filename or "")
-    words = [word for word in arguments if word.partition("=")[2] and path.startswith(word.partition("=")[2])]
-    place = f"{max(words, key=len)}: " if words else ""
-    return f"{place}{error.strerror or error}" + (f" ({path})" if path else "") + "; name another file or directory"
-
-
-@contextmanager
-def _stop_at_sigterm() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, so that temporary files are removed and the user is told."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _: Any) -> None:
-        raise KeyboardInterrupt(number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return commands.run(lambda: command(arguments), arguments, (DataError,))

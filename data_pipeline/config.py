@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.values import convert
+from data_pipeline.values import convert, expand_home
 
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
@@ -64,6 +64,8 @@ class CorpusConfig:
             raise DataError(f"data.corpora: name={self.name!r} must be a non-empty text")
         if isinstance(self.tasks, list):
             object.__setattr__(self, "tasks", tuple(self.tasks))
+        for name in ("path", "validation_path"):
+            object.__setattr__(self, name, expand_home(getattr(self, name)))
         key = f"data.corpora[{self.name}]"
         known = (*RAW, *TOKENIZED, "synthetic")
         if self.source not in known:
@@ -197,6 +199,7 @@ class DataConfig:
             value = getattr(self, name)
             _require(value is None or (isinstance(value, str) and value != ""), name, self, "a path or null")
             _require("\0" not in (value or ""), name, self, "without a NUL character, which no path has")
+            object.__setattr__(self, name, expand_home(value))
         end = self.end_token
         _require(end is None or (isinstance(end, str) and end != ""), "end_token", self, "a token or null")
         for name in ("vocab_size", "seed", "prefetch_samples", "retries"):

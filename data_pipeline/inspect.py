@@ -105,8 +105,9 @@ def _command(arguments: Sequence[str]) -> None:
         raise DataError(f"part={extra['part']!r} must be one of {', '.join(SPLITS)}")
     if is_remote(extra["picture"]):
         raise DataError(f"picture={extra['picture']}: is written to a local file; copy it from there")
-    if extra["rows"] < 1 or extra["sample"] < 0:
-        raise DataError(f"rows={extra['rows']} must be at least 1 and sample={extra['sample']} at least 0")
+    for key, least in (("rows", 1), ("sample", 0), ("seq_len", 1), ("alignment", 1)):
+        if extra[key] < least:
+            raise DataError(f"{key}={extra[key]} must be at least {least}")
     data = open_data(config, progress=True)
     samples = data.samples(extra["part"], extra["seq_len"], extra["alignment"])
     if samples is None:

@@ -23,16 +23,21 @@ from data_pipeline.errors import DataError
 from data_pipeline.store.remote import is_remote
 from data_pipeline.text.sources import Corpus
 from data_pipeline.text.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.values import expand_home
+
+VERBS = ("train", "info", "encode")
 
 
 def _command(arguments: Sequence[str]) -> None:
     verb, *rest = arguments
+    if verb not in VERBS:
+        raise DataError(f"{verb!r}: the commands are {', '.join(VERBS)}")
     if verb == "train":
         _train(rest)
         return
     config, extra = cli.parse(rest, {"text": ""})
-    if verb not in ("info", "encode") or config.tokenizer is None:
-        raise DataError(f"{verb!r}: the commands are train, info and encode; the last two need tokenizer=FILE")
+    if config.tokenizer is None:
+        raise DataError(f"{verb} needs tokenizer=FILE")
     if verb == "info":
         _print_info(config.tokenizer, config.end_token)
         return
@@ -44,6 +49,7 @@ def _command(arguments: Sequence[str]) -> None:
 
 def _train(arguments: Sequence[str]) -> None:
     config, extra = cli.parse(arguments, {"out": ""})
+    extra["out"] = expand_home(extra["out"])
     if not extra["out"] or config.source not in RAW:
         raise DataError(f"train needs out=FILE.model and a source of text ({', '.join(RAW)})")
     corpus = Corpus(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -73,6 +74,17 @@ def convert(hint: Any, value: Any, key: str, error: type[ValueError]) -> Any:
     raise error(f"{key}={value!r} must be {_WANTED[hint]}" + (how_to_quote(key, value) if hint is str else ""))
 
 
+def expand_home(value: Any, prefix: str = "") -> Any:
+    """A path with `~` or `~USER` at its beginning, or behind `prefix`, spelled out; anything else as it is.
+
+    Shells leave a `~` behind `=` to the program: without this, `run.root=~/runs` would be a directory named `~`.
+    """
+    if not isinstance(value, str):
+        return value
+    path = value.removeprefix(prefix)
+    return value[: len(value) - len(path)] + os.path.expanduser(path)
+
+
 def how_to_quote(key: str, value: Any) -> str:
     """How to give a number, a truth value or a date as text, on a command line whose words are read as YAML."""
     if value is None or isinstance(value, (list, tuple, Mapping)):
@@ -97,9 +109,13 @@ def from_text(hint: Any, text: str, key: str, error: type[ValueError]) -> Any:
         return text.lower() == "true"
     if hint in (int, float):
         try:
-            return hint(text)
+            number = hint(text)
         except ValueError:
             pass
+        else:
+            if not math.isfinite(number):
+                raise error(f"{key}={text!r} must be a number, and finite")
+            return number
     if hint in _WANTED:
         raise error(f"{key}={text!r} must be {_WANTED[hint]}")
     if typing.get_origin(hint) is tuple:

@@ -13,6 +13,7 @@ from launch.config import Launch, parse
 from launch.errors import LaunchError
 from launch.processes import end_with_supervisor
 from launch.settings import TARGETS
+from train.config import command
 from train.distributed.signals import BAD_INPUT
 
 USAGE = f"""Start a training run on one machine or many, and follow it.
@@ -33,13 +34,11 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if arguments else BAD_INPUT
-    try:
-        if arguments[0] in VERBS:
-            return manage(arguments[0], arguments[1:])
-        return start(arguments)
-    except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return command.run(lambda: _command(arguments), arguments, (LaunchError,), takes_signals=False)
+
+
+def _command(arguments: list[str]) -> int:
+    return manage(arguments[0], arguments[1:]) if arguments[0] in VERBS else start(arguments)
 
 
 def start(arguments: list[str]) -> int:
@@ -77,7 +76,8 @@ def _run_here(launch: Launch, checked: CheckedRun, arguments: list[str]) -> int:
 def manage(verb: str, arguments: list[str]) -> int:
     """`status`, `logs` or `cancel` of one run, on the target where it was started."""
     if len(arguments) != 1:
-        raise LaunchError(f"python -m launch {verb} needs one run: its directory, or its name below runs/")
+        given = f", not {len(arguments)}: {' '.join(arguments)}" if arguments else ""
+        raise LaunchError(f"python -m launch {verb} needs one run, its directory or its name below runs/{given}")
     run = runs.find(arguments[0])
     record = runs.read_record(run)
     from launch import kubernetes, slurm

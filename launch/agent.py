@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from launch.processes import children, end_with_supervisor, kill_descendants
+from train.config.command import fail
 from train.distributed.signals import BAD_INPUT, DIVERGED, REQUEUE
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def main(arguments: list[str]) -> int:
     """Run torchrun with `arguments[1:]`; returns the exit code."""
     mode = arguments[0].removeprefix("--signals=") if arguments else ""
     if mode not in ("forward", "ignore"):
-        print("error: usage: python -m launch.agent --signals=forward|ignore TORCHRUN_ARGUMENTS", file=sys.stderr)
-        return BAD_INPUT
+        given = f"{arguments[0]!r} is not a mode; " if arguments else ""
+        return fail(f"{given}usage: python -m launch.agent --signals=forward|ignore TORCHRUN_ARGUMENTS")
     forwarder = None
     if mode == "ignore":  # the ranks inherit this until they install their own handlers
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config import Launch
 from launch.errors import LaunchError
-from train.config.conversion import how_to_quote
+from train.config.conversion import expand_home, how_to_quote
 
 if TYPE_CHECKING:
     from train.config.schema import TrainConfig
@@ -52,7 +52,7 @@ def run_settings(values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(run.get(key), kind) or isinstance(run.get(key), bool):
             advice = how_to_quote(f"run.{key}", run.get(key)) if kind is str else ""
             raise LaunchError(f"run.{key}={run.get(key)!r} must be {expected}{advice}")
-    return run
+    return {**run, "root": expand_home(run["root"])}
 
 
 def compose(overrides: Iterable[str]) -> dict[str, Any]:

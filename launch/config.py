@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 from launch.errors import LaunchError
 from launch.settings import TARGETS, SshSettings, load_settings
 from train.config.conversion import from_text, nearest
+from train.distributed.environment import LAUNCH_COMMAND
 
 SIZE_KEYS = ("nodes", "gpus_per_node", "ranks_per_node")
 
@@ -32,6 +34,7 @@ class Launch:
     settings: Any  # the dataclass of TARGETS[target]
     overrides: tuple[str, ...] = ()
     directory: Path = field(default_factory=Path.cwd)  # the caller's working directory, where relative paths start
+    words: tuple[str, ...] = ()  # the launcher's own arguments, those before `--`
 
     @property
     def world_size(self) -> int:
@@ -46,7 +49,17 @@ class Launch:
     @property
     def environment(self) -> dict[str, str]:
         """Variables exported to every rank, except PYTHONPATH."""
-        return {"OMP_NUM_THREADS": str(self.settings.cpus_per_rank), **self.settings.env}
+        known = {LAUNCH_COMMAND: self.command} if self.words else {}
+        return {"OMP_NUM_THREADS": str(self.settings.cpus_per_rank), **known, **self.settings.env}
+
+    @property
+    def command(self) -> str:
+        """The launcher's command up to the overrides. The values of `launch.env`, which may be secret, are left out."""
+        shown = [
+            f"{word.partition('=')[0]}=..." if word.startswith("launch.env") else shlex.quote(word)
+            for word in self.words
+        ]
+        return " ".join(["python -m launch", *shown, "--"])
 
 
 def parse(arguments: Iterable[str], directory: Path | None = None) -> Launch:
@@ -71,7 +84,10 @@ def parse(arguments: Iterable[str], directory: Path | None = None) -> Launch:
         target, {k.removeprefix("launch."): v for k, v in values.items() if k.startswith("launch.")}
     )
     sizes = {key: from_text(int, values[key], key, LaunchError) for key in SIZE_KEYS if key in values}
-    return _sized(Launch(target, 0, 0, 0, settings, tuple(overrides), directory or Path.cwd()), sizes)
+    launch = Launch(
+        target, 0, 0, 0, settings, tuple(overrides), directory or Path.cwd(), words=tuple(launcher_arguments)
+    )
+    return _sized(launch, sizes)
 
 
 def split(arguments: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -171,10 +171,12 @@ def load_settings(target: str, changes: Mapping[str, str]) -> Settings:
     values: dict[str, Any] = {}
     for name in ("default", target):
         path = CONFIGS / "launch" / f"{name}.yaml"
-        for key, value in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).items():
+        text = path.read_text(encoding="utf-8")
+        written = yaml.load(text, yaml.BaseLoader)  # every scalar as it is spelled
+        for key, value in (yaml.safe_load(text) or {}).items():
             if key not in hints:
                 raise LaunchError(f"{path}: {key} is not a setting of target={target}{nearest(key, list(hints))}")
-            value = convert(hints[key], value, f"launch.{key}", LaunchError)
+            value = convert(hints[key], _as_spelled(hints[key], value, written[key]), f"launch.{key}", LaunchError)
             values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     for path_of_key, text in changes.items():
         key, dot, entry = path_of_key.partition(".")
@@ -192,3 +194,14 @@ def load_settings(target: str, changes: Mapping[str, str]) -> Settings:
         else:
             values[key] = from_text(hints[key], text, f"launch.{key}", LaunchError)
     return cls(**values)
+
+
+def _as_spelled(hint: Any, value: Any, written: Any) -> Any:
+    """A value of a YAML file, with text as it is `written`: YAML reads `time: 12:00:00` as 43200 and `007` as 7."""
+    kinds = typing.get_args(hint)
+    if isinstance(value, Mapping) and kinds == (str, str):
+        return {key: None if v is None else text for v, (key, text) in zip(value.values(), written.items())}
+    if isinstance(value, list) and kinds == (str, ...):
+        return written
+    is_scalar = value is not None and not isinstance(value, (Mapping, list))
+    return written if is_scalar and (hint is str or str in kinds) else value

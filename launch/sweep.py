@@ -25,8 +25,10 @@ from launch.local import StopSignals
 from launch.processes import SUPERVISOR, end_descendants
 from launch.settings import PROJECT
 from launch.sweep_plan import BUDGETS, Point, Sweep, plan, presets, write
+from train.config import command
 from train.config.conversion import from_text
 from train.config.quoting import quoted
+from train.config.sections import MAX_NAME_BYTES
 from train.distributed.signals import BAD_INPUT, REQUEUE
 
 USAGE = """Train one model for every combination of values, and compare the results.
@@ -56,6 +58,8 @@ class Options:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.+-]+", self.name) or set(self.name) == {"."}:
             raise LaunchError(f"sweep={self.name!r} is not a directory name of letters, digits and _ . + - only")
+        if len(self.name.encode()) > MAX_NAME_BYTES:
+            raise LaunchError(f"sweep={self.name} has more than the {MAX_NAME_BYTES} bytes of a directory's name")
         if self.budget not in (None, *BUDGETS):
             raise LaunchError(f"sweep.budget={self.budget!r} is not one of {', '.join(BUDGETS)}")
         if self.parallel < 1:
@@ -67,14 +71,14 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE.format(presets=", ".join(presets())))
         return 0 if arguments else BAD_INPUT
-    try:
-        options, launch_arguments, overrides = parse(arguments)
-        launch = config.parse([*launch_arguments, "--", *overrides])
-        directory, sweep = plan(options.name, options.budget, launch)
-        return run(options, launch, launch_arguments, directory, sweep)
-    except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return command.run(lambda: _command(arguments), arguments, (LaunchError,), takes_signals=False)
+
+
+def _command(arguments: list[str]) -> int:
+    options, launch_arguments, overrides = parse(arguments)
+    launch = config.parse([*launch_arguments, "--", *overrides])
+    directory, sweep = plan(options.name, options.budget, launch)
+    return run(options, launch, launch_arguments, directory, sweep)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str], list[str]]:

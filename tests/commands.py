@@ -6,11 +6,16 @@ start of the interpreter and the imports are skipped. Some tests start the real 
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import os
 import runpy
 import sys
 import tempfile
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.ranks import server
 
@@ -60,6 +65,68 @@ def run(module: str, *arguments: object, stdin: str = "", timeout: float = 120) 
     command = Command(module, *arguments, stdin=stdin)
     code = command.wait(timeout)
     return code, command.stdout, command.stderr
+
+
+class Worker:
+    """A process that runs one command after the other, each in some milliseconds: for hundreds of refused ones.
+
+    The process is not that of pytest, whose process groups it must not touch.
+    """
+
+    def __init__(self) -> None:
+        self._pipe, other = server().Pipe()
+        self._process = server().Process(target=_serve, args=(other,), daemon=True)
+        self._process.start()
+
+    def run(self, module: str, words: Sequence[str], directory: Path, interrupted: bool = False) -> tuple[int, str]:
+        """Call `main` of `module`; returns exit code and standard error. `interrupted`: Ctrl-C comes when it prints."""
+        self._pipe.send((module, tuple(words), str(directory), interrupted))
+        assert self._pipe.poll(120), f"still running after 120 s: {module} {words}"
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def main_of(module: str) -> Any:
+    """The function `main` of `python -m MODULE`."""
+    package = importlib.util.find_spec(module)
+    assert package is not None
+    return importlib.import_module(f"{module}.__main__" if package.submodule_search_locations else module).main
+
+
+class _Interrupted(io.StringIO):
+    def write(self, text: str) -> int:
+        raise KeyboardInterrupt
+
+
+def _serve(pipe: Any) -> None:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(said.fileno(), 2)
+        while True:
+            module, words, directory, interrupted = pipe.recv()
+            os.chdir(directory)
+            said.seek(0)
+            said.truncate()
+            sys.argv = [module, *words]
+            sys.stdout = _Interrupted() if interrupted else open(1, "w", encoding="utf-8", closefd=False)
+            sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+            code = _call(main_of(module), list(words))
+            sys.stderr.flush()
+            said.seek(0)
+            pipe.send((code, said.read()))
+
+
+def _call(main: Any, words: list[str]) -> int:
+    try:
+        return main(*[words] * bool(main.__code__.co_argcount)) or 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except BaseException:
+        traceback.print_exc()
+        return 1
 
 
 def _main(module: str, arguments: list[str], streams: list[Path]) -> None:

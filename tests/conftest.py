@@ -41,6 +41,7 @@ LONGEST_FIRST = [
     "train/test_stages.py",
     "train/test_learns.py",
     "train/test_command_line.py",
+    "test_bad_values.py",
     "train/test_generate.py",
     "train/test_golden.py",
     "ksa_model/ops/attention/test_triton_decode.py",

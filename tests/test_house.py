@@ -29,7 +29,7 @@ FORBIDDEN = {
 # The rooms of each package, folders and modules, lowest first. A room imports itself and rooms before it, nothing else.
 ROOMS = {
     "ksa_model": "config memory layout parallel ops layers loss model decoding objectives hf",
-    "data_pipeline": "errors values config store packing text corpora open cli prepare tokenizer inspect",
+    "data_pipeline": "errors commands values config store packing text corpora open cli prepare tokenizer inspect",
     "train": "config batches optim health stages distributed cadence checkpoint logs hf generate evaluate report "
     "export import_hf dry_run build start state run trainer chain __main__",
     "launch": "errors settings config processes agent runs check local ssh kubernetes slurm sweep_plan sweep __main__",

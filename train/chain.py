@@ -21,8 +21,8 @@ from train import stages
 from train.checkpoint import locate, storage
 from train.checkpoint.storage import CheckpointError, CheckpointPath
 from train.config.conversion import from_mapping, to_mapping
-from train.config.errors import ConfigError
-from train.config.schema import TrainConfig
+from train.config.errors import ConfigError, RunError
+from train.config.schema import USER_ERRORS, TrainConfig
 from train.distributed.environment import environment_world
 
 if TYPE_CHECKING:
@@ -72,11 +72,14 @@ def links(config: TrainConfig) -> list[TrainConfig]:
 
 
 def run(config: TrainConfig) -> RunResult:
-    """Train all stages that are not finished yet; the result is that of the last one that ran."""
+    """Train all stages that are not finished yet; the result is that of the last one that ran.
+
+    Raises what `train` raises. A stage that cannot start is a `RunError` if one before it has trained in this call.
+    """
     from train.trainer import train  # takes seconds, which a refused configuration should not wait for
 
     began = time.monotonic()
-    result = None
+    result, has_trained = None, False
     runs = links(config)
     done = finished_before(runs)
     for number, link in enumerate(runs):
@@ -96,7 +99,16 @@ def run(config: TrainConfig) -> RunResult:
             print(
                 f"stage {number + 1} of {len(config.stages)}: {link.run.name} ({link.stage.kind}){origin}", flush=True
             )
-        result = train(link)
+        try:
+            result = train(link)
+        except USER_ERRORS as error:
+            if not has_trained:
+                raise
+            raise RunError(
+                f"stage {number + 1} of {len(runs)} ({link.run.name}) cannot start: {error}; the stages before it are "
+                "done, and the same command goes on with this one"
+            ) from error
+        has_trained = has_trained or result.trained
         if result.step < link.run.steps:  # asked to stop: the next stage needs this one to be finished
             break
     assert result is not None

@@ -14,34 +14,33 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from data_pipeline import commands
 from train.config.conversion import from_words
 from train.config.errors import ConfigError
+from train.config.run_directory import directory_argument
 from train.config.schema import USER_ERRORS
-from train.distributed.signals import BAD_INPUT
 from train.hf.export import ExportConfig, export, open_run
+
+USAGE = "python -m train.export RUN out=DIR [format=hf|safetensors] [step=N] [dtype=bf16|fp32]"
 
 
 def _parse(arguments: list[str]) -> tuple[Path, ExportConfig]:
-    if (
-        not arguments
-        or ("=" in arguments[0] and not Path(arguments[0]).is_dir())
-        or not any(a.startswith("out=") for a in arguments)
-    ):
-        raise ConfigError(
-            "usage: python -m train.export RUN out=DIR [format=hf|safetensors] [step=N] [dtype=bf16|fp32]"
-        )
-    return Path(arguments[0]), from_words(ExportConfig, arguments[1:])
+    directory = directory_argument(arguments, USAGE)
+    if not any(word.startswith("out=") for word in arguments):
+        raise ConfigError(f"out must be given; usage: {USAGE}")
+    return directory, from_words(ExportConfig, arguments[1:])
+
+
+def _run(arguments: list[str]) -> None:
+    directory, config = _parse(arguments)
+    run = open_run(directory, config.step)
+    print(f"wrote {', '.join(export(run, config))} to {config.out}, from {run.checkpoint}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        directory, config = _parse(sys.argv[1:] if arguments is None else arguments)
-        run = open_run(directory, config.step)
-        print(f"wrote {', '.join(export(run, config))} to {config.out}, from {run.checkpoint}")
-    except (*USER_ERRORS, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    return 0
+    """The command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return commands.run(lambda: _run(arguments), arguments, USER_ERRORS)
 
 
 if __name__ == "__main__":

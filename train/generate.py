@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline import Tokenizer
+from data_pipeline import Tokenizer, commands
 from ksa_model.config import ModelConfig, RopeScaling
 from ksa_model.decoding.generate import Sampling, generate
 from ksa_model.layers.tensor_parallel import TensorParallel
@@ -22,10 +22,9 @@ from ksa_model.model import Decoder
 from train.checkpoint import loading, locate, storage
 from train.config.conversion import from_mapping, from_words, key_values
 from train.config.errors import ConfigError
-from train.config.run_directory import read_config
+from train.config.run_directory import directory_argument, read_config
 from train.config.schema import USER_ERRORS
 from train.distributed import groups
-from train.distributed.signals import BAD_INPUT
 from train.hf import import_weights, tokenizers
 from train.hf.files import CONFIG, read_object
 
@@ -49,6 +48,8 @@ class GenerateConfig:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(_DTYPES)}")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} must be at least 0 and below 2^63")
+        if any(token < 0 for token in self.stop_tokens):
+            raise ConfigError(f"stop_tokens={','.join(map(str, self.stop_tokens))} must be token ids, at least 0")
 
     def sampling(self, stop_tokens: tuple[int, ...]) -> Sampling:
         """The settings for `generate`; `stop_tokens` are those of the model. Raises one of `USER_ERRORS`."""
@@ -210,12 +211,11 @@ def answer(session: GenerationSession, prompts: list[str], config: GenerateConfi
 
 
 def _parse(arguments: list[str]) -> tuple[Path, list[str], GenerateConfig]:
-    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_dir()):
-        keys = " ".join(f"[{name}=...]" for name in GenerateConfig.__dataclass_fields__)
-        raise ConfigError(f"usage: python -m train.generate RUN|HF_DIR [prompt=TEXT ...] {keys}")
+    keys = " ".join(f"[{name}=...]" for name in GenerateConfig.__dataclass_fields__)
+    directory = directory_argument(arguments, f"python -m train.generate RUN|HF_DIR [prompt=TEXT ...] {keys}")
     given = key_values(arguments[1:], ["prompt", *GenerateConfig.__dataclass_fields__], ConfigError)
     prompts = [text for key, text in given if key == "prompt"]
-    return Path(arguments[0]), prompts, from_words(GenerateConfig, [f"{k}={v}" for k, v in given if k != "prompt"])
+    return directory, prompts, from_words(GenerateConfig, [f"{k}={v}" for k, v in given if k != "prompt"])
 
 
 def _typed_prompts() -> Iterator[str]:
@@ -236,27 +236,26 @@ def _converse(session: GenerationSession, config: GenerateConfig) -> None:
         except ConfigError as error:
             if not sys.stdin.isatty():
                 raise
-            print(f"error: {error}", file=sys.stderr)  # the user can type another prompt
+            commands.fail(str(error))  # the user can type another prompt
+
+
+def _run(arguments: list[str]) -> None:
+    directory, prompts, config = _parse(arguments)
+    config.sampling(())  # refuses impossible settings before the model is loaded
+    world = groups.initialize(groups.ParallelConfig(), groups.pick_device("auto"))
+    try:
+        session = load(directory, world, config.dtype)
+        if prompts:
+            answer(session, prompts, config)
+        else:
+            _converse(session, config)
+    finally:
+        groups.shutdown()
 
 
 def main() -> int:
     """The command; returns its exit code."""
-    try:
-        directory, prompts, config = _parse(sys.argv[1:])
-        config.sampling(())  # refuses impossible settings before the model is loaded
-        world = groups.initialize(groups.ParallelConfig(), groups.pick_device("auto"))
-        try:
-            session = load(directory, world, config.dtype)
-            if prompts:
-                answer(session, prompts, config)
-            else:
-                _converse(session, config)
-        finally:
-            groups.shutdown()
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    return 0
+    return commands.run(lambda: _run(sys.argv[1:]), sys.argv[1:], USER_ERRORS)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,20 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import commands
 from ksa_model.config import ModelConfig
-from train.config.conversion import from_mapping, from_text, from_words, key_values
+from train.config.conversion import expand_home, from_mapping, from_text, from_words, key_values
 from train.config.errors import ConfigError
+from train.config.run_directory import directory_argument
 from train.config.schema import USER_ERRORS
-from train.distributed.signals import BAD_INPUT
 from train.hf.files import HfDirectory
 from train.hf.import_weights import MEAN, import_run
 from train.hf.tokenizers import find_tokenizer
+
+USAGE = (
+    "python -m train.import_hf HF_DIR [out=RUN] [layer_pattern=... and other model keys] [summary_from=mean] "
+    "[allow_pickle=false]"
+)
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,7 @@ class ImportOptions:
 
 
 def _run(arguments: list[str]) -> str:
-    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_dir()):
-        raise ConfigError(
-            "usage: python -m train.import_hf HF_DIR [out=RUN] [layer_pattern=... and other model keys] "
-            "[summary_from=mean] [allow_pickle=false]"
-        )
-    directory, hints = arguments[0], typing.get_type_hints(ModelConfig)
+    directory, hints = str(directory_argument(arguments, USAGE)), typing.get_type_hints(ModelConfig)
     words = key_values(arguments[1:], sorted({*hints, *(f.name for f in fields(ImportOptions))}), ConfigError)
     options = from_words(ImportOptions, [f"{key}={text}" for key, text in words if key not in hints])
     changes = {key: from_text(hints[key], text, f"model.{key}", ConfigError) for key, text in words if key in hints}
@@ -51,20 +52,18 @@ def _run(arguments: list[str]) -> str:
     if not options.out:
         tokenizer = find_tokenizer(Path(directory))
         return overrides(model) + ("" if tokenizer is None else f" {shlex.quote(f'data.tokenizer={tokenizer}')}")
-    checkpoint, unused = import_run(directory, Path(options.out), model, options.summary_from, options.allow_pickle)
-    train_from = f"train from it: init_from={options.out}"
+    out = Path(expand_home(options.out))
+    checkpoint, unused = import_run(directory, out, model, options.summary_from, options.allow_pickle)
+    train_from = f"train from it: init_from={out}"
     if source.mix_coeff_in(model) != 1:
         train_from = f"it is from the middle of annealing (mix_coeff={source.mix_coeff:g}), so no run can begin with it"
-    return f"wrote {checkpoint}; sample it: python -m train.generate {options.out}; {train_from}{unused}"
+    return f"wrote {checkpoint}; sample it: python -m train.generate {out}; {train_from}{unused}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        print(_run(sys.argv[1:] if arguments is None else arguments))
-    except (*USER_ERRORS, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    return 0
+    """The command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return commands.run(lambda: print(_run(arguments)), arguments, USER_ERRORS)
 
 
 def overrides(model: ModelConfig) -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from data_pipeline import TrainingData
 from ksa_model.objectives.distillation import PARTS
 from train.build import make_held_out, make_probes
+from train.checkpoint import owner
 from train.checkpoint.manager import Progress
 from train.config import run_directory
 from train.config.conversion import to_mapping
@@ -52,14 +53,14 @@ class Run:
         """`state` is that of a run that has come as far as `progress`; `log_line` takes a line for the user."""
         self.config, self.world, self.state, self.log, self.log_line = config, world, state, log, log_line
         self.directory = config.run.directory
-        self.first_step = progress.step
+        self.first_step, self.has_trained = progress.step, False
         self.engine, self.loader = state.engine, state.loader
         self.profiler = StepProfiler(config.perf, self.engine.module, world, self.directory)
         self.objective = config.stage.objective()
         self.sums, self.consensus = StepSums(world, progress.tokens), RankConsensus(world)
         self.validation_loss: float | None = None
         self._held_out, self._probes = held_out, probes
-        self._saved_at, self._saved_step = time.monotonic(), -1
+        self._saved_at = time.monotonic()
         self._rolled_back_to, self._rollbacks = -1, 0
         self._take_over_health(progress)
         self._step_samples: deque[int] = deque(maxlen=config.run.max_bad_steps + 2)  # first sample of recent steps
@@ -69,24 +70,28 @@ class Run:
         """Build the run's parts and take over what it starts with.
 
         The run directory is written only after all checks, so a start that is refused leaves it as it was. Raises one
-        of `USER_ERRORS`.
+        of `USER_ERRORS`. Nothing that needs closing is open then: the loaders read from the first step on, and the log
+        is opened last.
         """
         log_line, directory = line_printer(world.is_main), config.run.directory
         held_out, probes = make_held_out(config, data, world), make_probes(config, data, world)
         state = TrainState(config, world, data, log_line)
         start = state.verify(start)
         progress = state.begin(start)
+        if config.checkpoint.dir is not None:  # below its own directory a run meets no other
+            state.checkpoints.claim(directory)
         if world.is_main:
             run_directory.write(directory, config, data)
+            owner.note_run_id(directory)
             if not isinstance(start, Resume):
                 saved.forget(directory)
             if config.resume == "never":
                 tracker.forget_run(directory)
         dist.barrier()
         state.checkpoints.quarantine_after(progress.step)
-        log = _open_log(config, world, progress.step)
         if isinstance(start, Resume):
-            changed = changes_of_resumed(config, start.checkpoint)
+            assert start.state is not None
+            changed = changes_of_resumed(config, start.checkpoint, start.state)
             note = f"; changed since: {changed}" if changed else ""
             log_line(f"resumed from {start.checkpoint} at step {progress.step}{note}")
             if (finite := progress.health.get("last_finite_step", progress.step)) < progress.step:
@@ -98,6 +103,7 @@ class Run:
             log_line(f"starting {directory} afresh")
         if shortened := _shortened_schedule(config):
             log_line(shortened)
+        log = _open_log(config, world, progress.step)
         return cls(config, world, state, progress, held_out, probes, log, log_line)
 
     def _take_over_health(self, progress: Progress) -> None:
@@ -124,7 +130,13 @@ class Run:
             self.loader.load_state(position | {"next_sample": following})
 
     def check_bad_steps(self, step: int, bad_steps: int) -> None:
-        """Raise `TrainingDiverged` if the `bad_steps` steps before `step` were skipped and these are too many."""
+        """Raise `TrainingDiverged` if the `bad_steps` steps before `step` were skipped and these are too many.
+
+        That is one step late by design: whether `step` itself was skipped is known on the device only, and to ask now
+        would wait for the device in every step. So a run trains one step beyond its `run.max_bad_steps`-th bad one,
+        and bad steps at its very end do not stop it. A checkpoint knows of all of them, the last one included
+        (`RankConsensus.skipped_in_a_row`).
+        """
         self._step_samples.append(self.loader.state()["next_sample"] - self.config.run.samples_per_step)
         if bad_steps >= self.config.run.max_bad_steps:
             first = list(self._step_samples)[-1 - bad_steps]
@@ -186,7 +198,6 @@ class Run:
             f"step {step}: the loss jumped to {loss:.4g}: back to {found}, continuing without samples {samples}"
         )
         self._take_over_health(progress)
-        self._saved_step = -1
         return progress.step
 
     # -- validation and checkpoints ------------------------------------------------------------------------------------
@@ -230,13 +241,11 @@ class Run:
 
     def save(self, step: int, last: bool) -> None:
         """Begin to save; wait for it if it is the `last` one."""
-        if step == self._saved_step and (not last or self.state.checkpoints.wait() is None):
-            return
         with self.sums.clock_stopped():
             tokens = self.sums.tokens
             seconds = self.state.save(step, tokens, last, self._health(step))
             self.log.record({"step": step, "tokens": tokens, "checkpoint_seconds": round(seconds, 4)})
-        self._saved_at, self._saved_step = time.monotonic(), step
+        self._saved_at = time.monotonic()
 
     def _health(self, step: int) -> dict[str, int]:
         """Health facts of the checkpoint of `step`; see `train.checkpoint.retention`."""

@@ -34,6 +34,7 @@ def check_inherited(
 
     `source` names the checkpoint in the message. `own_share`: its annealing weight.
     """
+    check_teacher(stage, model, source, before)
     settings = {name: getattr(model, name) for name in ModelConfig.__dataclass_fields__}
     if before.get("independent_qkv") and not model.independent_qkv and "K" in str(before.get("layer_pattern")):
         raise ConfigError(
@@ -59,6 +60,32 @@ def check_inherited(
                 f"stage.kind=extend keeps the model, except for {', '.join(EXTENDABLE)}: model.{name} was {old} in "
                 f"{source} and is now {value}"
             )
+
+
+def check_teacher(stage: StageConfig, model: ModelConfig, source: str, before: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if the teacher of distillation has RoPE on text in other layers than its weights were trained
+    with; see `check_inherited`.
+
+    The teacher is `model` without summaries. Its weights are not trained, so they cannot adapt.
+    """
+    pattern, layers = before.get("layer_pattern"), before.get("num_layers")
+    if stage.kind != "distill" or not pattern or layers != model.num_layers:
+        return
+
+    def rotated(pattern: str, full: bool) -> list[bool]:
+        return [full or letter != "F" for letter in pattern * (model.num_layers // len(pattern))]
+
+    full = model.rotate_full_layers
+    there = rotated(pattern, before.get("rotate_full_layers", True))
+    if rotated(model.layer_pattern, full) == there:
+        return
+    fits = rotated(model.layer_pattern, not full) == there
+    way = f"set model.rotate_full_layers={str(not full).lower()}, or train" if fits else "train"
+    raise ConfigError(
+        f"stage.kind=distill with model.layer_pattern={model.layer_pattern} and model.rotate_full_layers="
+        f"{str(full).lower()} gives the teacher RoPE in other layers than {source} has, and its weights are not "
+        f"trained: {way} all weights first (stage=scratch)"
+    )
 
 
 def describe_initialization(stage: StageConfig, source: str, state: Mapping[str, Any], now: Mapping[str, Any]) -> str:

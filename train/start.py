@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from train import stages
 from train.checkpoint import locate
 from train.checkpoint.storage import CheckpointError, CheckpointPath, finished, is_restorable
-from train.config import differences, run_directory
+from train.config import differences
 from train.config.conversion import flatten, to_mapping
 from train.config.differences import Differences
 from train.config.schema import TrainConfig
+from train.distributed.ranks import Ranks
 from train.hf import import_weights, tokenizers
 from train.hf.tokenizers import Owned
 from train.logs.saved import check_nothing_is_missing
+
+State = dict[str, Any]  # what state.json of a checkpoint holds
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Resume:
     """Go on from `checkpoint`: weights, optimizer, position in the data, random generators."""
 
     checkpoint: CheckpointPath
+    state: State | None = field(default=None, repr=False)  # None: it cannot be read
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Inherit:
     """Begin at step 0 with the weights of another run's `checkpoint` (`init_from=RUN`)."""
 
     checkpoint: CheckpointPath
+    state: State = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -49,32 +56,51 @@ def checkpoint_directory(config: TrainConfig) -> CheckpointPath:
     return locate.checkpoint_directory(config.run.directory, config.checkpoint.dir, config.run.name)
 
 
+def choose_start(config: TrainConfig, ranks: Ranks) -> Start:
+    """Where the run of `config` starts, as the main rank finds it. Collective; raises one of `USER_ERRORS`.
+
+    Another run may save while this one starts, so ranks that each looked for the newest checkpoint could choose
+    different ones.
+    """
+    start: Start = Fresh()
+    with ranks.failing_together():
+        if ranks.is_main:
+            start = find_start(config)
+    told = json.dumps([type(start).__name__, str(getattr(start, "checkpoint", ""))])
+    kind, location = json.loads(ranks.from_main(told, "rank 0, which looks for the checkpoint to begin with"))
+    if ranks.is_main:
+        return start
+    with ranks.failing_together():
+        if kind == Import.__name__:
+            import_weights.check(config)
+            return Import()
+        if kind == Fresh.__name__:
+            return Fresh()
+        checkpoint = CheckpointPath(location)
+        if kind == Inherit.__name__:
+            return Inherit(checkpoint, locate.read_state(checkpoint))
+        return Resume(checkpoint, _readable(checkpoint))
+    raise AssertionError("not reached")
+
+
 def find_start(config: TrainConfig) -> Start:
-    """Where the run of `config` starts.
+    """Where the run of `config` starts, as this process finds it.
 
     Needs no process group and no data, so a wrong path is refused before those are prepared. Checkpoints are not
     verified here; `TrainState.verify` does that once all ranks are there. Raises one of `USER_ERRORS`.
     """
     own = checkpoint_directory(config)
     try:
-        _check_own_checkpoints(config, own)
-        if config.resume != "never" and not finished(own) and not is_restorable(own):
-            check_nothing_is_missing(config.run.directory, config.resume, own)
-        found = locate.find(config.resume, own)
+        resumed = _find_resumed(config, own)
     except OSError as error:  # a name that is too long, no permission, a file system that does not answer
         raise CheckpointError(
             f"checkpoint.dir={config.checkpoint.dir} and resume={config.resume}: checkpoints cannot be read "
             f"({error.strerror or error}): name a directory that can be read and written"
         ) from error
-    if found is not None:
-        if is_own(config, found) and not _is_readable(found):
-            # `TrainState.verify` quarantines it. Until then the newest one that can be read stands for it.
-            readable = (checkpoint for checkpoint in reversed(finished(own)) if _is_readable(checkpoint))
-            if (intact := next(readable, None)) is None:
-                return Resume(found)
-            found = intact
-        changes_of_resumed(config, found)
-        return Resume(found)
+    if resumed is not None:
+        if resumed.state is not None:
+            changes_of_resumed(config, resumed.checkpoint, resumed.state)
+        return resumed
     if config.init_from is None:
         return Fresh()
     if config.init_from.startswith(import_weights.HF_PREFIX):
@@ -85,7 +111,45 @@ def find_start(config: TrainConfig) -> Start:
     state = locate.read_state(found)
     before = state.get("config", {}).get("model", {})
     stages.check_inherited(config.stage, config.model, str(found), before, state.get("own_share", 1.0))
-    return Inherit(found)
+    return Inherit(found, state)
+
+
+def _find_resumed(config: TrainConfig, own: CheckpointPath) -> Resume | None:
+    """The checkpoint that the run goes on from; None: it begins at step 0.
+
+    Of the run's own checkpoints that is the newest that can be read: `TrainState.verify` quarantines the others. They
+    are refused where another run wrote them, however this one begins: it would prune them.
+    """
+    checkpoints = finished(own)
+    newest = _newest_readable(checkpoints)
+    if newest is not None:
+        assert newest.state is not None
+        _refuse_another_run(config, newest.checkpoint, _differences(config, newest.state))
+    elif not checkpoints and config.resume != "never" and not is_restorable(own):
+        check_nothing_is_missing(config, own)
+    if config.resume == "never":
+        return None
+    if config.resume != "auto" and not locate.began_with(checkpoints, config.resume):
+        found = locate.find(config.resume, own)
+        assert found is not None
+        if not is_own(config, found):
+            return Resume(found, locate.read_state(found))
+        if (state := _readable(found)) is not None:
+            return Resume(found, state)
+        checkpoints = checkpoints or [found]
+    return newest or (Resume(checkpoints[-1]) if checkpoints else None)
+
+
+def _newest_readable(checkpoints: list[CheckpointPath]) -> Resume | None:
+    states = ((checkpoint, _readable(checkpoint)) for checkpoint in reversed(checkpoints))
+    return next((Resume(checkpoint, state) for checkpoint, state in states if state is not None), None)
+
+
+def _readable(checkpoint: CheckpointPath) -> State | None:
+    try:
+        return locate.read_state(checkpoint)
+    except CheckpointError:
+        return None
 
 
 def tokenizer_of(config: TrainConfig, start: Start) -> Owned | None:
@@ -94,10 +158,10 @@ def tokenizer_of(config: TrainConfig, start: Start) -> Owned | None:
         case Import():
             assert config.init_from is not None
             return tokenizers.of_import(config.init_from.removeprefix(import_weights.HF_PREFIX))
-        case Inherit(checkpoint):
-            return tokenizers.of_checkpoint(checkpoint, Path(config.init_from or ""))
-        case Resume(checkpoint) if _is_readable(checkpoint):
-            return tokenizers.of_checkpoint(checkpoint, config.run.directory, Path(config.resume))
+        case Inherit(checkpoint, state):
+            return tokenizers.of_checkpoint(checkpoint, state, Path(config.init_from or ""))
+        case Resume(checkpoint, state) if state is not None:
+            return tokenizers.of_checkpoint(checkpoint, state, config.run.directory, Path(config.resume))
     return None
 
 
@@ -106,14 +170,15 @@ def with_tokenizer(config: TrainConfig, owned: Owned | None) -> TrainConfig:
     return config if owned is None else tokenizers.choose(config, owned)
 
 
-def changes_of_resumed(config: TrainConfig, checkpoint: CheckpointPath) -> str:
+def changes_of_resumed(config: TrainConfig, checkpoint: CheckpointPath, state: State) -> str:
     """The settings that differ from those `checkpoint` was written with, in words; empty where none does.
 
+    `state`: its state.json.
+
     Raises `CheckpointError` where the run of `config` cannot go on from it: a checkpoint in the run's own directory
-    that another run wrote, one of another model, or an import from the middle of
-    annealing.
+    that another run wrote, one of another model, or an import from the middle of annealing.
     """
-    found = _differences(config, checkpoint)
+    found = _differences(config, state)
     if is_own(config, checkpoint):
         _refuse_another_run(config, checkpoint, found)
     model = {key: pair for key, pair in found.items() if _is_of_model(key)}
@@ -122,7 +187,7 @@ def changes_of_resumed(config: TrainConfig, checkpoint: CheckpointPath) -> str:
             f"{checkpoint} is of another model or stage: {differences.in_words(model)}; set them back, or give "
             f"init_from={checkpoint} in place of resume to begin a new run with its weights"
         )
-    own_share = locate.read_state(checkpoint).get("own_share", 1.0)
+    own_share = state.get("own_share", 1.0)
     if 0 < own_share < 1 and config.stage.kind != "anneal":  # imported: a run's own checkpoint has its own stage
         raise CheckpointError(
             f"{checkpoint} was imported from the middle of annealing (mix_coeff={own_share:g}), which stage.kind="
@@ -134,49 +199,9 @@ def changes_of_resumed(config: TrainConfig, checkpoint: CheckpointPath) -> str:
     )
 
 
-def _is_readable(checkpoint: CheckpointPath) -> bool:
-    try:
-        locate.read_state(checkpoint)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _check_own_checkpoints(config: TrainConfig, own: CheckpointPath) -> None:
-    """Refuse a directory of checkpoints that another run writes to, however the run begins: it would prune them."""
-    checkpoints = finished(own)
-    for checkpoint in reversed(checkpoints):
-        try:
-            found = _differences(config, checkpoint)
-        except CheckpointError:
-            continue  # damaged: choosing one reports it
-        _refuse_another_run(config, checkpoint, found)
-        return
-    if not checkpoints and config.resume == "auto":
-        _check_left_behind(config, own)
-
-
-def _check_left_behind(config: TrainConfig, own: CheckpointPath) -> None:
-    """Refuse to begin again where the run's checkpoints are in another directory, by its config.yaml."""
-    directory = config.run.directory
-    if not (directory / run_directory.CONFIG).is_file():
-        return
-    before = run_directory.read_config(directory)
-    place = locate.checkpoint_directory(directory, before.checkpoint.dir, before.run.name)
-    if str(place) == str(own):
-        return
-    if checkpoints := finished(place):
-        raise CheckpointError(
-            f"checkpoint.dir={config.checkpoint.dir} and run.name={config.run.name} name {own}, which holds no "
-            f"checkpoint, but {directory} has its checkpoints in {place} (the newest is {checkpoints[-1].name}): move "
-            f"them there, or give resume={place} to go on from them, or resume=never to start from scratch"
-        )
-
-
-def _differences(config: TrainConfig, checkpoint: CheckpointPath) -> Differences:
-    """What differs between the configuration in a checkpoint and that of now."""
-    state, now = locate.read_state(checkpoint), flatten(to_mapping(config))
-    found = differences.differences(state.get("config", {}), now)
+def _differences(config: TrainConfig, state: State) -> Differences:
+    """What differs between the configuration in a checkpoint, whose state.json is `state`, and that of now."""
+    found = differences.differences(state.get("config", {}), flatten(to_mapping(config)))
     found.pop("model.vocab_size", None)  # filled in from the tokenizer, whose hash and shape are compared later
     if state.get("own_share", 1.0) == 0:  # the summary projections were annealed away
         found.pop("model.independent_qkv", None)

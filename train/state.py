@@ -57,50 +57,58 @@ class TrainState:
         The run's own checkpoints come first, also one that no rank could find before: opening `checkpoints` has
         restored it if the process was killed while it replaced it. Raises `CheckpointError`.
         """
-        found = self.checkpoints.choose(self._config.resume)
+        known = start.checkpoint if isinstance(start, Resume) and start.state is not None else None
+        found = self.checkpoints.choose(self._config.resume, known=known)
         if found is not None:
-            changes_of_resumed(self._config, found)  # again: it may be one that could not be found before
-            return Resume(found)
-        if isinstance(start, Resume):
-            raise CheckpointError(f"{start.checkpoint} was removed while the run was starting: start it again")
+            if known is not None and str(known) == str(found):
+                return start
+            state = locate.read_state(found)  # it may be one that could not be found before
+            changes_of_resumed(self._config, found, state)
+            return Resume(found, state)
+        match start:
+            case Resume(checkpoint):
+                raise CheckpointError(f"{checkpoint} was removed while the run was starting: start it again")
+            case Inherit(checkpoint):
+                found = self.checkpoints.find(self._config.init_from or "", "init_from", checkpoint)
+                return start if str(found) == str(checkpoint) else Inherit(found, locate.read_state(found))
         return start
 
     def begin(self, start: Start) -> Progress:
         """Take over what `start` names; returns how far the run is. Raises `CheckpointError`."""
         match start:
-            case Resume(checkpoint):
-                return self.load(checkpoint)
-            case Inherit(checkpoint):
-                self._inherit(checkpoint)
+            case Resume(checkpoint, state):
+                return self.load(checkpoint, state)
+            case Inherit(checkpoint, state):
+                self._inherit(checkpoint, state)
             case Import():
                 self._log_line(import_weights.initialise(self.engine, self._world, self._config))
             case Fresh():
                 pass
         return Progress(step=0, tokens=0, loader=self.loader.state())
 
-    def load(self, checkpoint: CheckpointPath) -> Progress:
-        """Go on from a verified checkpoint of this run, or of one that this run continues."""
-        state = locate.read_state(checkpoint)
+    def load(self, checkpoint: CheckpointPath, state: dict[str, Any] | None = None) -> Progress:
+        """Go on from a verified checkpoint of this run, or of one that this run continues. `state`: its state.json."""
+        state = locate.read_state(checkpoint) if state is None else state
         self._check_tokenizer(checkpoint, state)
         self._check_projections(checkpoint, state)
-        progress, _ = self.checkpoints.load(checkpoint, self._config.run.seed)
+        progress, _ = self.checkpoints.load(checkpoint, self._config.run.seed, state)
         self.loader.load_state(progress.loader)
         self._check_held_out(checkpoint, state)
         self.spikes = SpikeDetector(self._config.run.spike_factor, progress.health.get("recent_losses", ()))
         return progress
 
-    def _inherit(self, checkpoint: CheckpointPath) -> None:
+    def _inherit(self, checkpoint: CheckpointPath, state: dict[str, Any]) -> None:
         """Begin with another run's weights; where the data are the same, with the samples it has not seen."""
-        config, state = self._config, locate.read_state(checkpoint)
+        config = self._config
         # Again, because the size of the vocabulary is known now.
         before = state.get("config", {}).get("model", {})
         stages.check_inherited(config.stage, config.model, str(checkpoint), before, state.get("own_share", 1.0))
         self._check_tokenizer(checkpoint, state)
         if config.stage.inherits_moments:
-            self.checkpoints.inherit(checkpoint)
+            self.checkpoints.inherit(checkpoint, state)
         else:
             self.checkpoints.verify(checkpoint)
-            self._log_line(import_weights.initialise(self.engine, self._world, config, checkpoint))
+            self._log_line(import_weights.initialise(self.engine, self._world, config, (checkpoint, state)))
         self._log_line(
             stages.describe_initialization(config.stage, str(checkpoint), state, flatten(to_mapping(config)))
         )

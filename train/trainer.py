@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import data_pipeline
-from data_pipeline import TrainingData
+from data_pipeline import DataError, TrainingData
 from ksa_model.layers import delta
 from ksa_model.model import Objective
 from ksa_model.ops import fp8
@@ -20,9 +23,11 @@ from train.batches import Batch
 from train.build import compute_dtype, with_vocabulary
 from train.cadence import Action
 from train.checkpoint import probe
+from train.checkpoint.storage import CheckpointError
 from train.config import run_directory
-from train.config.errors import ConfigError
-from train.config.schema import TrainConfig, validate
+from train.config.errors import ConfigError, RunError
+from train.config.one_start import only_one
+from train.config.schema import USER_ERRORS, TrainConfig, validate
 from train.distributed import environment, groups, same_start
 from train.distributed.consensus import NO_REQUESTS, Decision, RankConsensus, Requests
 from train.distributed.engine import Engine
@@ -34,7 +39,7 @@ from train.hf import tokenizers
 from train.logs.run_log import line_printer
 from train.logs.step_sums import StepSums, count
 from train.run import Run
-from train.start import Start, checkpoint_directory, find_start, tokenizer_of, with_tokenizer
+from train.start import Start, checkpoint_directory, choose_start, tokenizer_of, with_tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,32 +52,41 @@ class RunResult:
     validation_loss: float | None
     seconds: float  # of this call, data preparation included
     interrupted: bool  # ended early on request, with steps left
+    trained: bool = False  # whether this call trained a step
 
 
 def train(config: TrainConfig) -> RunResult:
     """Prepare the data, build the model, resume if there is a checkpoint, train, and leave a run directory behind.
 
-    Raises one of `USER_ERRORS` if the run cannot start, and `TrainingDiverged` if it cannot go on.
+    Raises one of `USER_ERRORS` if the run cannot start. Once it trains, what it cannot read or write any more is a
+    `RunError` or a `SaveError`, and `TrainingDiverged` says that it cannot go on.
     """
     began = time.perf_counter()
     _, world_size, _ = environment.environment_world()
     validate(config, world_size)
     environment.check()
-    with StopRequest(config.run.max_minutes) as request:
+    with StopRequest(config.run.max_minutes) as request, contextlib.ExitStack() as held:
         ranks = groups.rendezvous(config.parallel, line_printer(environment.is_first_of_host()))
         same_start.check_settings(ranks, config)
         with ranks.failing_together():
             device = groups.pick_device(config.run.device)
             _check_device(config, device)
             run_directory.check(config.run.directory, config)
-            start = find_start(config)
+            if ranks.is_main:
+                key, say = f"run.root={config.run.root} and run.name={config.run.name}", line_printer(True)
+                held.enter_context(only_one(config.run.directory, key, say))
+        start = choose_start(config, ranks)
+        with ranks.failing_together():
             owned = tokenizer_of(config, start)
             chosen = with_tokenizer(config, owned)
         if owned is not None and chosen is not config:
             line_printer(ranks.is_main)(f"data.tokenizer={chosen.data.tokenizer}: the tokenizer of {owned.owner}")
         config = chosen
-        probe.check_writable(config, checkpoint_directory(config), ranks)
+        own = checkpoint_directory(config)
+        probe.check_writable(config, own, ranks)
         with ranks.failing_together():
+            if ranks.is_main and config.checkpoint.dir is not None and own.is_local:
+                held.enter_context(only_one(Path(own.path), f"checkpoint.dir={config.checkpoint.dir}", say))
             data = data_pipeline.open_data(config.data, progress=ranks.is_main and config.logging.progress)
             if owned is not None:
                 tokenizers.check(owned, data.tokenizer_path, f"the tokenizer of the data, {data.tokenizer_path},")
@@ -104,7 +118,8 @@ def _train(
     if step >= last_step:
         run.log_line(f"{run.directory} is at step {step} already: nothing to train")
     try:
-        with Watchdog(world.store, world.rank, world.size, 60 * config.parallel.timeout_minutes) as watch:
+        limit = 60 * config.parallel.timeout_minutes
+        with _failing_as_started(run), Watchdog(world.store, world.rank, world.size, limit) as watch:
             run.tell_progress_to(watch.beat)
             if step and cadence.validates(step, config.run):
                 watch.progress(step, Action.VALIDATE.value)
@@ -124,6 +139,7 @@ def _train(
                     grad_norm = train_step(
                         run.engine, batches, world, run.sums, run.consensus, lr, run.objective, requests
                     )
+                run.has_trained = True
                 decision = run.consensus.decision()
                 run.check_bad_steps(step, decision.bad_steps)
                 run.log.advance()
@@ -135,7 +151,25 @@ def _train(
     finally:
         run.close()
     seconds, interrupted = time.perf_counter() - began, stopped and step < config.run.steps
-    return RunResult(run.directory, step, run.sums.tokens, run.validation_loss, seconds, interrupted)
+    return RunResult(
+        run.directory, step, run.sums.tokens, run.validation_loss, seconds, interrupted, trained=run.has_trained
+    )
+
+
+@contextmanager
+def _failing_as_started(run: Run) -> Iterator[None]:
+    """Turn `USER_ERRORS` of a run that trains into `RunError`: starting it again may help, and a launcher does so.
+
+    Before the first step they stay what they are. A run that was resumed has read its data and its checkpoints before.
+    """
+    try:
+        yield
+    except USER_ERRORS as error:
+        if not run.has_trained and not (run.first_step and isinstance(error, (DataError, CheckpointError))):
+            raise
+        raise RunError(
+            f"rank {run.world.rank}: {error}; the same command goes on from the newest checkpoint of {run.directory}"
+        ) from error
 
 
 def _do_what_is_due(

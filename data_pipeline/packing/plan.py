@@ -32,6 +32,7 @@ from data_pipeline.packing.order import derive_key, mix64, permute
 from data_pipeline.packing.samples import IGNORE_INDEX, PackedSample, Samples, index_in_plan
 from data_pipeline.store.files import build_once, fingerprint_of, read_json, write_array, write_json
 from data_pipeline.store.manifest import shard_hashes
+from data_pipeline.store.mapped import MappedArray
 from data_pipeline.store.shards import ShardSet
 
 CONTINUATION = 1
@@ -215,12 +216,14 @@ class Plan(Samples):
         }
         self._shards = shards
         try:
-            self._row_ptr = np.load(directory / "row_ptr.npy", mmap_mode="r")
-            self._segments = np.load(directory / "segments.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{directory}: the plan cannot be read ({error}); delete the directory") from error
-        if self._segments.dtype != SEGMENT or int(self._row_ptr[-1]) != self._segments.size:
-            raise DataError(f"{directory}: row_ptr.npy and segments.npy do not belong together; delete the directory")
+            self._row_ptr = MappedArray.open(directory / "row_ptr.npy")
+            self._segments = MappedArray.open(directory / "segments.npy")
+        except (OSError, ValueError, EOFError) as error:  # EOFError: an empty file
+            raise DataError(f"{directory}: the plan cannot be read ({error}); delete it to build it again") from error
+        if self._segments.dtype != SEGMENT or int(self._row_ptr.values[-1]) != self._segments.size:
+            raise DataError(
+                f"{directory}: row_ptr.npy and segments.npy do not belong together; delete it to build it again"
+            )
         self.num_samples = self._row_ptr.size - 1
 
     def at(self, index: int) -> PackedSample:
@@ -236,7 +239,8 @@ class Plan(Samples):
         """The segments of sample `index` of the plan, SEGMENT [num_docs]."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of a plan with {self.num_samples} samples")
-        return np.array(self._segments[int(self._row_ptr[index]) : int(self._row_ptr[index + 1])])
+        first, end = self._row_ptr.values[index : index + 2].tolist()
+        return np.array(self._segments.values[first:end])
 
     def sample(self, index: int) -> PackedSample:
         """Sample `index` of the plan, in `range(num_samples)`."""

@@ -30,7 +30,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -146,8 +146,8 @@ def check_regular(mode: int, name: str) -> None:
     raise DataError(f"{name}: is a {kind}, not a file; write what it holds to a file, and name that")
 
 
-def _sync_directory(directory: Path) -> None:
-    # A rename is durable only when the directory is on disk.
+def sync_directory(directory: str | Path) -> None:
+    """Write the entries of a local directory to the disk: a rename in it is durable only then."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

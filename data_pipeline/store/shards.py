@@ -28,6 +28,7 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.store.cache import BlockCache
 from data_pipeline.store.files import atomic_write
+from data_pipeline.store.mapped import MappedFile
 from data_pipeline.store.remote import find_remote
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -243,7 +244,7 @@ class _ShardReaderBase:
 
 
 class ShardReader(_ShardReaderBase):
-    """Memory-maps one local shard.
+    """One local shard, memory-mapped.
 
     Raises:
         DataError: a file is missing, is not such a file, or the two do not belong together.
@@ -254,13 +255,12 @@ class ShardReader(_ShardReaderBase):
         super().__init__(idx_path, str(idx_path))
         if not bin_path.is_file():
             raise DataError(f"{bin_path}: is missing, although {idx_path.name} is there")
-        self._check_size(str(bin_path), str(idx_path), bin_path.stat().st_size)
-        self._tokens: np.ndarray = (
-            np.memmap(bin_path, dtype=self.dtype, mode="r") if self._num_tokens else np.zeros(0, dtype=self.dtype)
-        )
+        self._file = MappedFile.open(bin_path)
+        self._check_size(str(bin_path), str(idx_path), self._file.num_bytes)
+        self._slice(0, 0)  # a file that cannot be mapped is an error now
 
     def _slice(self, start: int, stop: int) -> np.ndarray:
-        return self._tokens[start:stop]
+        return self._file.content[start * self.dtype.itemsize : stop * self.dtype.itemsize].view(self.dtype)
 
 
 class RemoteShardReader(_ShardReaderBase):

@@ -32,7 +32,14 @@ def parse_line(line: bytes, text_key: str, location: str) -> str | None:
     """
     try:
         # Objects become tuples of (key, value): a dict would drop repeated keys.
-        items = json.loads(line.decode().rstrip(), object_pairs_hook=tuple)
+        decoded = line.decode().rstrip()
+        try:
+            items = json.loads(decoded, object_pairs_hook=tuple)
+        except ValueError as error:
+            if isinstance(error, json.JSONDecodeError):
+                raise
+            # Python refuses integers of more than 4300 digits. Numbers beside the text do not matter.
+            items = json.loads(decoded, object_pairs_hook=tuple, parse_int=len)
     except UnicodeDecodeError as error:
         column = f"byte {line[error.start]:#04x} in column {error.start + 1}"
         raise DataError(f"{location}: is not UTF-8 ({column})") from error

@@ -130,14 +130,19 @@ def open_prepared(directory: str | Path, tokenizer_fingerprint: str | None = Non
     if not tokenizer_path.is_file():
         raise DataError(f"{tokenizer_path}: is missing; delete {directory} to build it again")
     on_disk = sha256_of_file(tokenizer_path)
-    for name, described, found in (
-        (tokenizer_path, "the file", on_disk),
-        ("tokenizer", "the configured tokenizer", tokenizer_fingerprint),
+    for name, described, found, advice in (
+        (tokenizer_path, "the file", on_disk, f"restore it, or delete {directory} to build it again"),
+        (
+            "tokenizer",
+            "the configured tokenizer",
+            tokenizer_fingerprint,
+            "use that tokenizer, or prepare the corpus again",
+        ),
     ):
         if found is not None and found != recorded:
             raise DataError(
                 f"{name}: does not fit the shards in {directory}: they were made with tokenizer sha256 {recorded}, "
-                f"{described} has {found}; use that tokenizer, or prepare the corpus again"
+                f"{described} has {found}; {advice}"
             )
     prefixes: dict[str, list[Path]] = {}
     for split in SPLITS:

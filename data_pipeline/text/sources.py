@@ -313,7 +313,16 @@ def _find(path: str, field: str, config: DataConfig, split: str | None) -> list[
                 check_regular(os.stat(root).st_mode, setting.removesuffix(":"))
             base, paths, problem = root.rpartition("/")[0], [root], ""
         else:
-            paths = [item for item in system.glob(root) if system.isfile(item)]
+            matches = system.glob(root)
+            paths = [item for item in matches if system.isfile(item)]
+            if not paths:  # a pattern of directories, such as the `day=*.parquet` that Spark writes
+                inside = system.find if is_remote(path) else list_local_files
+                paths = [
+                    item
+                    for directory in matches
+                    for item in inside(directory)
+                    if _is_wanted(item[len(directory) :], _ENDINGS[config.source])
+                ]
             base = os.path.commonpath([item.rpartition("/")[0] for item in paths]) if paths else ""
             problem = "no such file or directory, and no file matches it as a glob"
         files = []

@@ -132,11 +132,18 @@ class Tokenizer:
         """`end_token` is `data.end_token`: the token that ends a document, where it is named."""
         if is_remote(str(path)):
             raise DataError(f"{path}: a tokenizer is read from a local file; copy it from there")
+        if os.path.isdir(path):
+            raise DataError(f"{path}: is a directory; {_file_inside(Path(path))}")
         try:
             check_regular(os.stat(path).st_mode, str(path))
             content = Path(path).read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot be used as a SentencePiece model or tokenizer.json ({error})") from error
+            advice = (
+                "; name a file of this machine: nothing is downloaded" if isinstance(error, FileNotFoundError) else ""
+            )
+            raise DataError(
+                f"{path}: cannot be used as a SentencePiece model or tokenizer.json ({error}){advice}"
+            ) from error
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self._path = path
         self.description = describe(path, end_token)
@@ -347,3 +354,11 @@ def _explain(error: str, vocab_size: int, num_characters: int) -> str:
     if vocab_size < _MIN_VOCAB:
         return f"vocab_size={vocab_size} must be at least {_MIN_VOCAB}: bytes, special tokens, newline and tab"
     return f"a tokenizer of vocab_size={vocab_size} cannot be trained on {num_characters} characters of text: {error}"
+
+
+def _file_inside(directory: Path) -> str:
+    """What to do about a directory that was given as a tokenizer."""
+    found = [directory / name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).is_file()]
+    if not found:
+        return "it holds neither tokenizer.json nor tokenizer.model: name the file of the tokenizer"
+    return f"name the file in it: {found[0]}"

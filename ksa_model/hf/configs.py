@@ -19,7 +19,7 @@ from ksa_model.layers.rope import attention_factor, rope_base
 MODELING_FILE, TOKENIZER_FILE = "modeling_ksa.py", "tokenization_ksa.py"
 _MAX_LAYERS = 4096
 _KSA_KEYS = ("layer_pattern", "chunk_size", "summary_tokens", "window_tokens", "independent_qkv",
-             "full_layers_update_summaries", "qk_norm")  # fmt: skip
+             "full_layers_update_summaries", "qk_norm", "rotate_far", "rotate_full_layers")  # fmt: skip
 # What must agree for a model to take the tensors of a checkpoint. The model may choose everything else.
 _SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "qk_norm",
           "norm_eps")  # fmt: skip
@@ -96,7 +96,7 @@ def _ksa(config: Mapping[str, Any]) -> dict[str, Any]:
     given["layer_pattern"] = fields.text("layer_pattern", None)
     for key in ("chunk_size", "summary_tokens", "window_tokens"):
         given[key] = fields.integer(key, None)
-    for key in ("independent_qkv", "full_layers_update_summaries", "qk_norm"):
+    for key in ("independent_qkv", "full_layers_update_summaries", "qk_norm", "rotate_far", "rotate_full_layers"):
         given[key] = fields.flag(key, None)
     window = config.get("window_chunks", 128)
     if isinstance(window, list):
@@ -132,7 +132,7 @@ def check_same_shape(source: CheckpointSpec, target: ModelConfig) -> None:
 def exported_config(
     config: ModelConfig, max_positions: int, eos_token: int | None, dtype: str, mix_coeff: float = 1.0
 ) -> dict[str, Any]:
-    """config.json of an export: `Qwen3ForCausalLM` if every layer is full attention, otherwise `ksa`."""
+    """config.json of an export: `Qwen3ForCausalLM` if that is the model, see `is_plain`, otherwise `ksa`."""
     check_exportable(config)
     assert config.vocab_size is not None
     rope = _rope_parameters(config)
@@ -192,7 +192,7 @@ def check_exportable(config: ModelConfig) -> None:
 
 def is_plain(config: ModelConfig) -> bool:
     """Whether transformers computes this model without `modeling_ksa.py`."""
-    return set(config.layer_pattern) == {"F"} and config.qk_norm
+    return set(config.layer_pattern) == {"F"} and config.qk_norm and config.rotate_full_layers
 
 
 def parse_pattern(value: Any, key: str, num_layers: int) -> list[int]:

@@ -35,8 +35,9 @@ class KsaConfig(PretrainedConfig):
     """Shape of the decoder.
 
     `layer_pattern` has one letter per layer (see above) and is repeated to `num_hidden_layers`. `window_chunks` (W) is
-    one number, or a list with one for each letter. `mix_coeff` is the weight of the summaries' own projections, below 1
-    in the middle of annealing; the rest is that of text's.
+    one number, or a list with one for each letter. `rotate_far`: RoPE on the summaries that text attends to, and on the
+    queries that read them (a summary's attention to its chunk always has it). `rotate_full_layers`: RoPE in `F` layers.
+    `mix_coeff`: weight of the summaries' own projections, below 1 in the middle of annealing; text's have the rest.
     """
 
     model_type = "ksa"
@@ -46,7 +47,8 @@ class KsaConfig(PretrainedConfig):
         num_key_value_heads=16, head_dim=128, rms_norm_eps=1e-6, rope_theta=10000.0, rope_parameters=None,
         max_position_embeddings=131072, layer_pattern="KKKF", chunk_size=8, summary_tokens=1, window_chunks=128,
         window_tokens=1024, independent_qkv=True, full_layers_update_summaries=True, qk_norm=True,
-        mix_coeff=1.0, initializer_range=0.02, use_cache=True, tie_word_embeddings=False, **kwargs,
+        initializer_range=0.02, use_cache=True, tie_word_embeddings=False, rotate_far=True, rotate_full_layers=True,
+        mix_coeff=1.0, **kwargs,
     ):  # fmt: skip
         self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
@@ -57,8 +59,8 @@ class KsaConfig(PretrainedConfig):
         self.layer_pattern, self.chunk_size, self.summary_tokens = layer_pattern, chunk_size, summary_tokens
         self.window_chunks, self.window_tokens = window_chunks, window_tokens
         self.independent_qkv, self.qk_norm, self.mix_coeff = independent_qkv, qk_norm, mix_coeff
-        self.full_layers_update_summaries = full_layers_update_summaries
-        self.use_cache = use_cache
+        self.full_layers_update_summaries, self.use_cache = full_layers_update_summaries, use_cache
+        self.rotate_far, self.rotate_full_layers = rotate_far, rotate_full_layers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
@@ -114,10 +116,8 @@ def _frequencies(config, device):
     d, rope = config.head_dim, config.rope_parameters or {}
     kind, base, factor = rope.get("rope_type", "default"), rope.get("rope_theta", config.rope_theta), rope.get("factor")
     plain = base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d)
-    if kind == "default":
-        return plain, 1.0
-    if kind == "linear":
-        return plain / factor, 1.0
+    if kind in ("default", "linear"):
+        return plain / (factor if kind == "linear" else 1), 1.0
     turns = rope["original_max_position_embeddings"] / (2 * math.pi)
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -195,6 +195,9 @@ class KsaAttention(nn.Module):
         updating = self.mixer == "K" or (self.mixer == "F" and config.full_layers_update_summaries)
         self.updates = index < last and updating  # this layer attends for summaries and applies its MLP to them
         self.projects = self.mixer == "K" or self.updates  # it computes their keys and values
+        self.far_unrotated = self.mixer == "K" and not config.rotate_far  # far attention has queries of its own
+        self.unrotated = self.mixer == "F" and not config.rotate_full_layers
+        self.scale = config.head_dim**-0.5 if self.far_unrotated else None  # of scores; None: by the features of q
         ring = (self.window + 1) * config.chunk_size
         self.ring = {"F": None, "S": config.window_tokens, "K": ring, "C": ring}[self.mixer]  # cached text rows
         h, d = config.hidden_size, config.head_dim
@@ -209,26 +212,38 @@ class KsaAttention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = KsaRMSNorm(d, config.rms_norm_eps), KsaRMSNorm(d, config.rms_norm_eps)
 
-    def heads(self, x, name, table=None):
-        """Projection `name` of x [B, n, h] -> [B, heads, n, d], normed and rotated if there is a RoPE `table`."""
+    def heads(self, x, name, *tables):
+        """Projection `name` of x [B, n, h] -> [B, heads, n, d], normed and rotated if there is a RoPE table; with two,
+        [B, heads, n, 2d], rotated by each."""
         base = name.removesuffix("_summary")  # used where summaries have no projection of their own
-        norm = getattr(self, f"{base[0]}_norm") if self.config.qk_norm and table is not None else nn.Identity()
-
-        def of(projection):
-            return norm(getattr(self, projection)(x).unflatten(-1, (-1, self.config.head_dim)))
-
-        rows = of(name if hasattr(self, name) else base)
-        if name != base and hasattr(self, name) and self.config.mix_coeff != 1:  # between norm and rotation
-            rows = torch.lerp(of(base), rows, self.config.mix_coeff)
-        return (rows if table is None else _rotate(rows, table)).transpose(1, 2)
+        norm = getattr(self, f"{base[0]}_norm") if self.config.qk_norm and tables else nn.Identity()
+        names = [name, base] if name != base and hasattr(self, name) and self.config.mix_coeff != 1 else [name]
+        weights = [getattr(self, n if hasattr(self, n) else base) for n in names]
+        x, *text = (norm(weight(x).unflatten(-1, (-1, self.config.head_dim))) for weight in weights)
+        x = torch.lerp(*text, x, self.config.mix_coeff) if text else x  # between norm and rotation
+        x, *second = [_rotate(x, table) for table in tables] or [x]
+        return (torch.cat([x, *second], dim=-1) if second else x).transpose(1, 2)
 
     def project(self, x, s, tables):
-        """x, s -> (q, k, v) of text; (k, v) of summaries or None; q of summaries or None."""
-        text = self.heads(x, "q_proj", tables[0]), self.heads(x, "k_proj", tables[0]), self.heads(x, "v_proj")
+        """x, s -> (q, k, v) of text; (k, v) of summaries for text, or None; their own (q, k, v), or None.
+
+        If far attention has no RoPE, a query of text is [rotated | unrotated], 2d features: the first half meets near
+        keys, the second far ones, which are unrotated. A summary's attention to its own chunk is rotated nonetheless.
+        """
+        text, summary, zero = tables[2:] * 3 if self.unrotated else tables
+        far = (zero,) if self.far_unrotated else ()
+        rows = self.heads(x, "q_proj", text, *far), self.heads(x, "k_proj", text), self.heads(x, "v_proj")
         if s is None or not self.projects:
-            return text, None, None
-        pair = self.heads(s, "k_proj_summary", tables[1]), self.heads(s, "v_proj_summary")
-        return text, pair, self.heads(s, "q_proj_summary", tables[1]) if self.updates else None
+            return rows, None, None
+        k, v = self.heads(s, "k_proj_summary", summary, *far), self.heads(s, "v_proj_summary")
+        k, k_far = k.chunk(2, dim=-1) if far else (k, k)
+        return rows, (k_far, v), (self.heads(s, "q_proj_summary", summary), k, v) if self.updates else None
+
+    def join(self, k, k_far):
+        """Near and far keys under one softmax: [..., keys, d], or [..., keys, 2d] for the two halves of queries."""
+        if self.far_unrotated:
+            k, k_far = F.pad(k, (0, k.shape[-1])), F.pad(k_far, (k.shape[-1], 0))
+        return torch.cat([k, k_far], dim=-2)
 
     def out(self, x):
         """[B, H, n, d] -> [B, n, h]"""
@@ -238,11 +253,11 @@ class KsaAttention(nn.Module):
 
     def prompt(self, x, s, tables, cache, lengths):
         """x [B, T, h], s [B, C*m, h] or None -> outputs of text, and of summaries or None. Fills `cache` if given."""
-        (q, k, v), pair, q_summary = self.project(x, s, tables)
+        (q, k, v), pair, own = self.project(x, s, tables)
         if cache is not None:
             self._fill(cache, k, v, pair, lengths)
         out = self.out(self._text_attention(q, k, v, pair))
-        return out, None if q_summary is None else self.out(self._summary_attention(q_summary, k, v, pair))
+        return out, None if own is None else self.out(self._summary_attention(k, v, own))
 
     def _text_attention(self, q, k, v, pair):
         """[B, H, T, d] in blocks of query rows; padding rows give values that no one reads."""
@@ -261,33 +276,26 @@ class KsaAttention(nn.Module):
                 visible &= row - key < self.config.window_tokens
             else:
                 visible &= key // size >= row // size - self.window
-            keys, values = [k[:, :, first:end]], [v[:, :, first:end]]
-            far = max(0, (end - 1) // size - self.window) * m if self.mixer == "K" else 0  # summaries to attend to
-            if far:
+            keys, values = (x[:, :, first:end].contiguous() for x in (k, v))
+            if self.mixer == "K":
+                far = max(0, (end - 1) // size - self.window) * m  # summaries to attend to
                 chunk = torch.arange(far, device=q.device)[None, :] // m
                 visible = torch.cat([visible, chunk < row // size - self.window], dim=1)
-                keys.append(pair[0][:, :, :far])
-                values.append(pair[1][:, :, :far])
-            keys, values = torch.cat(keys, 2), torch.cat(values, 2)
-            query = q[:, :, start:end]
-            outs.append(F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True))
+                keys, values = self.join(keys, pair[0][:, :, :far]), torch.cat([values, pair[1][:, :, :far]], dim=2)
+            rule = dict(attn_mask=visible, enable_gqa=True, scale=self.scale)
+            outs.append(F.scaled_dot_product_attention(q[:, :, start:end], keys, values, **rule))
         return torch.cat(outs, dim=2)
 
-    def _summary_attention(self, q, k, v, pair):
-        """Each summary attends to the text of its chunk and to the chunk's summaries up to itself: [B, H, C*m, d]."""
+    def _summary_attention(self, k, v, own):
+        """Attention of summaries, whose (q, k, v) are `own`, to text k, v of their chunk and to its summaries up to
+        themselves: [B, H, C*m, d]."""
         size, m = self.config.chunk_size, self.config.summary_tokens
-
-        def chunks(x, rows):
-            return x.unflatten(2, (-1, rows))  # [B, heads, chunks, rows, d]
-
-        keys = torch.cat([chunks(k, size), chunks(pair[0], m)], dim=3)
-        values = torch.cat([chunks(v, size), chunks(pair[1], m)], dim=3)
+        k, v = (x.unflatten(2, (-1, size)) for x in (k, v))  # [B, G, chunks, rows, d]
+        q, k_own, v_own = (x.unflatten(2, (-1, m)) for x in own)
         group = q.shape[1] // k.shape[1]
+        keys, values = (torch.cat(both, dim=3).repeat_interleave(group, 1) for both in ((k, k_own), (v, v_own)))
         visible = torch.ones(m, size + m, dtype=torch.bool, device=q.device).tril(size)
-        out = F.scaled_dot_product_attention(
-            chunks(q, m), keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), attn_mask=visible
-        )
-        return out.flatten(2, 3)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).flatten(2, 3)
 
     def _fill(self, cache, k, v, pair, lengths):
         """Store what later tokens can attend to: in a ring, slot i has the newest position p with p % ring == i."""
@@ -311,29 +319,30 @@ class KsaAttention(nn.Module):
         that token completed its chunk. The others write them to slots that are overwritten before they are visible.
         """
         size, m = self.config.chunk_size, self.config.summary_tokens
-        (q, k, v), pair, q_summary = self.project(x, s, tables)
+        (q, k, v), pair, own = self.project(x, s, tables)
         chunk, out_summary = (position - 1) // size, None
-        if q_summary is not None:  # now, because this token may overwrite a row of the chunk
+        if own is not None:  # now, because this token may overwrite a row of the chunk
             slots = chunk[:, None] * size + torch.arange(size, device=x.device)
             slots = slots if self.ring is None else slots % self.ring
             text = cache.text[self.index]
             index = slots.clamp(max=text.shape[3] - 1)[None, :, None, :, None]
             k_own, v_own = text.gather(3, index.expand(2, -1, text.shape[2], -1, text.shape[4]))
-            out_summary = self.out(self._summary_attention(q_summary, k_own, v_own, pair))
+            out_summary = self.out(self._summary_attention(k_own, v_own, own))
         if self.mixer == "K" and pair is not None:
             slots = chunk[:, None] * m + torch.arange(m, device=x.device)
             cache.summaries[self.index] = _write(cache.summaries[self.index], slots, *pair)
         slot = (position if self.ring is None else position % self.ring)[:, None]
         text = cache.text[self.index] = _write(cache.text[self.index], slot, k, v)
-        visible = self._visible(position[:, None], text.shape[3])
+        (keys, values), visible = text, self._visible(position[:, None], text.shape[3])
         if self.mixer == "K":
             summaries = cache.summaries[self.index]
             index = torch.arange(summaries.shape[3], device=x.device)[None, :]
             visible = torch.cat([visible, index // m < position[:, None] // size - self.window], dim=1)
-            text = torch.cat([text, summaries], dim=3)
+            keys, values = self.join(keys, summaries[0]), torch.cat([values, summaries[1]], dim=2)
         # Query heads that share a key/value head become rows of one GEMM, so that no key is copied.
         grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-        out = F.scaled_dot_product_attention(grouped, text[0], text[1], attn_mask=visible[:, None, None])
+        rule = dict(attn_mask=visible[:, None, None], scale=self.scale)
+        out = F.scaled_dot_product_attention(grouped, keys, values, **rule)
         return self.out(out.flatten(1, 2)[:, :, None]), out_summary
 
     def _visible(self, position, rows):
@@ -402,19 +411,14 @@ class KsaModel(KsaPreTrainedModel):
         """input_ids [B, columns] -> hidden states [B, columns, h]. Reads and fills `cache` if given."""
         if cache is None or cache.columns == 0:
             return self._prompt(input_ids, attention_mask, cache)
-        outs = [self._step(column, cache) for column in input_ids.unbind(1)]
-        return torch.cat(outs, dim=1)
-
-    def _summary_rows(self, batch, chunks):
-        """Summary embeddings, [batch, chunks*m, h]."""
-        return self.summary_embedding.weight.repeat(chunks, 1)[None].expand(batch, -1, -1)
+        return torch.cat([self._step(column, cache) for column in input_ids.unbind(1)], dim=1)
 
     def _tables(self, text, chunk):
-        """RoPE tables of text at positions `text` [..., n], and of the summaries of `chunk` [..., c]."""
+        """RoPE tables of text at positions `text` [..., n], of the summaries of `chunk` [..., c], and of position 0."""
         c = self.config
         ends = [max((a + 1) * c.chunk_size // c.summary_tokens - 1, 0) for a in range(c.summary_tokens)]
         summary = (chunk[..., None] * c.chunk_size + torch.tensor(ends, device=text.device)).flatten(-2)
-        return tuple(_rotary(positions, c) for positions in (text, summary))
+        return tuple(_rotary(positions, c) for positions in (text, summary, text.new_zeros(1)))
 
     def _prompt(self, input_ids, attention_mask, cache):
         """Whole prompts: shift each request to start at row 0, run the layers, shift the rows back."""
@@ -428,7 +432,7 @@ class KsaModel(KsaPreTrainedModel):
         tokens = input_ids.gather(1, (first[:, None] + row).clamp(max=columns - 1))
         x, s = self.embed_tokens(tokens * (row < lengths[:, None])), None
         if "K" in self.config.letters:
-            s = self._summary_rows(batch, rows // size)
+            s = self.summary_embedding.weight.repeat(rows // size, 1)[None].expand(batch, -1, -1)
         tables = self._tables(row[0], torch.arange(rows // size, device=device))
         for layer in self.layers:
             x, s = layer(x, s, lambda a, b, attend=layer.self_attn.prompt: attend(a, b, tables, cache, lengths))
@@ -442,7 +446,7 @@ class KsaModel(KsaPreTrainedModel):
         position, size = cache.lengths, self.config.chunk_size
         x, s = self.embed_tokens(tokens[:, None]), None
         if "K" in self.config.letters and bool((position % size == 0).any()):
-            s = self._summary_rows(len(tokens), 1)
+            s = self.summary_embedding.weight[None].expand(len(tokens), -1, -1)
         tables = self._tables(position[:, None], ((position - 1) // size)[:, None])
         for layer in self.layers:
             x, s = layer(x, s, lambda a, b, attend=layer.self_attn.step: attend(a, b, tables, cache, position))
@@ -492,7 +496,10 @@ class KsaForCausalLM(KsaPreTrainedModel, GenerationMixin):
         self, input_ids, past_key_values=None, cache=None, attention_mask=None, use_cache=True, **kwargs
     ):
         cache = past_key_values if cache is None else cache
-        cached = 0 if cache is None else cache.get_seq_length()
-        inputs = {"input_ids": input_ids[:, cached:], "attention_mask": attention_mask, "use_cache": use_cache}
+        inputs = {
+            "input_ids": input_ids[:, 0 if cache is None else cache.get_seq_length() :],
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+        }
         passed_on = {name: value for name, value in kwargs.items() if name == "logits_to_keep"}
         return {**inputs, CACHE: cache, **passed_on}

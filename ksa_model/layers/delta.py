@@ -40,6 +40,7 @@ from ksa_model.layout.sequence import SequenceLayout
 from ksa_model.memory import SavedOutput
 from ksa_model.ops.backend import Backend
 from ksa_model.ops.linear import Norm
+from ksa_model.ops.optional import import_if_installed
 
 PACKAGE = "fla.ops.gated_delta_rule"
 NEEDS = "pip install 'ksa-train[delta]'"
@@ -326,10 +327,7 @@ def _packaged(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _package():
-    try:
-        return importlib.import_module(PACKAGE)
-    except ImportError:
-        return None
+    return import_if_installed(PACKAGE, PACKAGE.partition(".")[0])
 
 
 def _triton_version() -> str:

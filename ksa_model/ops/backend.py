@@ -6,7 +6,6 @@ Legend: n rows, H query heads, d head dimension.
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 from types import ModuleType
 
@@ -15,6 +14,7 @@ import torch
 from ksa_model.config import CPU_LOSS_ROWS, FUSED_LOSS_ROWS, LOSS_ROWS, ModelConfigError
 from ksa_model.ops import fp8, pooling, rows, rows_cpu
 from ksa_model.ops.attention import blocked, cpu, reference
+from ksa_model.ops.optional import import_if_installed
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Without gradients, GEMMs of up to this many rows use the gemv and skinny GEMM kernels. cuBLAS is as fast beyond, and
@@ -57,7 +57,7 @@ class Backend:
         """Attention over parts: `attend`, `Gradient` and `summary_attention` of `ksa_model.ops.attention.blocked`,
         `cpu` or `cuda`; or the dense `reference`, which has whole mixers instead of parts.
 
-        Raises `ModelConfigError` where `model.attention_backend=fused` is not supported.
+        Raises `ModelConfigError` where `model.attention_backend=fused` is not supported, or Triton is broken.
         """
         wanted = self.attention_backend
         if wanted == "reference":
@@ -66,12 +66,11 @@ class Backend:
             return cpu
         if wanted == "blocked" or (wanted == "auto" and self.device.type != "cuda"):
             return blocked
-        try:
-            from ksa_model.ops.attention import cuda  # needs Triton, which CPU builds of torch do not include
-        except ImportError as error:
+        cuda = import_if_installed("ksa_model.ops.attention.cuda", "triton")
+        if cuda is None:  # CPU builds of torch do not include it
             if wanted == "auto":
-                return _slower_path(f"Triton is missing ({error})")
-            raise ModelConfigError(f"model.attention_backend=fused needs Triton: {error}") from None
+                return _slower_path("Triton is missing")
+            raise ModelConfigError("model.attention_backend=fused needs Triton, which is not installed")
         if cuda.supports(self.device, self.dtype, self.head_dim):
             return cuda
         needs = "a CUDA device of compute capability 8.0 or newer, bf16 or fp16, and head_dim at most 256 in steps of 8"
@@ -143,12 +142,7 @@ class Backend:
 
     def _triton(self, module: str) -> ModuleType | None:
         """A module of Triton kernels, by its full name; None on other devices or where torch came without Triton."""
-        if self.device.type != "cuda":
-            return None
-        try:
-            return importlib.import_module(module)
-        except ImportError:
-            return None
+        return import_if_installed(module, "triton") if self.device.type == "cuda" else None
 
 
 @functools.cache

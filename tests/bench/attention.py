@@ -25,6 +25,7 @@ import torch
 
 from ksa_model.layout.sequence import build_layout
 from ksa_model.ops.attention import blocked, cuda, joint
+from tests.bench import workload
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = (8_192, 32_768, 131_072, 1_048_576)
@@ -360,4 +361,4 @@ def draw(rows: list[dict], path: Path, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(dict(argument.split("=", 1) for argument in sys.argv[1:]))
+    main(workload.arguments(sys.argv[1:], "sizes", "out"))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import DataConfig, build_plan, open_data
+from data_pipeline import DataConfig, build_plan, commands, open_data
 from data_pipeline.packing.order import derive_key, permute
 from data_pipeline.packing.plan import pack
 from data_pipeline.store.shards import ShardWriter
@@ -239,6 +239,8 @@ PARTS = {"packing": packing, "prepare": prepare_rate, "memory": memory, "sample"
 
 
 def main() -> None:
+    if unknown := [name for name in sys.argv[1:] if name not in PARTS]:
+        sys.exit(commands.fail(f"{unknown[0]!r} is not a part; the parts are {', '.join(PARTS)}"))
     for name in sys.argv[1:] or PARTS:
         began = os.getloadavg()[0]
         entry = PARTS[name]()

@@ -26,6 +26,7 @@ from ksa_model.config import ModelConfig
 from ksa_model.decoding.cache import DecodingCache
 from ksa_model.layers.tensor_parallel import TensorParallel
 from ksa_model.model import Decoder
+from tests.bench import workload
 from train.distributed import groups
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -232,5 +233,5 @@ def draw(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    given = workload.arguments(sys.argv[1:], "size", "out")
     main(given.get("size", "4b"), Path(given.get("out", ROOT / "docs/results")))

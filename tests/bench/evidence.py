@@ -57,11 +57,8 @@ FIGURES = {
 
 
 def main() -> None:
-    given = {key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:])}
+    given = workload.arguments(sys.argv[1:], *DEFAULTS)
     options = DEFAULTS | {key: value if key == "overrides" else yaml.safe_load(value) for key, value in given.items()}
-    unknown = options.keys() - DEFAULTS.keys()
-    if unknown:
-        raise SystemExit(f"error: {', '.join(sorted(unknown))}: the keys are {', '.join(DEFAULTS)}")
     names = NAMES if options["only"] is None else _list(options["only"])
     seeds, phases = _list(options["seeds"]), _list(options["phases"])
     if "train" in phases:

@@ -56,9 +56,7 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def main() -> None:
-    given = {key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:])}
-    if unknown := given.keys() - DEFAULTS.keys():
-        raise SystemExit(f"error: {', '.join(sorted(unknown))}: the keys are {', '.join(DEFAULTS)}")
+    given = workload.arguments(sys.argv[1:], *DEFAULTS)
     options = DEFAULTS | {key: value if key == "overrides" else yaml.safe_load(value) for key, value in given.items()}
     names = NAMES if options["only"] is None else str(options["only"]).split(",")
     seeds, phases = str(options["seeds"]).strip("[]").replace(" ", "").split(","), options["phases"].split(",")
@@ -155,7 +153,10 @@ def merge(options: dict[str, Any], decoding: dict[str, Any] | None = None) -> Mo
     for directory in sorted((root / "speed").glob("*")):
         rates = [r["tokens_per_second"] for r in read_records(directory / METRICS) if "loss" in r]
         if len(rates) > 2 and directory.name in found["models"]:
-            found["models"][directory.name]["alone"] = facts | {"tokens_per_second": statistics.median(rates[1:])}
+            timed = facts | {"tokens_per_second": statistics.median(rates[1:])}
+            alone = found["models"][directory.name].setdefault("alone", [])
+            if timed["tokens_per_second"] not in [earlier["tokens_per_second"] for earlier in alone]:
+                alone.append(timed)  # of each call: hosts differ
     for name, times in (decoding or {}).items():
         found["models"].setdefault(name, {"seeds": {}})["decode"] = facts | times
     with atomic_write(path) as file:

@@ -11,7 +11,7 @@ from tests.bench.evidence import _spread
 TASKS = ("needle", "multikey", "joint", "chain")
 THRESHOLDS = (0.5, 0.9)
 CACHE_LENGTHS = ("8192", "32768", "131072")
-Models = dict[str, Any]  # name -> {"seeds": {seed: run}, "alone": {"tokens_per_second": ...}, "decode": {...}}
+Models = dict[str, Any]  # name -> {"seeds": {seed: run}, "alone": [{"tokens_per_second": ...}], "decode": {...}}
 
 # Panels of the picture of recall against length: pairs of models that differ in RoPE alone, [everywhere, local].
 LENGTH_PANELS = {
@@ -146,7 +146,7 @@ def _draw_curve(axes: Any, model: dict[str, Any], task: str, length: str, name: 
         return
     tokens = [statistics.mean(tokens for tokens, _ in point) for point in points]
     values = [[scores[task][length] for _, scores in point] for point in points]
-    rate = model.get("alone", {}).get("tokens_per_second")
+    rate = statistics.mean(_speeds(model)) if _speeds(model) else None
     for axis, x in ((axes[0], [t / 1e6 for t in tokens]), (axes[1], [t / rate for t in tokens] if rate else None)):
         if x is not None:
             axis.plot(x, [statistics.mean(v) for v in values], color=colour, label=name)
@@ -170,20 +170,20 @@ def _draw_frontier(axis: Any, models: Models, length: str, colours: dict[str, An
 
 
 def markdown(models: Models) -> str:
-    """Final recall by length; with YaRN; and training tokens until each task stays at a threshold."""
+    """Final recall by length; with YaRN; by task; and training tokens until each task stays at a threshold."""
     lengths = [str(n) for n in next(iter(next(iter(models.values()))["seeds"].values()))["evaluation"]["lengths"]]
     head = ["model", "seeds", *(f"{int(n):,}" for n in lengths), "cache at 8,192, MiB", "at 131,072", "tokens/s alone"]
     rows, scaled = [head], [["model, YaRN factor", *(f"{int(n):,}" for n in lengths)]]
     for name, model in sorted(models.items()):
         runs = list(model["seeds"].values())
-        rate, cache = model.get("alone", {}).get("tokens_per_second"), runs[0]["evaluation"]["cache_bytes"]
+        cache = runs[0]["evaluation"]["cache_bytes"]
         recall = [_spread([final_recall(run["evaluation"], n) for run in runs], 2) for n in lengths]
         sizes = [f"{cache[n] / 2**20:.1f}" if n in cache else "" for n in ("8192", "131072")]
-        rows.append([name, str(len(runs)), *recall, *sizes, f"{rate:,.0f}" if rate else ""])
+        rows.append([name, str(len(runs)), *recall, *sizes, ", ".join(f"{rate:,.0f}" for rate in _speeds(model))])
         for run in runs:
             for factor, by_length in run.get("yarn", {}).items():
                 scaled.append([f"{name}, {factor}", *(f"{by_length[n]:.2f}" for n in lengths)])
-    parts = [_table(rows)] + ([_table(scaled)] if len(scaled) > 1 else [])
+    parts = [_table(rows)] + ([_table(scaled)] if len(scaled) > 1 else []) + [_table(_by_task(models))]
     for task in TASKS:
         rows = [["model", *(f"{t} at {int(n):,}" for n in curve_lengths(models) for t in THRESHOLDS)]]
         for name, model in sorted(models.items()):
@@ -196,6 +196,21 @@ def markdown(models: Models) -> str:
             f"Training tokens (millions) until `{task}` stays at a threshold, by seed; `-`: never.\n\n{_table(rows)}"
         )
     return "\n\n".join(parts)
+
+
+def _by_task(models: Models) -> list[list[str]]:
+    """Recall of each task at the longest training length and 16 times that: rows of a table."""
+    at = [(task, length) for length in (CACHE_LENGTHS[0], CACHE_LENGTHS[-1]) for task in TASKS]
+    rows = [["model", *(f"{task} at {int(length):,}" for task, length in at)]]
+    for name, model in sorted(models.items()):
+        tasks = [run["evaluation"]["tasks"] for run in model["seeds"].values()]
+        rows.append([name, *(_spread([by[task][n]["token_accuracy"] for by in tasks], 2) for task, n in at)])
+    return rows
+
+
+def _speeds(model: dict[str, Any]) -> list[float]:
+    """Tokens/s of training alone on a GPU, one number for each call that measured it."""
+    return [timed["tokens_per_second"] for timed in model.get("alone", [])]
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -35,7 +35,7 @@ PRESETS = {
 
 
 def main(arguments: list[str]) -> None:
-    given = dict(argument.split("=", 1) for argument in arguments)
+    given = dict(argument.partition("=")[::2] for argument in arguments)
     out, size = Path(given.pop("out", workload.ROOT / "docs/results")), given.pop("size", "full")
     steps, gpus, seconds = (int(given.pop(key, value)) for key, value in (("steps", 2), ("gpus", 2), ("seconds", 600)))
     overrides = [
@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> None:
         "checkpoint.every_steps=null", "logging.progress=false", "logging.wandb=off",
         *(f"{key}={value}" for key, value in given.items()),
     ]  # fmt: skip
+    workload.configured(overrides)  # refuses a key that does not exist
     seed, real_tokens = fullest_order(overrides, steps)
     print(f"data.seed={seed}: real tokens of the first samples {real_tokens}", flush=True)
     with tempfile.TemporaryDirectory() as root:

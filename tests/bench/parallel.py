@@ -115,6 +115,6 @@ if __name__ == "__main__":
             if ranks == int(sys.argv[1]) and not name.startswith(left_out):
                 workload.result(run_layout(name, sys.argv[2]) | {"layout": name})
     else:
-        given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+        given = workload.arguments(sys.argv[1:], "size", "out", "without")
         out = Path(given.get("out", ROOT / "docs/results"))
         main(given.get("size", "full"), out, given.get("without", ""))

@@ -215,7 +215,7 @@ if __name__ == "__main__":
                 for row in run(ranks, kinds, ParallelConfig(**settings(ranks)), size, int(sys.argv[3])):
                     workload.result(row)
     else:
-        given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+        given = workload.arguments(sys.argv[1:], "size", "layers", "kinds", "out")
         size = given.get("size", "full")
         main(
             size,

@@ -321,4 +321,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 5 and sys.argv[1].isdigit():
         workload.result(run(*sys.argv[2:]))
     else:
-        main(dict(argument.split("=", 1) for argument in sys.argv[1:]))
+        main(workload.arguments(sys.argv[1:], "size", "cases", "out"))

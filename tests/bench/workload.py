@@ -14,18 +14,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 import numpy as np
 import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline import IGNORE_INDEX, PackedSample
+from data_pipeline import IGNORE_INDEX, PackedSample, commands
 from data_pipeline.packing.samples import join
 from train import build, trainer
+from train.__main__ import check_keys, one_line
 from train.batches import Batch, batch_maker
 from train.config.compose import compose
-from train.config.conversion import from_mapping
-from train.config.schema import TrainConfig
+from train.config.conversion import from_mapping, key_values
+from train.config.errors import ConfigError
+from train.config.schema import USER_ERRORS, TrainConfig
 from train.distributed import groups
 from train.distributed.consensus import RankConsensus
 from train.distributed.groups import World
@@ -34,9 +39,26 @@ from train.logs.step_sums import StepSums
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def arguments(words: Sequence[str], *keys: str) -> dict[str, str]:
+    """The words KEY=VALUE of a benchmark. Ends it with one line and exit code 2 where a key is not one of `keys`."""
+    try:
+        return dict(key_values(words, keys, ConfigError))
+    except ConfigError as error:
+        refuse(error)
+
+
 def configured(overrides: Sequence[str]) -> TrainConfig:
-    """The configuration of `python -m train OVERRIDES`."""
-    return from_mapping(TrainConfig, compose(overrides))
+    """The configuration of `python -m train OVERRIDES`. Ends the benchmark with one line where there is none."""
+    try:
+        check_keys(list(overrides))
+        return from_mapping(TrainConfig, compose(overrides))
+    except (*USER_ERRORS, HydraException, OmegaConfBaseException) as error:
+        refuse(error)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Print one line and exit with code 2."""
+    sys.exit(commands.fail(one_line(error)))
 
 
 def sample(seq_len: int, vocab_size: int, index: int, cuts: list[int]) -> PackedSample:

@@ -1,4 +1,4 @@
-"""An S3-compatible server on loopback that can be told to fail: 500s, and connections dropped in mid-answer."""
+"""An S3-compatible server on loopback that can be told to fail: 500s, connections dropped in mid-answer, death."""
 
 import random
 import socket
@@ -10,10 +10,15 @@ from werkzeug.serving import make_server
 
 
 class FlakyS3:
-    """Serves until `stop()`. Of the requests that read something, one in `fail_every` fails (0: none, 1: all)."""
+    """Serves until `stop()`. Of the requests that read something, one in `fail_every` fails (0: none, 1: all).
+
+    After `reads_left` more of them (None: never) the server is dead: it drops every connection, the first one in
+    mid-answer.
+    """
 
     def __init__(self):
         self.fail_every = 0
+        self.reads_left: int | None = None
         self.num_reads = self.num_failures = 0
         self._lock, self._random = threading.Lock(), random.Random(0)
         self._app = DomainDispatcherApplication(create_backend_app)
@@ -29,6 +34,15 @@ class FlakyS3:
     def _answer(self, environ, start_response):
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             return self._app(environ, start_response)
+        if self.reads_left is not None:
+            with self._lock:
+                self.reads_left -= 1
+                left = self.reads_left
+            if left == -1:
+                return self._half_of(b"".join(self._app(environ, start_response)), environ["werkzeug.socket"])
+            if left < 0:
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+                raise ConnectionAbortedError("dropped on purpose")
         with self._lock:
             self.num_reads += 1
             fails = self.fail_every and (not self.num_failures or self._random.random() < 1 / self.fail_every)

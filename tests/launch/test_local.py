@@ -26,6 +26,8 @@ from tests.launch.conftest import (
     undisturbed,
     wait_for,
 )
+from train.distributed import environment
+from train.distributed.environment import LAUNCH_COMMAND
 
 
 def agents_of(launcher: int) -> list[int]:
@@ -155,3 +157,18 @@ def test_an_ignored_signal_stays_ignored():
             assert stop.count == 1
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_ranks_know_the_command_that_started_them():
+    """It is printed at the end of a run, so what may be secret is left out."""
+    words = [
+        "target=local",
+        "ranks_per_node=2",
+        "launch.env.TOKEN=abc def",
+        "launch.python=/a b/python",
+        "--",
+        "run.steps=5",
+    ]
+    given = local.child_environment(parse(words))[LAUNCH_COMMAND]
+    assert given == "python -m launch target=local ranks_per_node=2 launch.env.TOKEN=... 'launch.python=/a b/python' --"
+    assert environment.command_of_run({LAUNCH_COMMAND: given})[-2:] == ["launch.python=/a b/python", "--"]

@@ -89,3 +89,26 @@ def test_a_quoted_entry_of_a_list_may_contain_a_comma(text, expected):
         "10",
         "true",
     )  # strings, whatever they look like
+
+
+def test_text_in_yaml_is_taken_as_it_is_spelled(tmp_path, monkeypatch):
+    """YAML 1.1 reads 12:00:00 as 43200, 007 as 7, on as true; who follows "write it in quotes" would get minutes."""
+    (tmp_path / "launch").mkdir()
+    for path in (CONFIGS / "launch").glob("*.yaml"):
+        (tmp_path / "launch" / path.name).write_text(path.read_text())
+    slurm = tmp_path / "launch" / "slurm.yaml"
+    lines = [
+        line for line in slurm.read_text().splitlines() if not line.startswith(("time:", "account:", "partition:"))
+    ]
+    lines += ["time: 12:00:00", "account: 007", "partition: on"]
+    at = lines.index(next(line for line in lines if line.startswith("env:")))
+    lines[at + 1 : at + 1] = ["  ANSWER: 1_0", "  EMPTY: null", "  ON: yes"]
+    slurm.write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr("launch.settings.CONFIGS", tmp_path)
+    with pytest.raises(LaunchError, match=r"launch.env.EMPTY=None must be a string"):
+        parse(["target=slurm", "nodes=1", "--", "a=b"])
+    slurm.write_text(slurm.read_text().replace("  EMPTY: null\n", ""))
+    settings = parse(["target=slurm", "nodes=1", "--", "a=b"]).settings
+    assert (settings.time, settings.account, settings.partition) == ("12:00:00", "007", "on")
+    assert (settings.env["ANSWER"], settings.env["ON"]) == ("1_0", "yes")
+    assert settings.qos is None and settings.sbatch_args == ()

@@ -16,12 +16,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline import DataConfig
 from tests import commands
 from tests.train.runs import BASE, losses
 from train.__main__ import main
+from train.config.conversion import from_mapping
 from train.config.errors import ConfigError
 from train.config.quoting import quoted
-from train.distributed.signals import BAD_INPUT, DIVERGED, NOT_SAVED, REQUEUE
+from train.config.schema import TrainConfig
+from train.distributed.signals import BAD_INPUT, DIVERGED, FAILED, NOT_SAVED, REQUEUE
 from train.logs.metrics import SUPERSEDED, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -107,6 +110,7 @@ def refused(monkeypatch, capsys, *arguments):
             """run.name=20240601 must be a string; as text it is written with two pairs of quotes""",
         ),
         (["resume=true"], """'resume="true"'"""),
+        (["run.name=1E2"], """as text it is written with two pairs of quotes: 'run.name="1E2"'"""),
         (["data.path=${oc.env:NO_SUCH_VARIABLE}"], "data.path: KeyError raised while resolving interpolation"),
         (["run.name=${no_such_key}"], "run.name: Interpolation key 'no_such_key' not found; set it"),
         (["run.name=${run.name}"], "run.name: Recursive interpolation detected"),
@@ -295,6 +299,88 @@ def test_a_last_save_that_fails_is_one_line_and_an_exit_code(corpus, tmp_path):
     assert "Traceback" not in err and len(read_records(tmp_path / "default" / "metrics.jsonl")) >= 2
 
 
+def test_data_that_a_run_loses_while_it_trains_are_no_bad_input(corpus, tmp_path):
+    """A launcher starts it again: the store may be back. Where nothing has been trained, the input is bad."""
+    from data_pipeline import DataConfig, open_data
+
+    data = open_data(DataConfig(source="jsonl", path=str(corpus), vocab_size=400, cache_dir=str(tmp_path / "cache")))
+    lines, torn = corpus.read_text(encoding="utf-8").splitlines()[:20], tmp_path / "torn.jsonl"
+    torn.write_text("\n".join([*lines, '{"text": ']))
+    stream = dict(data__stream="true", data__validation_fraction=0.0, data__tokenizer=data.tokenizer_path)
+    stream |= dict(data__slab_mb=0.01, run__steps=1000, checkpoint__every_steps=2)
+    arguments = small_overrides(torn, tmp_path, **stream)
+    code, _, err = commands.run("train", *arguments)
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == FAILED and "Traceback" not in err, err
+    assert error.startswith("error: rank 0: ") and "torn.jsonl:21: " in error and "from the newest checkpoint" in error
+    code, _, err = commands.run("train", *arguments)  # it has read the data before
+    assert code == FAILED and "resumed from" in err and "torn.jsonl:21: " in err
+    torn.write_text('{"text": ')
+    code, _, err = commands.run("train", *arguments, "run.name=new")
+    assert code == BAD_INPUT and "torn.jsonl:1: " in err, err
+
+
+def test_a_later_stage_that_cannot_start_is_no_bad_input_of_the_chain(corpus, tmp_path):
+    stages = "[{name: a, run.steps: 2}, {name: b, run.steps: 2, data.path: /no/such/corpus}]"
+    arguments = [*small_overrides(corpus, tmp_path), f"stages={stages}"]
+    code, _, err = commands.run("train", *arguments)
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == FAILED and "stage 2 of 2 (default/1-b) cannot start: data.path=/no/such/corpus" in error
+    code, _, err = commands.run("train", *arguments)  # nothing has been trained by this call
+    assert code == BAD_INPUT and "data.path=/no/such/corpus" in err
+
+
+def test_a_second_run_in_a_directory_without_checkpoints_is_refused_at_its_start(corpus, tmp_path):
+    shared = dict(run__steps=100_000, checkpoint__every_steps=100_000, checkpoint__dir=tmp_path / "disk")
+    first = commands.Command("train", *small_overrides(corpus, tmp_path / "a", **shared))
+    metrics = tmp_path / "a/default/metrics.jsonl"
+    while first.is_running and not (metrics.is_file() and metrics.read_bytes()):
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "b", **shared), "run.stop_at_step=1")
+    assert code == BAD_INPUT and f"belongs to the run in {tmp_path}/a/default" in err, err
+    assert not (tmp_path / "b/default").exists()
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "a", **shared), "run.stop_at_step=2")
+    assert code == 0 and "afresh" in err, err
+
+
+def test_data_that_vanish_in_training_end_the_run_with_the_code_of_another_try(corpus, tmp_path):
+    """The configuration was accepted, so a launcher starts the run again; with `BAD_INPUT` it would not."""
+    (tmp_path / "corpus").mkdir()
+    shutil.copy(corpus, tmp_path / "corpus")
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path, run__steps=1, run__name="first"))
+    assert code == 0, err
+    streamed = dict(
+        data__path=tmp_path / "corpus", data__stream="true", data__slab_mb=0.005, data__validation_fraction=0,
+        data__tokenizer=tmp_path / "first" / "tokenizer.model", data__cache_dir=tmp_path / "slabs", run__steps=500,
+    )  # fmt: skip
+    metrics = tmp_path / "default" / "metrics.jsonl"
+    command = commands.Command("train", *small_overrides(corpus, tmp_path, **streamed))
+    while command.is_running and not (metrics.is_file() and metrics.read_bytes()):
+        time.sleep(0.01)
+    (tmp_path / "corpus").rename(tmp_path / "elsewhere")
+    code, err = command.wait(), command.stderr
+    assert code == FAILED, err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "from the newest checkpoint" in error and str(tmp_path / "corpus") in error and "Traceback" not in err
+
+
+def test_a_second_start_of_a_run_is_refused(corpus, tmp_path):
+    arguments = small_overrides(corpus, tmp_path, run__steps=10_000)
+    first = commands.Command("train", *arguments)
+    while first.is_running and not (tmp_path / "default" / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    code, _, err = commands.run("train", *arguments)
+    assert code == BAD_INPUT and err.count("\n") == 1 and "default is in use: process " in err, err
+    # Another run directory, the same place for checkpoints.
+    elsewhere = dict(run__steps=10_000, checkpoint__dir=tmp_path)
+    code, _, err = commands.run("train", *small_overrides(corpus, tmp_path / "b", **elsewhere))
+    assert code == BAD_INPUT and f"checkpoint.dir={tmp_path}: {tmp_path / 'default'} is in use" in err, err
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() == REQUEUE
+
+
 def test_checkpoints_that_are_not_mounted_stop_a_run_and_cost_no_history(corpus, tmp_path):
     arguments = small_overrides(corpus, tmp_path, run__steps=4, checkpoint__dir=tmp_path / "disk")
     code, _, err = commands.run("train", *arguments, "run.stop_at_step=3")
@@ -376,6 +462,18 @@ def test_a_signal_saves_and_asks_to_be_requeued(corpus, tmp_path, undisturbed):
     assert losses(read_records(metrics)) == losses(read_records(undisturbed[1] / "metrics.jsonl"))
 
 
+def test_ctrl_c_while_it_trains_is_one_line(corpus, tmp_path):
+    changes = dict(run__steps=100_000, checkpoint__every_steps=1)
+    command = commands.Command("train", *small_overrides(corpus, tmp_path, **changes))
+    metrics = tmp_path / "default/metrics.jsonl"
+    while command.is_running and len(read_records(metrics)) < 3:
+        time.sleep(0.01)
+    command.send_signal(signal.SIGINT)
+    assert command.wait() == 128 + signal.SIGINT
+    assert "Traceback" not in command.stderr
+    assert command.stderr.rstrip().endswith("stopped by SIGINT; the same command goes on from the newest checkpoint")
+
+
 def test_time_limit_does_the_same(corpus, tmp_path):
     code, _, err = commands.run("train", *small_overrides(corpus, tmp_path, run__steps=100000, run__max_minutes=0.01))
     assert code == REQUEUE and "asked to stop (run.max_minutes)" in err
@@ -418,6 +516,8 @@ def test_torchrun(corpus, tmp_path, undisturbed):
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert out.count("Step 5 of 5") == 1
+    options = "--nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0"
+    assert f"train for more steps     torchrun {options} -m train " in out
     # The schedule depends on the number of steps, so compare the first, before any update.
     mine, want = (read_records(d / "metrics.jsonl")[0]["loss"] for d in (tmp_path / "default", undisturbed[1]))
     assert mine == pytest.approx(want, rel=1e-6)
@@ -452,16 +552,6 @@ def test_a_signal_during_preparation_is_answered(corpus, tmp_path):
     assert "asked to stop (SIGTERM) before the first step: nothing to save; start again" in command.stderr
 
 
-def test_closing_words_of_a_run_that_is_longer_than_asked(corpus, tmp_path):
-    from tests.train.runs import make_config
-    from train.__main__ import closing_words
-    from train.trainer import RunResult
-
-    result = RunResult(tmp_path / "default", 20, 100, None, 1.0, False)
-    words = closing_words(make_config(corpus, tmp_path, run__steps=10), result, [])
-    assert "The run is at step 20, beyond run.steps=10" in words and "of 10" not in words and "run.steps=40" in words
-
-
 def test_a_schedule_that_does_not_fit_is_said(corpus, tmp_path):
     code, _, err = commands.run(
         "train", *small_overrides(corpus, tmp_path, optim__warmup_steps=20, optim__decay_steps=80)
@@ -471,6 +561,58 @@ def test_a_schedule_that_does_not_fit_is_said(corpus, tmp_path):
     assert "warms up and decays over 1 and 4 steps" in err
     rates = [r["lr"] for r in read_records(tmp_path / "default/metrics.jsonl") if "lr" in r]
     assert rates == pytest.approx([0.01, 0.00775, 0.0055, 0.00325, 0.001])
+
+
+@pytest.mark.parametrize(
+    "word, advice",
+    [
+        ("run.root=~/runs", """as text it is written 'run.root="~/runs"'"""),
+        ("data.path=a(b", """as text it is written 'data.path="a(b"'"""),
+        ('data.path=it"s', """as text it is written 'data.path='"'"'it"s'"'"''"""),
+        ("data.path=a,b.jsonl", """as one text it is written 'data.path="a,b.jsonl"'; to run each of them, add -m"""),
+        ("data.path=\udcc3\udca9", "no text in the encoding of this locale; set LC_ALL=C.UTF-8"),
+        ("optim.betas=[0.9,0.95", "optim.betas=[0.9,0.95 cannot be read"),
+    ],
+)
+def test_a_value_that_the_grammar_does_not_take_is_quoted_for_the_user(monkeypatch, capsys, word, advice):
+    said = refused(monkeypatch, capsys, word)
+    assert advice in said and "Exception" not in said
+
+
+def test_points_of_a_multirun_with_one_name_are_refused(monkeypatch, capsys, corpus, tmp_path):
+    """The second would go on in the directory of the first."""
+    words = small_overrides(corpus, tmp_path, data__text_key="a/b,a_b", run__steps=2)
+    said = refused(monkeypatch, capsys, "-m", *words)
+    assert "data.text_key=a/b and data.text_key=a_b would both be run data.text_key=a_b" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_directory_is_meant_by_a_tilde(monkeypatch, corpus, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"run": {"root": "~/runs"}, "checkpoint": {"dir": "~/saved"}, "resume": "~/one", "init_from": "hf:~/two"}
+    data = {name: f"~/{name}" for name in ("path", "validation_path", "tokenizer", "cache_dir")}
+    values |= {"data": {"source": "jsonl", **data}, "seq_len": 64, "model": BASE["model"]}
+    config = from_mapping(TrainConfig, values)
+    assert config.run.directory == tmp_path / "runs" / "default"
+    assert (config.checkpoint.dir, config.resume) == (f"{tmp_path}/saved", f"{tmp_path}/one")
+    assert config.init_from == f"hf:{tmp_path}/two"
+    assert {name: getattr(config.data, name) for name in data} == {name: f"{tmp_path}/{name}" for name in data}
+    corpora = [{"name": "a", "source": "jsonl", "path": "~/a", "validation_path": "~/b"}]
+    mixture = from_mapping(DataConfig, {"source": "mixture", "tokenizer": "t", "corpora": corpora})
+    assert (mixture.corpora[0].path, mixture.corpora[0].validation_path) == (f"{tmp_path}/a", f"{tmp_path}/b")
+
+
+def test_a_reader_of_the_output_that_leaves_ends_no_run(corpus, tmp_path):
+    """`python -m train ... | head -1`"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = small_overrides(corpus, tmp_path, run__steps=2, logging__wandb="off")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *arguments], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in err, err
 
 
 def test_all_points_of_a_multirun_are_checked_before_the_first(corpus, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,15 @@ metric_list:
 
 
 @pytest.mark.slow
+def test_letters_that_the_output_lacks_and_a_reader_that_leaves(sources):
+    words = [sys.executable, "-m", "train.generate", str(sources[0]), "prompt=\u00e9t\u00e9", "max_tokens=2"]
+    kept = {"cwd": ROOT, "capture_output": True, "timeout": 100}
+    done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "ascii"}, **kept)
+    assert done.returncode == 0 and done.stdout.startswith(rb"\xe9t\xe9"), done.stderr
+    piped = subprocess.run(["bash", "-o", "pipefail", "-c", '"$@" | true', "-", *words], **kept)
+    assert (piped.returncode, b"Traceback" in piped.stderr) == (128 + signal.SIGPIPE, False), piped.stderr
+
+
 def test_the_kept_harness_runs_on_an_export(world, sources, tmp_path):
     """The command of docs/interop.md, on a task made here; its likelihoods are our model's."""
     pytest.importorskip("lm_eval")

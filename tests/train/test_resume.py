@@ -1,13 +1,18 @@
 """Stopping and going on gives the run that never stopped: bit for bit on the same layout, closely on another."""
 
 import json
+import os
+import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.ranks import run_on_ranks
 from tests.train.runs import losses, newest_tensors, run_training
-from train.checkpoint.storage import finished
+from train import start, trainer
+from train.checkpoint.storage import CheckpointPath, finished
 
 STEPS = dict(run__steps=20, checkpoint__every_steps=5, optim__decay_steps=8, run__eval_every=10)
 
@@ -152,6 +157,72 @@ def test_a_new_run_can_start_from_another_runs_checkpoint_and_be_interrupted(cor
     assert losses(got) == losses(straight[0])[10:]
 
 
+def test_a_run_goes_on_from_its_own_checkpoints_when_the_path_it_began_with_is_gone(corpus, tmp_path, straight):
+    run(1, corpus, tmp_path, run__stop_at_step=10)
+    branch = dict(run__name="branch", resume=str(tmp_path / "default"))
+    run(1, corpus, tmp_path, run__stop_at_step=13, **branch)
+    shutil.rmtree(tmp_path / "default")
+    got = run(1, corpus, tmp_path, **branch)
+    assert losses(got) == losses(straight[0])[10:]
+
+
+def train_while_another_run_saves(corpus, root, changes, saves):
+    """Train on this rank. Between the look of rank 0 for a checkpoint and that of the others, the run `saves` saves."""
+    rank, looked, find = int(os.environ["RANK"]), Path(root) / "looked", start.find_start
+
+    def find_late(config):
+        if rank == 0:
+            found = find(config)
+            save_again(saves)
+            looked.touch()
+            return found
+        while not looked.exists():
+            time.sleep(0.01)
+        return find(config)
+
+    start.find_start = trainer.find_start = find_late
+    return run_training(corpus, root, changes)
+
+
+def save_again(run_directory):
+    """The run has saved once more, five steps later."""
+    newest = finished(Path(run_directory) / "checkpoints")[-1]
+    shutil.copytree(newest.path, newest.parent / f"step-{newest.step + 5:08d}")
+
+
+@pytest.mark.parametrize("key", ["init_from", "resume"])
+def test_all_ranks_begin_with_the_checkpoint_that_rank_0_found(corpus, tmp_path, key):
+    run(1, corpus, tmp_path, run__stop_at_step=5)
+    changes = STEPS | {"run__name": "branch", "run__stop_at_step": 6, key: str(tmp_path / "default")}
+    want = run(2, corpus, tmp_path / "quiet", **changes)
+    arguments = (str(corpus), str(tmp_path), changes, str(tmp_path / "default"))
+    got = run_on_ranks(2, train_while_another_run_saves, *arguments, timeout=150)[0]
+    assert len(finished(tmp_path / "default/checkpoints")) == 2
+    assert losses(got) == losses(want)
+
+
+def states_read(corpus, root, changes):
+    """Train on this rank; returns how often it has read a state.json."""
+    count, read = [], CheckpointPath.read
+
+    def counted(path):
+        count.append(path.name == "state.json")
+        return read(path)
+
+    CheckpointPath.read = counted
+    run_training(corpus, root, changes)
+    return sum(count)
+
+
+def test_a_start_reads_the_state_of_its_checkpoint_once(corpus, tmp_path):
+    run(1, corpus, tmp_path, run__stop_at_step=2)
+    changes = STEPS | dict(run__stop_at_step=3)
+    assert run_on_ranks(1, states_read, str(corpus), str(tmp_path), changes) == [1]
+    for stage in (dict(), dict(stage__kind="extend", seq_len=512)):
+        inherits = changes | dict(init_from=str(tmp_path / "default"), run__name="branch") | stage
+        assert run_on_ranks(1, states_read, str(corpus), str(tmp_path / str(len(stage))), inherits) == [1]
+
+
 def test_a_second_run_in_a_shared_directory_is_refused_and_the_first_is_whole(corpus, tmp_path):
     """Another RoPE base under the same name: it neither goes on with the first run's weights nor prunes them."""
     shared = dict(checkpoint__dir=str(tmp_path / "shared"), run__steps=6, checkpoint__every_steps=3)
@@ -211,9 +282,13 @@ def two_runs_of_one_process(corpus, root, changes):
     run_training(corpus, root, changes | dict(run__stop_at_step=10))
     store = fsspec.filesystem("memory")
     store.pipe("/bucket/default/step-00000015-00000000/__0_0.distcp", b"cut off")  # a save that never ended
-    after_first = sorted(path.rsplit("/", 1)[1] for path in store.ls("/bucket/default", detail=False))
-    records = run_training(corpus, root, changes)
-    return records, after_first, sorted(path.rsplit("/", 1)[1] for path in store.ls("/bucket/default", detail=False))
+
+    def saved():
+        names = {path.rsplit("/", 1)[1] for path in store.ls("/bucket/default", detail=False)}
+        return sorted(names - {"owner.json"})
+
+    after_first = saved()
+    return run_training(corpus, root, changes), after_first, saved()
 
 
 def test_checkpoints_behind_a_url(corpus, tmp_path, straight):

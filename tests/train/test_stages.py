@@ -20,6 +20,8 @@ CHAIN = [
         "seq_len": 512,
         "model.rope_base": 5e4,
         "model.rope_scaling": SCALED,
+        "model.rotate_far": False,
+        "model.rotate_full_layers": False,
     },
 ]
 
@@ -102,7 +104,8 @@ def test_extension_changes_what_it_says_and_nothing_else(chain, corpus, tmp_path
     before, after = state_of(root / "2-anneal")["config"], state_of(root / "3-extend")["config"]
     changed = {key for key in after if after[key] != before[key]}
     assert changed == {"seq_len", "model", "run", "stage", "init_from"}
-    assert {k for k in after["model"] if after["model"][k] != before["model"][k]} == {"rope_base", "rope_scaling"}
+    of_model = {k for k in after["model"] if after["model"][k] != before["model"][k]}
+    assert of_model == {"rope_base", "rope_scaling", "rotate_far", "rotate_full_layers"}
     assert (after["run"]["steps"], after["seq_len"]) == (3, 512)
     # Without a step of its own it is the same weights and moments, bit for bit.
     changes = dict(
@@ -125,10 +128,12 @@ def test_what_an_extension_takes_over_is_said(corpus, tmp_path):
     from train.stages import describe_initialization
 
     plain, scaled = (make_config(corpus, tmp_path, model__rope_scaling=scaling) for scaling in (None, SCALED))
+    unrotated = make_config(corpus, tmp_path, model__rotate_far=False, model__rotate_full_layers=False)
     for before, now, words in (
         (plain, scaled, "model.rope_scaling.factor None -> 2.0"),
         (scaled, plain, "'factor': 2.0"),
         (scaled, scaled, "same settings"),
+        (plain, unrotated, "changed: model.rotate_far True -> False, model.rotate_full_layers True -> False"),
     ):
         state = {"step": 3, "config": to_mapping(before)}
         assert words in describe_initialization(StageConfig("extend"), "there", state, flatten(to_mapping(now)))
@@ -298,6 +303,15 @@ def test_what_cannot_be_is_refused_in_one_line(chain, corpus, tmp_path):
     own = dict(init_from=str(root / "1-distill"), stage__kind="extend", model__layer_pattern="KKKF")
     with pytest.raises(ConfigError, match=r"has summary projections .* anneal them away first"):
         train(config(**own, model__independent_qkv=False))
+    full = dict(init_from=str(root / "0-full"), stage__kind="distill", model__layer_pattern="KKKF")
+    with pytest.raises(
+        ConfigError, match=r"RoPE in other layers than .*: set model.rotate_full_layers=true, or train all"
+    ):
+        train(config(**full, model__rotate_full_layers=False))
+    with pytest.raises(ConfigError, match=r"other layers than the stage before b has, .*: train all weights first"):
+        a = {"name": "a", "run.steps": 9, "model.layer_pattern": "F", "model.rotate_full_layers": False}
+        b = {"name": "b", "stage": "distill", "run.steps": 1, "model.layer_pattern": "KKKF"}
+        chains.links(config(stages=[a, b]))
     with pytest.raises(ConfigError, match=r"model.window_chunks was 2 in the stage before b and is now 4"):
         b = {"name": "b", "stage": "extend", "run.steps": 1, "model.window_chunks": 4}
         chains.links(config(stages=[{"name": "a", "run.steps": 9}, b]))

@@ -111,6 +111,15 @@ def test_the_same_command_with_a_path_does_not_begin_there_again(config, tmp_pat
     assert isinstance(again, Resume) and str(again.checkpoint) == str(given)
 
 
+def test_a_path_that_is_gone_is_not_missed_by_a_run_that_has_gone_on_from_it(config, tmp_path):
+    asked = config(resume=str(tmp_path / "gone"))
+    newest = write_checkpoint(tmp_path / "default", 10, asked)
+    found = find_start(asked)
+    assert isinstance(found, Resume) and str(found.checkpoint) == str(newest)
+    with pytest.raises(ConfigError, match="elsewhere: neither a checkpoint"):  # a decision of now
+        find_start(config(resume=str(tmp_path / "elsewhere")))
+
+
 @pytest.mark.parametrize("key", ["resume", "init_from"])
 def test_a_wrong_path_is_refused(config, key):
     with pytest.raises(ConfigError, match=f"{key}=nowhere: neither a checkpoint"):
@@ -152,7 +161,7 @@ def test_resume_keeps_the_model_and_lists_the_rest(config, tmp_path, changes):
     new = config(resume=str(given), run__name="new", optim__lr=0.5, run__steps=9, parallel__zero=2, run__log_every=7)
     start = find_start(new)
     assert isinstance(start, Resume)
-    said = changes_of_resumed(new, start.checkpoint)
+    said = changes_of_resumed(new, start.checkpoint, start.state)
     assert said == "optim.lr 0.01 -> 0.5, parallel.zero 1 -> 2, run.steps 5 -> 9"
 
 

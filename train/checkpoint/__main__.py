@@ -20,17 +20,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data_pipeline import commands
 from data_pipeline.text.end_token import DESCRIPTION
 from train.checkpoint import locate, storage, tensors
 from train.checkpoint.locate import read_state
 from train.checkpoint.retention import last_finite_step
 from train.checkpoint.rewrite import average, reshape
 from train.checkpoint.storage import MANIFEST, CheckpointError, CheckpointPath
-from train.config.conversion import from_words
+from train.config.conversion import expand_home, from_words
 from train.config.errors import ConfigError
 from train.config.quoting import override
-from train.distributed.signals import BAD_INPUT
+from train.config.run_directory import named_directory
+from train.config.schema import USER_ERRORS
 
+VERBS = ("list", "verify", "reshape", "average")
+USAGE = (
+    f"python -m train.checkpoint {'|'.join(VERBS)} RUN_DIR [key=value ...]; reshape: out=DIR files=1 moments=true; "
+    "average: last=5 out=DIR"
+)
 DAMAGED = 1  # exit code of `verify`
 
 
@@ -120,6 +127,8 @@ def directory_of(location: str) -> CheckpointPath:
     found = locate.directory_of(location)
     if not found.exists():
         raise CheckpointError(f"{location} does not exist; give a run directory, or a directory of checkpoints")
+    if found.is_file():
+        raise CheckpointError(f"{location} is a file; give a run directory, or a directory of checkpoints")
     return found
 
 
@@ -139,13 +148,13 @@ def _run(command: str, location: str, words: list[str]) -> int:
 
 
 def _reshape(checkpoint: CheckpointPath, options: ReshapeOptions) -> int:
-    written = reshape(checkpoint, CheckpointPath(options.out), options.files, options.moments)
+    written = reshape(checkpoint, CheckpointPath(expand_home(options.out)), options.files, options.moments)
     print(f"wrote {written}; use it with {override('resume' if options.moments else 'init_from', str(written))}")
     return 0
 
 
 def _average(location: str, checkpoints: list[CheckpointPath], options: AverageOptions) -> int:
-    out, chosen = options.out or f"{location.rstrip('/')}-average", checkpoints[-options.last :]
+    out, chosen = expand_home(options.out) or f"{location.rstrip('/')}-average", checkpoints[-options.last :]
     written = average(chosen, CheckpointPath(out) / "checkpoints")
     for name in ("config.yaml", "tokenizer.model", DESCRIPTION):  # which make `out` a run directory
         if (Path(location) / name).is_file():
@@ -156,19 +165,19 @@ def _average(location: str, checkpoints: list[CheckpointPath], options: AverageO
     return 0
 
 
+def _command(arguments: list[str]) -> int:
+    if len(arguments) < 2 or arguments[0] not in VERBS:
+        given = f"{arguments[0]!r} is not a command; " if arguments and arguments[0] not in VERBS else ""
+        raise ConfigError(f"{given}usage: {USAGE}")
+    named_directory(arguments[1], USAGE)
+    return _run(arguments[0], arguments[1], arguments[2:])
+
+
 def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if len(arguments) < 2 or arguments[0] not in ("list", "verify", "reshape", "average"):
-            raise ConfigError(
-                "usage: python -m train.checkpoint list|verify|reshape|average RUN_DIR [key=value ...]; "
-                "reshape: out=DIR files=1 moments=true; average: last=5 out=DIR"
-            )
-        return _run(arguments[0], arguments[1], arguments[2:])
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return commands.run(lambda: _command(arguments), arguments, USER_ERRORS)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -38,7 +38,7 @@ class CheckpointGroup:
             try:
                 answer[0] = action()
             except BaseException as error:
-                answer[1] = describe_error(error)
+                answer[1] = str(error) if isinstance(error, CheckpointError) else describe_error(error)
         dist.broadcast_object_list(answer, src=0, group=self.group)
         if answer[1] is not None:
             raise CheckpointError(answer[1])

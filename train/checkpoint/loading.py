@@ -20,16 +20,22 @@ if TYPE_CHECKING:  # the commands do without DeepSpeed, whose import takes secon
 
 
 def load_engine(
-    checkpoint: CheckpointPath, engine: Engine, world: World, group: CheckpointGroup, *, moments: bool, seed: int | None
+    checkpoint: CheckpointPath,
+    state: dict[str, Any],
+    engine: Engine,
+    world: World,
+    group: CheckpointGroup,
+    *,
+    moments: bool,
+    seed: int | None,
 ) -> None:
-    """Read this rank's part of the weights, and of AdamW's moments with `moments`. Collective.
+    """Read this rank's part of the weights, and of AdamW's moments with `moments`. Collective. `state`: state.json.
 
     With a `seed` the random generators are restored too; a rank that the checkpoint has none for, because the parallel
     layout changed, seeds its own from `seed`. A failure on one rank is a `CheckpointError` on all, before any changes.
     """
     error, finish = None, None
     try:
-        state = read_state(checkpoint)
         held = tensors.shapes(checkpoint)
         named = dict(engine.named_parameters())
         dropped = {name for name in named if stages.is_dropped(name, state.get("own_share", 1.0))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,34 @@ def find(resume: str, own: str | os.PathLike, key: str = "resume") -> Checkpoint
     if resume == "auto":
         checkpoints = finished(own)
         return checkpoints[-1] if checkpoints else None
-    path = CheckpointPath(resume)
-    for directory in (path, directory_of(resume)):
-        if MANIFEST in directory.entries():
-            return directory
-        if checkpoints := finished(directory):
-            return checkpoints[-1]
+    try:
+        for directory in (CheckpointPath(resume), directory_of(resume)):
+            if MANIFEST in directory.entries():
+                return directory
+            if checkpoints := finished(directory):
+                return checkpoints[-1]
+    except OSError as error:  # a name that is too long, no permission, a file system that does not answer
+        raise CheckpointError(
+            f"{key}={resume}: cannot be read ({error.strerror or error}); give another path"
+        ) from error
     raise CheckpointError(
         f"{key}={resume}: neither a checkpoint (a directory with {MANIFEST}) nor a run directory that holds one; "
         "give such a path"
         + (", or resume=auto to continue this run, or resume=never to start from scratch" if key == "resume" else "")
     )
+
+
+def began_with(checkpoints: Sequence[CheckpointPath], resume: str) -> bool:
+    """Whether the newest of a run's checkpoints that can be read was written under the same `resume`.
+
+    Such a run goes on from its own checkpoints, whatever has become of the path since.
+    """
+    for checkpoint in reversed(checkpoints):
+        try:
+            return json.loads((checkpoint / STATE).read())["config"]["resume"] == resume
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: choosing one reports it
+    return False
 
 
 def read_state(checkpoint: CheckpointPath) -> dict[str, Any]:

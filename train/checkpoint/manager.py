@@ -23,14 +23,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train.checkpoint import loading, locate, parameters, retention, storage, tensors
+from train.checkpoint import loading, locate, owner, parameters, retention, storage, tensors
 from train.checkpoint.collective import CheckpointGroup, describe_error
 from train.checkpoint.locate import read_state
-from train.checkpoint.storage import STATE, CheckpointError, CheckpointPath, SaveError
+from train.checkpoint.storage import MANIFEST, STATE, CheckpointError, CheckpointPath, SaveError
 from train.checkpoint.tensors import Pieces
 from train.distributed.groups import World
 
@@ -91,6 +92,15 @@ class Checkpoints:
             for name in storage.tidy(directory):
                 log(f"removed {directory / name}: a save that was interrupted")
         self._group.barrier()
+
+    def claim(self, run_directory: Path) -> None:
+        """Note that the run in `run_directory` writes here; see `train.checkpoint.owner`. Raises `CheckpointError`."""
+
+        def claim() -> str:
+            owner.claim(self.directory, run_directory)
+            return ""
+
+        self._group.on_main(claim)
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -254,19 +264,34 @@ class Checkpoints:
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 
-    def choose(self, resume: str, before: int | None = None) -> CheckpointPath | None:
+    def find(self, location: str, key: str, known: CheckpointPath | None = None) -> CheckpointPath:
+        """The checkpoint that the path `location`, given as `key`, means to the main rank; not verified.
+
+        That is `known`, a choice of before, while it is there: a run that still saves may have removed it.
+        """
+
+        def path() -> str:
+            if known is not None and MANIFEST in known.entries():
+                return str(known)
+            return str(locate.find(location, self.directory, key))
+
+        return CheckpointPath(self._group.on_main(path))
+
+    def choose(
+        self, resume: str, before: int | None = None, known: CheckpointPath | None = None
+    ) -> CheckpointPath | None:
         """The verified checkpoint that `resume` (auto, never or a path) means; None: start from scratch.
 
         A path is used only while the run has no checkpoint that was written under the same `resume`, so that the same
         command continues where it was interrupted. Damaged checkpoints of the run are quarantined and the one before
         is used; with `checkpoint.on_damage=fail` they are an error. `before`: only checkpoints of at most that step.
+        `known`: one whose state.json has been read already.
         """
         if resume == "never":
             return None
         own = [c for c in self._finished() if before is None or c.step <= before]
         if resume != "auto" and not self._began_with(own, resume):
-            found = locate.find(resume, self.directory)
-            assert found is not None
+            found = self.find(resume, "resume", known)
             self.verify(found)
             return found
         damaged: list[tuple[CheckpointPath, CheckpointError]] = []
@@ -281,7 +306,8 @@ class Checkpoints:
                     ) from error
                 damaged.append((checkpoint, error))
                 continue
-            read_state(checkpoint)  # an unknown format is an error, not damage
+            if known is None or str(known) != str(checkpoint):
+                read_state(checkpoint)  # an unknown format is an error, not damage
             for bad, reason in damaged:
                 name = self._quarantine(bad, "damaged")
                 self._log(f"DAMAGED CHECKPOINT: {reason}; set aside as {name}, going on from {checkpoint}")
@@ -324,40 +350,32 @@ class Checkpoints:
         return [self.directory / name for name in json.loads(names)]
 
     def _began_with(self, own: list[CheckpointPath], resume: str) -> bool:
-        """Whether the newest readable checkpoint in `own` was written by a run with the same `resume`."""
-
-        def written_under() -> str:
-            for checkpoint in reversed(own):
-                try:
-                    return json.loads((checkpoint / STATE).read())["config"]["resume"]
-                except (OSError, ValueError, KeyError, TypeError):
-                    continue  # damaged: `choose` will report it
-            return ""
-
-        return self._group.on_main(written_under) == resume
+        return self._group.on_main(lambda: str(locate.began_with(own, resume))) == str(True)
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
-    def load(self, checkpoint: CheckpointPath, seed: int = 0) -> tuple[Progress, dict[str, Any]]:
-        """Load weights, moments, random generators and progress; also returns state.json.
+    def load(
+        self, checkpoint: CheckpointPath, seed: int = 0, state: dict[str, Any] | None = None
+    ) -> tuple[Progress, dict[str, Any]]:
+        """Load weights, moments, random generators and progress; also returns state.json, which `state` is if given.
 
         A rank that the checkpoint has no generators for (the parallel layout changed) seeds its own from `seed`.
         """
-        state = read_state(checkpoint)
+        state = read_state(checkpoint) if state is None else state
         if not _has_moments(state):
             raise CheckpointError(
                 f"{checkpoint} holds weights alone ({state.get('made_by', 'no optimizer state')}): it can be sampled "
                 "and exported, and a run can begin with it (init_from=PATH); to resume, it takes one that a run wrote"
             )
-        loading.load_engine(checkpoint, self._engine, self._world, self._group, moments=True, seed=seed)
+        loading.load_engine(checkpoint, state, self._engine, self._world, self._group, moments=True, seed=seed)
         known = {key: state[key] for key in ("step", "tokens", "loader")}
         return Progress(**known, health=state.get("health", {})), state
 
-    def inherit(self, checkpoint: CheckpointPath) -> None:
+    def inherit(self, checkpoint: CheckpointPath, state: dict[str, Any]) -> None:
         """Verify and load the weights of another run of the same model, and AdamW's moments if it has them."""
         self.verify(checkpoint)
-        moments = _has_moments(read_state(checkpoint))
-        loading.load_engine(checkpoint, self._engine, self._world, self._group, moments=moments, seed=None)
+        moments = _has_moments(state)
+        loading.load_engine(checkpoint, state, self._engine, self._world, self._group, moments=moments, seed=None)
 
 
 def _has_moments(state: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ newest checkpoint is found by listing; there is no pointer that could go stale.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -26,6 +27,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from data_pipeline.store.files import sync_directory
 from train.config.errors import ConfigError
 
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -61,6 +63,12 @@ class CheckpointPath:
         return self.path.rsplit("/", 1)[-1]
 
     @property
+    def parent(self) -> CheckpointPath:
+        above = object.__new__(CheckpointPath)
+        above._fs, above.path = self._fs, self.path.rpartition("/")[0]
+        return above
+
+    @property
     def step(self) -> int:
         """The step of a finished checkpoint, from its name."""
         match = _FINISHED.fullmatch(self.name)
@@ -81,6 +89,10 @@ class CheckpointPath:
     def exists(self) -> bool:
         with self._reachable():
             return self._fs.exists(self.path)
+
+    def is_file(self) -> bool:
+        with self._reachable():
+            return self._fs.isfile(self.path)
 
     def entries(self) -> dict[str, int]:
         """Name -> size in bytes of everything directly below; empty where nothing exists."""
@@ -116,6 +128,36 @@ class CheckpointPath:
             file.write(content)
         return file.fingerprint
 
+    def create_exclusively(self, content: bytes) -> bytes:
+        """Write this file, whole or not at all, unless it exists; returns what it holds then.
+
+        Behind a URL this takes a store that can refuse to replace a file; on others it is a look and a write.
+        """
+        if self.is_local:
+            self._link(content)
+        else:
+            try:
+                self._fs.pipe_file(self.path, content, mode="create")
+            except Exception:  # it exists, or the store or its package cannot do this: classes differ
+                self._fs.invalidate_cache(self.path)
+                if not self.exists():
+                    self.write(content)
+        return self.read()
+
+    def _link(self, content: bytes) -> None:
+        temporary = f"{self.path}.{uuid.uuid4().hex[:8]}.tmp"
+        CheckpointPath(temporary).write(content)
+        try:
+            os.link(temporary, self.path)
+            sync_directory(os.path.dirname(self.path))
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            with contextlib.suppress(FileExistsError), open(self.path, "xb") as file:
+                file.write(content)
+        finally:
+            os.unlink(temporary)
+
     @contextmanager
     def create(self) -> Iterator[HashedFile]:
         """Open this file for writing; its content is on the disk when the block ends."""
@@ -128,13 +170,13 @@ class CheckpointPath:
     def make(self) -> None:
         self._fs.makedirs(self.path, exist_ok=True)
         if self.is_local:
-            _sync_directory(os.path.dirname(self.path))
+            sync_directory(os.path.dirname(self.path))
 
     def rename(self, name: str) -> None:
         """Rename this directory within its parent; local only."""
         parent = os.path.dirname(self.path)
         os.rename(self.path, os.path.join(parent, name))
-        _sync_directory(parent)
+        sync_directory(parent)
 
     def remove(self) -> None:
         if self.exists():
@@ -145,7 +187,7 @@ class CheckpointPath:
 
     def sync(self) -> None:
         if self.is_local:
-            _sync_directory(self.path)
+            sync_directory(self.path)
 
 
 class HashedFile(io.RawIOBase):
@@ -361,11 +403,3 @@ def _fingerprint(file: CheckpointPath, progress: Any) -> dict[str, Any]:
             if progress is not None:
                 progress(len(block))
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

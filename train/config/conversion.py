@@ -11,18 +11,20 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
 
 from data_pipeline import values
-from data_pipeline.values import convert, from_text, how_to_quote, key_values, nearest
+from data_pipeline.values import convert, expand_home, from_text, how_to_quote, key_values, nearest
 from train.config.errors import ConfigError
 
 __all__ = [
     "all_keys",
     "convert",
     "defaults",
+    "expand_home",
     "flatten",
     "from_mapping",
     "from_text",
     "from_words",
     "how_to_quote",
+    "key_types",
     "key_values",
     "nearest",
     "to_mapping",
@@ -62,11 +64,16 @@ def defaults(cls: type) -> dict[str, Any]:
 
 def all_keys(cls: type, prefix: str = "") -> list[str]:
     """Every dotted key of dataclass `cls`, sections included."""
-    keys = []
+    return list(key_types(cls, prefix))
+
+
+def key_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of dataclass `cls`, sections included, and its type."""
+    keys: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
-        keys.append(f"{prefix}{name}")
+        keys[f"{prefix}{name}"] = hint
         if is_dataclass(hint):
-            keys += all_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+            keys |= key_types(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
     return keys
 
 

@@ -1,4 +1,4 @@
-"""The errors of a start: what a configuration raises, and ranks that do not come together."""
+"""What ends a run with one line: bad configurations, ranks that do not come together, failures while it trains."""
 
 
 class ConfigError(ValueError):
@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class StartError(RuntimeError):
     """The ranks did not come together, or one was lost while they started. The configuration may well be valid."""
+
+
+class RunError(RuntimeError):
+    """A run that has trained cannot go on with its data, its storage or its next stage. Started again, it may."""

@@ -26,6 +26,36 @@ def quoted(value: Any) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
+def unreadable(text: str) -> str:
+    """What to say of an override `KEY=VALUE` that the grammar does not take, or nothing where it takes it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # takes time, which few callers need
+    from hydra.errors import HydraException
+
+    key, equals, value = text.partition("=")
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        if not equals or not re.fullmatch(r"[~+]*[\w./@]+", key):
+            return ""
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            return (
+                f"{text!r} holds bytes that are no text in the encoding of this locale; set LC_ALL=C.UTF-8, or rename "
+                "what it names"
+            )
+        if value[:1] in ("[", "{"):
+            return f"{text} cannot be read ({' '.join(str(error).split('See https')[0].split())}); correct the list"
+        return (
+            f"{text}: the value holds a character with a meaning of its own; as text it is written "
+            f"{as_text(key, value)}"
+        )
+    return ""
+
+
+def as_text(key: str, value: str) -> str:
+    """`override`, for a reader: with two pairs of quotes where nothing in `value` needs more."""
+    return override(key, value) if set(value) & set("\"'\\$`!") else f"""'{key}="{value}"'"""
+
+
 def override(key: str, value: Any) -> str:
     """`key=value` as one word for a shell, which gives Hydra that value."""
     return shlex.quote(f"{key}={quoted(value)}")

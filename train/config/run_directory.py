@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -29,12 +30,17 @@ def read_config(directory: Path) -> TrainConfig:
 def check(directory: Path, config: TrainConfig) -> None:
     """Raise `ConfigError` if the run directory cannot be written, or holds a run with another configuration."""
     try:
-        existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+        existing = next(p for p in (directory, *directory.absolute().parents) if p.exists() or p.is_symlink())
     except OSError as error:  # a name that is too long, a file system that does not answer
         raise ConfigError(
             f"run.root={config.run.root} and run.name={config.run.name}: the directory cannot be reached "
             f"({error.strerror}): choose another place or a shorter name"
         ) from error
+    if not existing.exists():
+        raise ConfigError(
+            f"run.root={config.run.root} and run.name={config.run.name}: {existing} is a link to "
+            f"{os.readlink(existing)}, which is not there: create or mount it, or remove the link"
+        )
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(
             f"run.root={config.run.root} and run.name={config.run.name}: {existing} is not a directory that can be "
@@ -47,6 +53,12 @@ def check(directory: Path, config: TrainConfig) -> None:
     now = flatten(to_mapping(config))
     saved["model"]["vocab_size"] = now["model.vocab_size"]  # filled in from the tokenizer
     if changed := of_another_run(differences(saved, now)):
+        text = path.read_text(encoding="utf-8")
+        if changed.keys() - flatten(yaml.safe_load(text)).keys() or not text.endswith("\n"):
+            raise ConfigError(
+                f"{path} ends early, or an earlier version wrote it: {in_words(changed)}. If it is damaged, rename it, "
+                "and the next start writes it again; if not, set them back, or choose another run.name for a new run"
+            )
         raise ConfigError(
             f"{directory} holds a run with another configuration: {in_words(changed)}; choose another run.name for a "
             "new run, or set them back to go on with this one"
@@ -84,3 +96,17 @@ def make_directory(key: str, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{key}={path} cannot be created: {error.strerror}") from error
+
+
+def directory_argument(arguments: Sequence[str], usage: str) -> Path:
+    """The directory that the first word of a command names. Raises `ConfigError` with the usage where there is none."""
+    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_dir()):
+        raise ConfigError(f"usage: {usage}")
+    return named_directory(arguments[0], usage)
+
+
+def named_directory(text: str, usage: str) -> Path:
+    """`text` as a path; an empty one, as an unset variable of a shell leaves it, would be the working directory."""
+    if not text.strip():
+        raise ConfigError(f"{text!r} names no directory; usage: {usage}")
+    return Path(text)

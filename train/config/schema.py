@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline import DataConfig, DataError
+from data_pipeline.values import expand_home
 from ksa_model.config import (
     MemoryConfig,
     MemoryConfigError,
@@ -58,6 +59,8 @@ class TrainConfig:
     document_alignment: int | None = None  # documents start on multiples of this; null: model.chunk_size
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "resume", expand_home(self.resume))
+        object.__setattr__(self, "init_from", expand_home(self.init_from, prefix="hf:"))
         if self.dry_run_ranks is not None and self.dry_run_ranks < 1:
             raise ConfigError(
                 f"dry_run_ranks={self.dry_run_ranks} must be at least 1, or null for the ranks of this launch"
@@ -135,7 +138,10 @@ def from_saved(mapping: Mapping[str, Any]) -> TrainConfig:
 
     Runs before 0.1.0 have `run.recompute`, which became `memory.recompute`; keys that are newer get their defaults.
     """
-    run, memory = dict(mapping.get("run", {})), dict(mapping.get("memory", {}))
+    run, memory = mapping.get("run", {}), mapping.get("memory", {})
+    if not isinstance(run, Mapping) or not isinstance(memory, Mapping):
+        raise ConfigError("run and memory must hold keys and values")
+    run, memory = dict(run), dict(memory)
     if run.pop("recompute", False):
         memory.setdefault("recompute", "full")
     return from_mapping(TrainConfig, {**mapping, "run": run, "memory": memory})

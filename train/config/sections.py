@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.config import TASKS
+from data_pipeline.values import expand_home
 from train.config.errors import ConfigError
 
+DEVICES = ("auto", "cpu", "cuda")
 MAX_NAME_BYTES = 240  # file systems allow 255, and suffixes are added to some names
 
 
@@ -42,6 +44,9 @@ class RunConfig:
     spike_factor: float | None = None  # on a loss this many times the recent median, go back and skip its samples
 
     def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ConfigError(f"run.device={self.device!r} is not one of {', '.join(DEVICES)}")
+        object.__setattr__(self, "root", expand_home(self.root))
         for name in (
             "steps",
             "samples_per_step",
@@ -109,6 +114,7 @@ class CheckpointConfig:
     on_damage: str = "fallback"  # fallback: rename it and use the one before; fail: stop
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dir", expand_home(self.dir))
         for name in ("every_steps", "keep_last", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

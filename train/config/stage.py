@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 KINDS = ("scratch", "distill", "anneal", "extend")
 SUMMARY_PROJECTIONS = ("summary_query", "summary_key", "summary_value")
-# The model keys that stage=extend may change: RoPE and the attention kernels.
-EXTENDABLE = ("rope_base", "rope_scaling", "attention_backend")
+# The model keys of RoPE. Weights keep their shapes when these change, and training adapts to the new positions.
+ROTATION = ("rope_base", "rope_scaling", "rotate_far", "rotate_full_layers")
+# The model keys that stage=extend may change.
+EXTENDABLE = (*ROTATION, "attention_backend")
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,14 @@ tasks without them; each task would then be a job of one rank, and all would wri
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from train.config.errors import ConfigError
 
+LAUNCH_COMMAND = "LAUNCH_COMMAND"  # set by the launcher: its own command, as a shell reads it, up to the overrides
+_TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 # Who starts several tasks -> the variables with their number (the first that is set counts) and with a task's own.
 _STARTERS = {
     "srun": (("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), "SLURM_PROCID"),
@@ -32,6 +36,30 @@ def environment_world() -> tuple[int, int, int]:
 def is_first_of_host() -> bool:
     """Whether this rank speaks for its host, as far as its variables can be read."""
     return os.environ.get("LOCAL_RANK", "0").strip() in ("0", "")
+
+
+def command_of_run(environment: Mapping[str, str] = os.environ, parent: Sequence[str] | None = None) -> list[str]:
+    """The words with which the user started this run, up to the overrides: python, torchrun, or the launcher.
+
+    `parent`: the command line of the process that started this one; None: Linux tells.
+    """
+    if given := environment.get(LAUNCH_COMMAND):
+        return shlex.split(given)
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return ["python", "-m", "train"]
+    parent = _command_line(os.getppid()) if parent is None else parent
+    begins = [i + 1 for i, word in enumerate(parent) if word.rpartition("/")[2] in _TORCHRUN]
+    ends = [i for i in range(len(parent) - 1) if tuple(parent[i : i + 2]) == ("-m", "train")]
+    if begins and ends and begins[0] <= ends[0]:
+        return ["torchrun", *parent[begins[0] : ends[0]], "-m", "train"]
+    return ["torchrun", f"--nproc-per-node={environment.get('LOCAL_WORLD_SIZE', 1)}", "-m", "train"]
+
+
+def _command_line(process: int) -> list[str]:
+    try:
+        return [os.fsdecode(word) for word in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[:-1]]
+    except OSError:
+        return []
 
 
 def check(environment: Mapping[str, str] = os.environ) -> None:

@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 _ADVICE = "; raise it if a single micro-batch, held-out sample or update may take longer"
 STALLED = 70  # exit code (EX_SOFTWARE): no progress for parallel.timeout_minutes
+_NO_STORE = "the rank that hosts the job's store (rank 0) does not answer"
+_ANSWER_SECONDS = 5.0  # how long a rank that fails waits for the job's store before it does without
 
 
 class Watchdog:
@@ -39,8 +41,11 @@ class Watchdog:
         self._step, self._doing = 0, "starting"
         self._progressed = time.monotonic()
         self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # The store answers late or never where the host of rank 0 stands still, so the limit has a thread of its own.
+        self._threads = [
+            threading.Thread(target=target, name=f"watchdog: {name}", daemon=True)
+            for target, name in ((self._watch, "limit"), (self._tell, "notes"))
+        ]
 
     def progress(self, step: int, doing: str) -> None:
         """Note that this rank made progress, and what it does next."""
@@ -52,22 +57,27 @@ class Watchdog:
         self._progressed = time.monotonic()
 
     def __enter__(self) -> Watchdog:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         self._stop.set()
-        self._thread.join(timeout=1)
+        for thread in self._threads:
+            thread.join(timeout=1)
         if isinstance(error, Exception) and self._size > 1:
             print(
                 self._message(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"),
                 file=sys.stderr,
             )
 
-    def _watch(self) -> None:
+    def _tell(self) -> None:
         self._note()
         while not self._stop.wait(self._note_every):
             self._note()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._note_every):
             if time.monotonic() - self._progressed > self._timeout:
                 limit = f"no progress for {self._timeout:.0f} s, the limit that parallel.timeout_minutes sets"
                 print(self._message(limit + _ADVICE), file=sys.stderr, flush=True)
@@ -77,26 +87,32 @@ class Watchdog:
     def _note(self) -> None:
         note = {"host": self._host, "step": self._step, "doing": self._doing, "time": time.time()}
         try:
-            with self._lock:
-                self._store.set(str(self._rank), json.dumps(note))
+            self._store.set(str(self._rank), json.dumps(note))
         except Exception:  # the store is gone: this rank will notice by itself
             pass
 
     def _message(self, what: str) -> str:
         own = f"rank {self._rank} on {self._host} failed at step {self._step} ({self._doing}): {what}"
-        suspects = self._suspects()
+        suspects = self._suspects_in_time()
         return own + (f"\nlikely cause: {'; '.join(suspects)}" if suspects else "")
+
+    def _suspects_in_time(self) -> list[str]:
+        """`_suspects`, or where the store does not answer, the rank that hosts it."""
+        found: list[list[str]] = []
+        asking = threading.Thread(target=lambda: found.append(self._suspects()), name="watchdog: suspects", daemon=True)
+        asking.start()
+        asking.join(_ANSWER_SECONDS)
+        return found[0] if found else [_NO_STORE]
 
     def _suspects(self) -> list[str]:
         """Descriptions of the ranks whose notes stopped; if none did, of those behind this rank."""
         notes: dict[int, dict] = {}
         try:
-            with self._lock:
-                for rank in range(self._size):
-                    if rank != self._rank and self._store.check([str(rank)]):
-                        notes[rank] = json.loads(self._store.get(str(rank)))
+            for rank in range(self._size):
+                if rank != self._rank and self._store.check([str(rank)]):
+                    notes[rank] = json.loads(self._store.get(str(rank)))
         except Exception:
-            return ["the rank that hosts the job's store (rank 0) does not answer"]
+            return [_NO_STORE]
         now, silent_after = time.time(), 3 * self._note_every
         silent = [
             f"rank {rank} on {note['host']} was last heard of {now - note['time']:.0f} s ago, at step {note['step']} "

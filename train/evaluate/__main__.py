@@ -13,47 +13,43 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from data_pipeline import commands
 from data_pipeline.store.files import write_json
 from train.config.conversion import from_words
-from train.config.errors import ConfigError
-from train.config.run_directory import make_directory
+from train.config.run_directory import directory_argument, make_directory
 from train.config.schema import USER_ERRORS
 from train.distributed import groups
-from train.distributed.signals import BAD_INPUT
 from train.evaluate.evaluation import EvaluateConfig, evaluate, load
 
 
 def _parse(arguments: list[str]) -> tuple[Path, EvaluateConfig]:
-    names = EvaluateConfig.__dataclass_fields__
-    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_dir()):
-        keys = " ".join(f"[{name}=...]" for name in names)
-        raise ConfigError(f"usage: python -m train.evaluate RUN_DIRECTORY|HF_DIRECTORY {keys}")
-    return Path(arguments[0]), from_words(EvaluateConfig, arguments[1:])
+    keys = " ".join(f"[{name}=...]" for name in EvaluateConfig.__dataclass_fields__)
+    directory = directory_argument(arguments, f"python -m train.evaluate RUN_DIRECTORY|HF_DIRECTORY {keys}")
+    return directory, from_words(EvaluateConfig, arguments[1:])
 
 
-def main() -> int:
-    """The command; returns its exit code."""
+def _run(arguments: list[str]) -> None:
+    directory, config = _parse(arguments)
+    out = Path(config.out or directory)
+    if config.out is not None:
+        make_directory("out", out)
+    world = groups.initialize(groups.ParallelConfig(), groups.pick_device("auto"))
     try:
-        directory, config = _parse(sys.argv[1:])
-        out = Path(config.out or directory)
-        if config.out is not None:
-            make_directory("out", out)
-        world = groups.initialize(groups.ParallelConfig(), groups.pick_device("auto"))
-        try:
-            model, tokenizer, run = load(directory, world, config.rope_scaling)
-            result = evaluate(model, tokenizer, run, config, world.device)
-        finally:
-            groups.shutdown()
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        model, tokenizer, run = load(directory, world, config.rope_scaling)
+        result = evaluate(model, tokenizer, run, config, world.device)
+    finally:
+        groups.shutdown()
     from train.evaluate import plots
 
     write_json(out / "evaluation.json", {"run": str(directory), **result})
     print(plots.table(result))
     for path in [out / "evaluation.json", *plots.draw(result, out)]:
         print(path)
-    return 0
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    return commands.run(lambda: _run(sys.argv[1:]), sys.argv[1:], USER_ERRORS)
 
 
 if __name__ == "__main__":

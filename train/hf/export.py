@@ -26,7 +26,7 @@ from ksa_model.hf import naming
 from ksa_model.hf.configs import MODELING_FILE, TOKENIZER_FILE, check_exportable, exported_config, is_plain
 from train.checkpoint import locate, storage
 from train.checkpoint.storage import CheckpointError, CheckpointPath
-from train.config.conversion import to_mapping
+from train.config.conversion import expand_home, to_mapping
 from train.config.errors import ConfigError
 from train.config.run_directory import read_config
 from train.config.schema import TrainConfig, from_saved
@@ -87,7 +87,7 @@ def export(run: Run, config: ExportConfig) -> list[str]:
     """Write the export to `config.out`, which appears only once it is complete; returns the names of its files."""
     if config.format == "hf":
         check_exportable(run.config.model)
-    out = Path(config.out)
+    out = Path(expand_home(config.out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out} exists and is not an empty directory: choose another")
     incomplete = out.with_name(out.name + ".incomplete")

@@ -144,7 +144,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise HfError(f"{path} is missing: {path.parent} is no directory of a Hugging Face checkpoint") from None
+        raise HfError(
+            f"{path} is missing: {path.parent} is no directory of a Hugging Face checkpoint on this machine"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise HfError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):

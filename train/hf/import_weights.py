@@ -20,6 +20,7 @@ from ksa_model.config import ModelConfig
 from ksa_model.hf import naming
 from ksa_model.hf.configs import CheckpointSpec, check_same_shape
 from ksa_model.model import Decoder
+from train import stages
 from train.checkpoint import locate, rewrite
 from train.checkpoint import tensors as checkpoint_tensors
 from train.checkpoint.storage import CheckpointPath
@@ -28,6 +29,7 @@ from train.config.conversion import to_mapping
 from train.config.errors import ConfigError
 from train.config.schema import TrainConfig, from_saved
 from train.config.sections import RunConfig
+from train.config.stage import ROTATION
 from train.distributed.groups import World
 from train.hf.files import HfDirectory, HfError
 from train.hf.tokenizers import IMPORTED, RUN_TOKENIZER, TOKENIZERS, VOCABULARY, find_tokenizer
@@ -197,9 +199,10 @@ def open_source(directory: str | Path, allow_pickle: bool = False) -> tuple[Tens
 
 
 def check(config: TrainConfig) -> None:
-    """Raise one of `USER_ERRORS` if the model does not fit `init_from=hf:...`; reads no tensor."""
+    """Raise one of `USER_ERRORS` if model or stage do not fit `init_from=hf:...`; reads no tensor."""
     if config.init_from is not None and config.init_from.startswith(HF_PREFIX):
         weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
+        stages.check_teacher(config.stage, config.model, config.init_from, vars(weights.source.config))
         if weights.mix_coeff != 1:
             raise ConfigError(
                 f"init_from={config.init_from}: its config.json has mix_coeff={weights.mix_coeff:g}: it is from the "
@@ -209,16 +212,19 @@ def check(config: TrainConfig) -> None:
             )
 
 
-def initialise(engine: Any, world: World, config: TrainConfig, run: CheckpointPath | None = None) -> str:
+def initialise(
+    engine: Any, world: World, config: TrainConfig, run: tuple[CheckpointPath, dict[str, Any]] | None = None
+) -> str:
     """Fill the fp32 weights that this rank owns, on any parallel layout; AdamW's moments stay zero. Collective.
 
-    They come from `init_from=hf:...`, or from `run`, a verified checkpoint. Returns a line for the log.
+    They come from `init_from=hf:...`, or from `run`, a verified checkpoint with its state.json. Returns a line for the
+    log.
     """
     assert config.init_from is not None
     if run is None:
         weights = _weights(config.init_from.removeprefix(HF_PREFIX), config.model, config.init_summary_from)
     else:
-        weights = _weights_of_run(run, config)
+        weights = _weights_of_run(*run, config)
     dims = {name: dim for name, (_, dim) in config.model.parameter_shapes().items()}
     for owned in engine.owned_state():
         shift, dim = [0] * len(owned.shape), dims[owned.name]
@@ -233,7 +239,7 @@ def initialise(engine: Any, world: World, config: TrainConfig, run: CheckpointPa
     engine.finish_loading(engine.optimizer_steps())
     note = "".join(
         f"; model.{name}={getattr(config.model, name)} here, {getattr(weights.source.config, name)} there"
-        for name in ("rope_base", "rope_scaling")
+        for name in ROTATION
         if getattr(config.model, name) != getattr(weights.source.config, name)
     )
     return f"weights from {config.init_from}, {weights.source.kind}{note}{weights.describe_unused()}"
@@ -256,10 +262,9 @@ def _weights(directory: str, model: ModelConfig, summary_from: str, allow_pickle
     return Weights(tensors, source, model, _summary_row(summary_from, directory))
 
 
-def _weights_of_run(checkpoint: CheckpointPath, config: TrainConfig) -> Weights:
-    source = spec_of_run(locate.read_state(checkpoint))
+def _weights_of_run(checkpoint: CheckpointPath, state: dict[str, Any], config: TrainConfig) -> Weights:
     row = _summary_row(config.init_summary_from, str(checkpoint))
-    return Weights(RunTensors(checkpoint), source, config.model, row)
+    return Weights(RunTensors(checkpoint), spec_of_run(state), config.model, row)
 
 
 def spec_of_run(state: Mapping[str, Any]) -> CheckpointSpec:

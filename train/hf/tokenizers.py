@@ -15,7 +15,6 @@ from typing import Any
 from data_pipeline import DataConfig, Tokenizer
 from data_pipeline.config import RAW
 from data_pipeline.store.files import sha256_of_file
-from train.checkpoint import locate
 from train.checkpoint.storage import CheckpointError, CheckpointPath
 from train.config.errors import ConfigError
 from train.config.schema import TrainConfig
@@ -48,8 +47,10 @@ def find_tokenizer(directory: Path) -> Path | None:
 def run_tokenizer(directory: Path, checkpoint: CheckpointPath, state: dict[str, Any]) -> Path | None:
     """The tokenizer in a run directory, or None. Raises `CheckpointError` if `checkpoint` was trained with another."""
     path = directory / RUN_TOKENIZER
-    if not path.is_file():
+    if not path.exists():
         return None
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file: copy the tokenizer of the run there")
     trained = state.get("tokenizer_sha256")
     if trained not in (None, held := sha256_of_file(path)):
         raise CheckpointError(
@@ -81,9 +82,8 @@ def of_import(directory: str) -> Owned:
     return Owned(directory, find_tokenizer(Path(directory)), needed=True)
 
 
-def of_checkpoint(checkpoint: CheckpointPath, *places: Path) -> Owned:
-    """The tokenizer of a run's checkpoint; it is looked for in run directories, `places`."""
-    state = locate.read_state(checkpoint)
+def of_checkpoint(checkpoint: CheckpointPath, state: dict[str, Any], *places: Path) -> Owned:
+    """The tokenizer of a run's checkpoint with state.json `state`; it is looked for in run directories, `places`."""
     sha256 = state.get("tokenizer_sha256")
     try:
         named = state["config"]["data"]["tokenizer"]

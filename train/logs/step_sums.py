@@ -83,6 +83,7 @@ class StepSums:
         record |= {
             "tokens_per_second": round(tokens / seconds, 1),
             "step_seconds": round(seconds / self._steps, 5),
+            "ranks": self._world.size,  # step_seconds x steps x ranks: GPU seconds
         }
         if self._peak is not None:
             record["mfu"] = round(flops / seconds / (self._peak * self._world.size), 4)

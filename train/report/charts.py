@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.report.recall import By, Probed, curve, keys_of, probed
 from train.report.records import CONTEXT, Run, pareto, smoothed, widest_window
 
 
@@ -80,6 +82,7 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
                 _draw_probes,
             )
         )
+    chosen += _recall_pictures(runs)
     if len({r.cache_bytes for r in runs}) > 1:
         chosen.append(
             Picture(
@@ -119,7 +122,7 @@ def _draw_loss(figure, runs: Sequence[Run]) -> None:
         tokens, losses = run.series("loss")
         soft = smoothed(losses)
         axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(tokens, soft, color=color, linewidth=1.8, label=run.name)
+        axes.plot(tokens, soft, color=color, linewidth=1.8, label=_short(run.name))
         axes.plot(
             *run.series("validation_loss"),
             color=color,
@@ -188,7 +191,7 @@ def _draw_speed(figure, runs: Sequence[Run]) -> None:
                 va="center",
                 fontsize=8,
             )
-        axes.set_yticks(rows, [r.name for r in runs])
+        axes.set_yticks(rows, [_short(r.name) for r in runs])
         axes.set_xlim(0, 1.15 * max(values))
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
@@ -203,12 +206,173 @@ def _draw_probes(figure, runs: Sequence[Run]) -> None:
         for run, color in zip(runs, _colors(runs)):
             found = sorted((p["distance"], p["accuracy"]) for p in run.probes() if p["task"] == task)
             if found:
-                axes.plot(*zip(*found), color=color, marker="o", markersize=4, label=run.name)
+                axes.plot(*zip(*found), color=color, marker="o", markersize=4, label=_short(run.name))
         axes.set_xscale("log", base=2)
         axes.set_ylim(-0.03, 1.03)
         axes.set_title(task, fontsize=9)
         _axes(axes, "distance (tokens)", "accuracy" if axes is panels[0] else "")
     _legend(panels[0], runs)
+
+
+# -- recall during training --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a small chart; legends are sorted by `order`."""
+
+    name: str
+    order: int
+    color: Any
+    points: tuple[list[float], list[float]]  # x, recall
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One small chart."""
+
+    task: str
+    title: str
+    lines: list[_Line]
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What recall is drawn against."""
+
+    name: str
+    unit: str
+    of: Callable[[Probed], float | None]
+    caption: str
+
+
+_MEASURES = (
+    _Measure("tokens", "training tokens", lambda p: p.tokens, ""),
+    _Measure(
+        "seconds",
+        "GPU seconds",
+        lambda p: p.gpu_seconds,
+        " GPU seconds: training time before the probes, times ranks, each of which has one GPU. Training time: mean "
+        "time of a step (step_seconds in metrics.jsonl) times steps. It includes waiting for data, but no validation, "
+        "checkpoint or probe. A step that ran again after a resume counts once.",
+    ),
+)
+
+
+def _recall_pictures(runs: Sequence[Run]) -> list[Picture]:
+    """Recall by length and by distance, against tokens and against GPU seconds; none for runs without probes."""
+    found = [probed(r) for r in runs]
+    lines = "one for each run" if len(runs) > 1 else "one for each length of the probes"
+    words: dict[By, tuple[str, str]] = {
+        "length": ("Recall", f"Lines: {lines}."),
+        "distance": (
+            "Recall by distance",
+            "Lines: the tokens between an answer and the furthest fact that it needs, from the given number to below "
+            "twice that; over all lengths of the probes.",
+        ),
+    }
+    chosen = []
+    for by, (title, caption) in words.items():
+        for measure in _MEASURES:
+            panels = _recall_panels(runs, found, by, measure)
+            if panels:
+                names, columns = _legend_names(panels)
+                rows, legend_rows = -(-len(panels) // _panels_in_a_row(panels)), -(-len(names) // columns)
+                chosen.append(
+                    Picture(
+                        f"recall_{by}_{measure.name}.png",
+                        f"{title} during training against {measure.unit}",
+                        f"Share of correct answer tokens of the probes during training. {caption}{measure.caption}",
+                        functools.partial(_draw_panels, panels=panels, x=measure.unit),
+                        (9.0, 0.7 + 2.5 * rows + 0.2 * legend_rows),
+                    )
+                )
+    return chosen
+
+
+def _recall_panels(runs: Sequence[Run], found: Sequence[Sequence[Probed]], by: By, measure: _Measure) -> list[_Panel]:
+    """The small charts of one picture, without empty ones.
+
+    By length: one for each task, or for each task and length where there are several runs to compare. By distance: one
+    for each task and run with several distances.
+    """
+    keys = keys_of([p for one in found for p in one], by)
+    panels: list[_Panel] = []
+    if by == "length" and len(runs) > 1:
+        colors = _colors(runs)
+        for key in keys:
+            lines = [
+                _Line(run.name, i, colors[i], curve(one, by, key, measure.of))
+                for i, (run, one) in enumerate(zip(runs, found))
+            ]
+            panels.append(_Panel(key[0], f"{key[0]}, {key[1]:,} tokens", lines))
+    else:
+        shades = dict(zip(numbers := sorted({n for _, n in keys}), _shades(len(numbers))))
+        for task in dict.fromkeys(task for task, _ in keys):
+            for run, one in zip(runs, found):
+                mine = [n for t, n in keys_of(one, by) if t == task]
+                if by == "length" or len(mine) > 1:
+                    lines = [_Line(f"{n:,} tokens", n, shades[n], curve(one, by, (task, n), measure.of)) for n in mine]
+                    title = f"{task}\n{_short(run.name, 30)}" if len(runs) > 1 else task
+                    panels.append(_Panel(task, title, lines))
+    panels = [dataclasses.replace(panel, lines=[x for x in panel.lines if x.points[0]]) for panel in panels]
+    return [panel for panel in panels if panel.lines]
+
+
+def _panels_in_a_row(panels: Sequence[_Panel]) -> int:
+    """Three, or two where each task has two, so that a row has one task."""
+    tasks = [panel.task for panel in panels]
+    return 2 if tasks and all(tasks.count(task) == 2 for task in tasks) else 3
+
+
+def _draw_panels(figure, runs: Sequence[Run], *, panels: Sequence[_Panel], x: str) -> None:
+    from matplotlib import ticker
+
+    in_a_row = min(_panels_in_a_row(panels), len(panels))
+    places = list(figure.subplots(-(-len(panels) // in_a_row), in_a_row, squeeze=False).flat)
+    right = max(max(line.points[0]) for panel in panels for line in panel.lines)
+    handles: dict[str, Any] = {}
+    for i, (axes, panel) in enumerate(zip(places, panels)):
+        for line in panel.lines:
+            (handles[line.name],) = axes.plot(*line.points, color=line.color, marker="o", markersize=3, linewidth=1.4)
+        axes.set_title(panel.title, fontsize=9)
+        axes.set_xlim(0, 1.04 * right or 1)
+        axes.set_ylim(-0.03, 1.03)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
+        axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        _axes(axes, x if i + in_a_row >= len(panels) else "", "recall" if i % in_a_row == 0 else "")
+    for axes in places[len(panels) :]:
+        axes.remove()
+    names, columns = _legend_names(panels)
+    if names:
+        figure.legend(
+            [handles[name] for name in names],
+            [_short(name, 100) for name in names],
+            loc="outside lower center",
+            frameon=False,
+            fontsize=8,
+            ncols=columns,
+        )
+
+
+def _legend_names(panels: Sequence[_Panel]) -> tuple[list[str], int]:
+    """The names of all lines in their order, none if they are too many, and how many fit next to each other."""
+    orders = {line.name: line.order for panel in panels for line in panel.lines}
+    names = sorted(orders, key=orders.__getitem__) if len(orders) <= 16 else []
+    longest = max((len(_short(name, 100)) for name in names), default=0)
+    return names, max(1, min(len(names), 120 // (8 + longest)))
+
+
+def _shades(number: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.88 * i / max(1, number - 1)) for i in range(number)]
+
+
+def _short(text: str, size: int = 48) -> str:
+    """`text` with its middle left out where it is longer than `size`: the ends of names tell runs apart."""
+    half = (size - 1) // 2
+    return text if len(text) <= size else f"{text[:half]}…{text[-half:]}"
 
 
 def _draw_pareto(figure, runs: Sequence[Run]) -> None:
@@ -221,7 +385,7 @@ def _draw_pareto(figure, runs: Sequence[Run]) -> None:
         axes.scatter(*points[i], color=colors[i], s=46, zorder=2, edgecolor="white")
         # Alternate above and below, so that the names of close points do not overlap.
         offset = (6, 5) if number % 2 else (6, -12)
-        axes.annotate(runs[i].name, points[i], xytext=offset, textcoords="offset points", fontsize=8)
+        axes.annotate(_short(runs[i].name), points[i], xytext=offset, textcoords="offset points", fontsize=8)
     axes.margins(x=0.14, y=0.14)
     _axes(axes, f"cache at {CONTEXT // 1024}k tokens (MiB)", "final loss (nats per token)")
 

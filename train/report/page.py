@@ -10,7 +10,10 @@ from typing import Any
 
 from train.config.run_directory import make_directory
 from train.report.charts import Picture, draw, pictures
+from train.report.recall import Probed, cost, keys_of, probed, reached, remarks
 from train.report.records import CONTEXT, Run, differences, find_runs
+
+_THRESHOLDS = (0.5, 0.9)  # of recall
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
@@ -43,16 +46,17 @@ def page(title: str, runs: Sequence[Run], left_out: Sequence[str], drawn: Sequen
             f"<h2>{html.escape(picture.title)}</h2>\n<p>{html.escape(picture.caption)}</p>\n"
             f'<img alt="{html.escape(picture.title)}" src="data:image/png;base64,{data}">'
         )
+    parts += _recall(runs)
     parts.append(f"<h2>All numbers</h2>\n{_numbers(runs)}")
     changed = differences(runs)
     if changed:
         rows = [[r.name, *(_plain(values[i]) for values in changed.values())] for i, r in enumerate(runs)]
         parts.append("<h2>Differences between the configurations</h2>\n" + _table(["run", *changed], rows))
-    remarks = [f"{run.name}: {remark}" for run in runs for remark in run.remarks] + [
+    notes = [f"{run.name}: {remark}" for run in runs for remark in (*run.remarks, *remarks(run))] + [
         f"left out: {line}" for line in left_out
     ]
-    if remarks:
-        parts.append("<h2>Notes</h2>\n" + "\n".join(f"<p>{html.escape(r)}</p>" for r in remarks))
+    if notes:
+        parts.append("<h2>Notes</h2>\n" + "\n".join(f"<p>{html.escape(note)}</p>" for note in notes))
     counts = (
         f"{len(runs)} run{'s' if len(runs) > 1 else ''}, "
         f"{sum(max(r.series('loss')[0]) for r in runs):,.0f} tokens in total"
@@ -114,6 +118,55 @@ def _numbers(runs: Sequence[Run]) -> str:
         for r in runs
     ]
     return _table(head, rows, best=[i for i, r in enumerate(runs) if r.final_loss == lowest])
+
+
+def _recall(runs: Sequence[Run]) -> list[str]:
+    """When recall stays at a threshold, and what the probes cost; nothing for runs without probes."""
+    found = [probed(r) for r in runs]
+    keys = keys_of([p for one in found for p in one], "length")
+    parts = []
+    if keys:
+        head = ["run", "task", "length of the probes", "recall at the end"]
+        head += [f"{unit} until {threshold:g}" for threshold in _THRESHOLDS for unit in ("tokens", "GPU seconds")]
+        rows = [
+            [run.name, key[0], f"{key[1]:,}", f"{recalls[-1]:.3f}", *_reached(one, key)]
+            for key in keys
+            for run, one in zip(runs, found)
+            if (recalls := [p.scores["length"][key] for p in one if key in p.scores["length"]])
+        ]
+        parts.append(
+            "<h2>When recall stays at a threshold</h2>\n<p>Training tokens and GPU seconds before the first probes "
+            f"from which on recall stays at or above {' or '.join(map(str, _THRESHOLDS))}. It got there between these "
+            "probes and those before them. A dash: recall of the last probes is below.</p>\n" + _table(head, rows)
+        )
+    costs = [(run.name, spent) for run in runs if (spent := cost(run)) is not None]
+    if costs:
+        head = ["run", "times probed", "probe seconds", "training seconds", "share of the probes"]
+        rows = [
+            [name, str(c.evaluations), _seconds(c.probe_seconds), _seconds(c.training_seconds), f"{c.share:.1%}"]
+            for name, c in costs
+        ]
+        parts.append(
+            "<h2>What the probes cost</h2>\n<p>Seconds of the clock, all ranks at once. The share is of the time of "
+            "probes and training together, without validation and checkpoints.</p>\n" + _table(head, rows)
+        )
+    return parts
+
+
+def _reached(found: Sequence[Probed], key: tuple[str, int]) -> list[str]:
+    cells = []
+    for threshold in _THRESHOLDS:
+        first = reached(found, key, threshold)
+        if first is None:
+            cells += ["-", "-"]
+        else:
+            cells.append("unknown" if first.tokens is None else f"{first.tokens:,.0f}")
+            cells.append("unknown" if first.gpu_seconds is None else _seconds(first.gpu_seconds))
+    return cells
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], best: Sequence[int] = ()) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ksa_model.config import ModelConfig, ModelConfigError
+from ksa_model.config import ModelConfig
 from ksa_model.layout.sequence import SequenceLayout, build_layout
 from train.batches import model_flops
 from train.config.conversion import flatten, from_mapping
@@ -145,7 +145,8 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 def read_run(directory: Path, name: str) -> Run:
     """The run in `directory`. Raises `ReportError` where it has no loss or no usable configuration yet."""
-    records, torn = read_with_torn(directory / METRICS)
+    found, torn = read_with_torn(directory / METRICS)
+    records = standing(found)
     if not any("loss" in r for r in records):
         raise ReportError(f"{directory} has no record of a loss in metrics.jsonl yet")
     try:
@@ -154,7 +155,7 @@ def read_run(directory: Path, name: str) -> Run:
         steps, _ = config["run"]["steps"], config["seq_len"]
     except FileNotFoundError:
         raise ReportError(f"{directory} has no config.yaml") from None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ConfigError, ModelConfigError) as error:
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:  # bad bytes and settings are values
         raise ReportError(f"{directory / 'config.yaml'} cannot be used: {' '.join(str(error).split())}") from None
     remarks = []
     if torn:
@@ -164,6 +165,25 @@ def read_run(directory: Path, name: str) -> Run:
     if last < steps:
         remarks.append(f"is at step {last} of {steps}")
     return Run(name, directory, config, model, records, tuple(remarks), _evaluation(directory))
+
+
+def standing(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that describe the run as it is, sorted by step.
+
+    A record whose step is earlier than that of the record before it shows that the run went back and trained the later
+    steps again: the old records from its step on are dropped. So is a record with the same step and the same keys.
+    """
+    kept: list[dict[str, Any]] = []
+    for record in records:
+        step, keys = record["step"], record.keys() - {"step", "tokens"}
+        if kept and kept[-1]["step"] > step:
+            while kept and kept[-1]["step"] >= step:
+                kept.pop()
+        first = len(kept)
+        while first and kept[first - 1]["step"] == step:
+            first -= 1
+        kept[first:] = [r for r in kept[first:] if not keys & r.keys()] + [record]
+    return kept
 
 
 def _evaluation(directory: Path) -> dict[str, Any]:

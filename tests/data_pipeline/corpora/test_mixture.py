@@ -1,10 +1,12 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from data_pipeline import DataConfig, DataError, Loader, open_data
-from data_pipeline.corpora.mixture import BLOCK_SAMPLES, block_counts
+from data_pipeline.corpora.mixture import BLOCK_SAMPLES, Draw, Stage, block_counts
+from data_pipeline.packing.plan import Selection
 from tests.data_pipeline.conftest import write_corpus
 
 SIZES = {"short": (200, 30), "long": (60, 400), "other": (120, 80)}
@@ -52,6 +54,31 @@ def test_every_block_has_the_exact_share_of_each_corpus_and_repeats_nothing(conf
             assert sorted(numbers) == list(range(block * count, (block + 1) * count)), name
     first = [samples.stages[0].locate(index)[0] for index in range(64)]
     assert len(set(first)) == 3 and first != sorted(first)
+
+
+def test_extreme_weights_draw_beyond_an_epoch_without_an_end(root, model_path):
+    """Two equal corpora, one with 1023 of 1024 samples: its samples come again in every epoch, each once."""
+    corpora = [
+        {"name": name, "source": "jsonl", "path": str(root / "short.jsonl"), "weight": weight}
+        for name, weight in (("rare", 0.001), ("often", 0.999))
+    ]
+    config = DataConfig(source="mixture", corpora=corpora, tokenizer=str(model_path), cache_dir=str(root / "cache"))
+    samples = open_data(config).samples("train", 256, 8)
+    stage = samples.stages[0]
+    assert stage.counts.tolist() == [1, 1023]
+    epoch = stage.draws[1].plan.num_samples
+    draws = [stage.locate(index) for index in range(4 * BLOCK_SAMPLES)]
+    numbers = [number for draw, number in draws if draw == 1]
+    assert sorted(numbers) == list(range(4 * 1023)) and max(numbers) > 2 * epoch
+    assert [number for draw, number in draws if draw == 0] == list(range(4))
+    assert (samples.at(4 * BLOCK_SAMPLES - 1).tokens != 0).any()
+
+
+def test_more_corpora_than_a_byte_numbers():
+    plan = SimpleNamespace(fingerprint="", num_samples=5)
+    stage = Stage([Draw(str(n), 1.0, Selection(), plan) for n in range(300)], 256, 0, None, seed=3)
+    drawn = [stage.locate(index)[0] for index in range(BLOCK_SAMPLES)]
+    assert set(drawn) == set(range(300)) and np.bincount(drawn).tolist() == stage.counts.tolist()
 
 
 def test_a_sample_is_that_of_the_corpus_packed_alone(config):

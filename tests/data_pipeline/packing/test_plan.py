@@ -202,8 +202,13 @@ def test_a_damaged_plan_and_indices_out_of_range(prepared, tmp_path):
             plan.sample(index)
     (directory,) = [path for path in tmp_path.iterdir() if path.is_dir()]
     np.save(directory / "row_ptr.npy", np.array([0, 1], dtype=np.uint64))
-    with pytest.raises(DataError, match="do not belong together; delete the directory"):
+    with pytest.raises(DataError, match="do not belong together; delete it to build it again"):
         build_plan(prepared.train, 64, 8, seed=0, cache_dir=tmp_path)
+    whole = (directory / "segments.npy").read_bytes()
+    for end in (0, 5, 100, len(whole) - 1):
+        (directory / "segments.npy").write_bytes(whole[:end])
+        with pytest.raises(DataError, match=f"{directory}: the plan cannot be read .*; delete it to build it again"):
+            build_plan(prepared.train, 64, 8, seed=0, cache_dir=tmp_path)
 
 
 def test_shards_that_no_manifest_lists(prepared, tmp_path):

@@ -1,3 +1,6 @@
+import os
+import resource
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -147,3 +150,45 @@ def test_documents_beyond_the_limit_leave_no_trace(tmp_path):
     assert lengths == [3, None, 0, None, 1]
     assert writer.info == replace(write(tmp_path / "t", kept), name="s")
     assert (tmp_path / "s.bin").read_bytes() == (tmp_path / "t.bin").read_bytes()
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """A memory-mapped file holds a descriptor, and `ulimit -n` is 1024 on many machines."""
+    for number in (0, 1):
+        with ShardWriter(tmp_path / f"shard-{number}", np.dtype(np.uint16)) as writer:
+            writer.add(np.array([number, number + 1]))
+    for number in range(2, 600):  # links: to write as many files takes long
+        for ending in (".bin", ".idx"):
+            (tmp_path / f"shard-{number}{ending}").symlink_to(f"shard-{number % 2}{ending}")
+    prefixes = [tmp_path / f"shard-{number}" for number in range(600)]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 400, before[1]))
+    try:
+        shards = ShardSet(prefixes)
+        for document in (0, 599, 300, 0, *range(0, 600, 7)):
+            assert shards.read(document, 0, 2).tolist() == [document % 2, document % 2 + 1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_offsets_beyond_what_32_bits_hold(tmp_path):
+    """Two documents of 1.5e9 tokens: their sum, and their bytes, are more than 2**31 and 2**32."""
+    prefix, length = tmp_path / "shard", 1_500_000_000
+    with open(tmp_path / "shard.bin", "wb") as file:
+        file.seek(2 * (2 * length - 3))  # the rest is a hole
+        file.write(np.array([7, 9, 11], dtype=np.uint16).tobytes())
+    header = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 2, 3)
+    arrays = np.full(2, length, "<i4"), np.array([0, 2 * length], "<i8"), np.arange(3, dtype="<i8")
+    (tmp_path / "shard.idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
+    reader = ShardReader(prefix)
+    assert reader.lengths.tolist() == [length, length]
+    assert reader.read(1, length - 3).tolist() == [7, 9, 11]
+    assert ShardSet([prefix, prefix]).read(3, length - 1, 1).tolist() == [11]
+
+
+def test_a_shard_that_is_replaced_is_not_read_as_the_one_before(tmp_path):
+    prefix = tmp_path / "shard"
+    for token in (1, 2):
+        with ShardWriter(prefix, np.dtype(np.uint16)) as writer:
+            writer.add(np.full(4, token))
+        assert ShardReader(prefix).read(0).tolist() == [token] * 4

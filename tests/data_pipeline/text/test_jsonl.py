@@ -96,3 +96,12 @@ def test_json_of_another_layout_is_named_with_the_command_that_converts_it(line,
         parse_line(line.encode(), "text", "f:1")
     assert f"data.source=jsonl reads one object a line, which `jq -c '{items}' FILE` writes" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_any_size_beside_the_text():
+    """Python refuses integers of more than 4300 digits; pyarrow and ujson refuse smaller ones."""
+    line = '{"id": 10254939386542155531, "n": [%s, NaN, 1e999], "text": "kept"}' % ("9" * 5000)
+    assert parse_line(line.encode(), "text", "f:1") == "kept"
+    assert "".join(stream_line(iter([line.encode()]), "text", "f:1")) == "kept"
+    with pytest.raises(DataError, match="is not a text but of type int"):
+        parse_line(b'{"text": %s}' % (b"9" * 5000), "text", "f:1")

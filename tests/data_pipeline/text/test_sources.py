@@ -84,6 +84,18 @@ def test_a_glob_chooses_files(tmp_path):
     assert [text for _, text, _ in documents] == ["a.txt", "b.txt"]
 
 
+def test_a_glob_that_matches_directories_alone_chooses_the_files_in_them(tmp_path):
+    """Spark writes a directory `day=1.parquet` of files; a pattern that matches files takes these alone."""
+    for name in ("day=2.text/part-0", "day=1.text/part-1", "day=1.text/.part-1.crc", "other/part-2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    documents, _ = read(source="text", path=str(tmp_path / "*.text"), validation_fraction=0.0)
+    assert [text for _, text, _ in documents] == ["day=1.text/part-1", "day=2.text/part-0"]
+    (tmp_path / "day=3.text").write_text("a file")
+    documents, _ = read(source="text", path=str(tmp_path / "*.text"), validation_fraction=0.0)
+    assert [text for _, text, _ in documents] == ["a file"]
+
+
 COMPRESSIONS = [
     (".jsonl", bytes),
     (".jsonl.gz", gzip.compress),

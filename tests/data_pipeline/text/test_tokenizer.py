@@ -123,6 +123,16 @@ def test_files_that_are_no_model(tmp_path):
             Tokenizer(tmp_path / name)
 
 
+def test_a_directory_and_a_name_of_the_hub_are_answered(tmp_path):
+    with pytest.raises(DataError, match=r"is a directory; it holds neither tokenizer\.json nor tokenizer\.model"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(DataError, match=r"is a directory; name the file in it: .*/tokenizer.model$"):
+        Tokenizer(tmp_path)
+    with pytest.raises(DataError, match=r"Qwen/Qwen3-0.6B: .* name a file of this machine: nothing is downloaded$"):
+        Tokenizer("Qwen/Qwen3-0.6B")
+
+
 def test_a_foreign_model_is_used_as_it_is(tmp_path):
     # Default settings: normalises, adds a space in front, has no newline token. Nothing may be cut for such a model.
     texts = write_corpus(tmp_path / "corpus.jsonl", 300)

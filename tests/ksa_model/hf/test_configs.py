@@ -52,6 +52,34 @@ def test_published_patterns(keys, expected):
     )
 
 
+@pytest.mark.parametrize("far, full", [(True, True), (True, False), (False, True), (False, False)])
+def test_what_is_rotated_survives_an_export(far, full):
+    for pattern in ("KKKF", "K", "KSCF", "F"):
+        config = small_config(layer_pattern=pattern, rotate_far=far, rotate_full_layers=full)
+        written = exported_config(config, 64, None, "float32")
+        if pattern == "F" and full:  # nothing is far there, and Qwen3 rotates its full layers
+            assert written["model_type"] == "qwen3" and "rotate_full_layers" not in written
+            continue
+        assert written["architectures"] == ["KsaForCausalLM"]
+        found = read_config(written).config
+        assert (found.rotate_far, found.rotate_full_layers) == (far, full)
+
+
+def test_exports_without_the_keys_of_rotation_rotate_everything():
+    written = exported_config(small_config(), 64, None, "float32")
+    older = {key: value for key, value in written.items() if not key.startswith("rotate_")}
+    assert len(older) == len(written) - 2
+    assert read_config(older) == read_config(written)
+    pytest.importorskip("transformers")
+    from ksa_model.hf.modeling_ksa import KsaConfig
+
+    for values in (older, written):
+        loaded = KsaConfig.from_dict(values)
+        assert loaded.rotate_far is True and loaded.rotate_full_layers is True
+    changed = KsaConfig.from_dict(written | dict(rotate_far=False, rotate_full_layers=False))
+    assert (changed.to_dict()["rotate_far"], changed.to_dict()["rotate_full_layers"]) == (False, False)
+
+
 @pytest.mark.parametrize(
     "rope, message",
     [

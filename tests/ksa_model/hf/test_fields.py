@@ -82,6 +82,8 @@ def test_missing_null_text_and_impossible_numbers(key):
         ("ksa", "layer_pattern", 3, "a text"),
         ("ksa", "independent_qkv", "false", "true or false"),
         ("ksa", "qk_norm", 1, "true or false"),
+        ("ksa", "rotate_far", "false", "true or false"),
+        ("ksa", "rotate_full_layers", 0, "true or false"),
         ("published", "summary_chunk_size", None, "a whole number"),
         ("published", "summary_token_num", "1", "a whole number"),
         ("published", "summary_token_begin", "61", "a whole number"),

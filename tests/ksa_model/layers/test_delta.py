@@ -273,9 +273,13 @@ def test_what_cannot_be_is_refused(world, monkeypatch):
     with pytest.raises(ModelConfigError, match="use format=safetensors to export weights"):
         exported_config(config, 64, None, "float32")
     cuda = torch.device("cuda")
-    monkeypatch.setattr(delta, "PACKAGE", "fla.ops.that_is_not_there")
+    monkeypatch.setattr(delta, "PACKAGE", "a_package_that_is_not_there.ops")
     delta._package.cache_clear()
     with pytest.raises(ModelConfigError, match=r"need the package flash-linear-attention: pip install 'ksa-train"):
+        delta.check_device(config, cuda, torch.bfloat16)
+    monkeypatch.setattr(delta, "PACKAGE", "torch.that_is_not_there")
+    delta._package.cache_clear()
+    with pytest.raises(ModelConfigError, match=r"torch is installed, but torch.that_is_not_there cannot be imported"):
         delta.check_device(config, cuda, torch.bfloat16)
     delta.check_device(config, cuda, torch.float32)  # plain torch computes it
     delta.check_device(config, torch.device("cpu"), torch.bfloat16)

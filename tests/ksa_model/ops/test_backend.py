@@ -59,11 +59,34 @@ def test_few_rows_without_gradients_use_gemv(hopper):
         assert half.gemv_for(256, 256) is triton_gemv and Backend().gemv_for(1) is None
 
 
+def forget_kernels(monkeypatch):
+    """The next import of a module with kernels reads its file."""
+    for name in [name for name in sys.modules if name.startswith("ksa_model.ops.") and holds_kernels(name)]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name, raising=False)
+
+
+def holds_kernels(name):
+    return name.rpartition(".")[2].startswith("triton_") or name == "ksa_model.ops.attention.cuda"
+
+
+def test_a_broken_triton_is_not_a_missing_one(hopper, monkeypatch, tmp_path):
+    """Half an installation: the package is there, its parts are not."""
+    forget_kernels(monkeypatch)
+    for name in [name for name in sys.modules if name == "triton" or name.startswith("triton.")]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    backend = Backend("auto", 128, GPU, torch.bfloat16)
+    for kernels in ("attention", "rows", "loss", "gemv", "decode", "fp8"):
+        with pytest.raises(ModelConfigError, match=r"triton is installed, but ksa_model.ops\.\S+ cannot be imported"):
+            getattr(backend, kernels)
+
+
 def test_without_triton(hopper, monkeypatch):
-    for name in ("triton_rows", "triton_loss", "triton_gemv", "attention.cuda"):
-        monkeypatch.setitem(sys.modules, f"ksa_model.ops.{name}", None)
-        monkeypatch.delattr(f"ksa_model.ops.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "ksa_model.ops.attention.triton_decode", None)
+    forget_kernels(monkeypatch)
+    monkeypatch.setitem(sys.modules, "triton", None)
     backend = Backend("auto", 128, GPU, torch.bfloat16)
     assert backend.rows is rows and backend.loss is backend.gemv is backend.decode is None
     backend_module._slower_path.cache_clear()

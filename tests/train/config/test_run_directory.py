@@ -48,9 +48,33 @@ def test_a_torn_file_is_named(config, tmp_path):
         run_directory.check(tmp_path / "run", config)
 
 
+def test_a_file_that_was_cut_is_not_called_another_run(config, tmp_path):
+    """Wherever it ends, what is left is enough, or the message tells how to mend it."""
+    path = tmp_path / "run/config.yaml"
+    own = dataclasses.replace(config, optim=OptimConfig(lr=0.5), seq_len=128)
+    text = yaml.safe_dump(to_mapping(own))
+    refused = 0
+    for end in range(0, len(text), 29):
+        path.write_text(text[:end])
+        try:
+            run_directory.check(tmp_path / "run", own)
+        except ConfigError as error:
+            refused += 1
+            assert str(path) in str(error) and "rename it, and the next start writes it again" in str(error)
+    assert refused > len(text) / 29 / 3
+
+
 def test_a_directory_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is not a directory that can be written"):
         run_directory.check(tmp_path / "file/run", config)
     with pytest.raises(ConfigError, match=r"out=.*file/run cannot be created"):
         run_directory.make_directory("out", tmp_path / "file/run")
+
+
+def test_a_link_to_nothing_is_named(config, tmp_path):
+    """A run directory on a disk that is not mounted, reached through a link."""
+    (tmp_path / "scratch").symlink_to(tmp_path / "disk" / "runs")
+    for directory in (tmp_path / "scratch", tmp_path / "scratch" / "run"):
+        with pytest.raises(ConfigError, match=r"scratch is a link to .*disk/runs, which is not there"):
+            run_directory.check(directory, config)

@@ -1,5 +1,7 @@
 """Which environments name a rank's place completely, and which would start many runs of one rank."""
 
+import shlex
+
 import pytest
 
 from train.config.errors import ConfigError
@@ -57,3 +59,37 @@ def test_complete_environments(monkeypatch, variables):
 def test_incomplete_environments(monkeypatch, variables, message):
     with pytest.raises(ConfigError, match=message):
         check(monkeypatch, **variables)
+
+
+TORCHRUN = [
+    "/venv/bin/python",
+    "/venv/bin/torchrun",
+    "--nproc-per-node=2",
+    "--nnodes",
+    "2",
+    "-m",
+    "train",
+    "run.steps=5",
+]
+
+
+@pytest.mark.parametrize(
+    "variables, parent, words",
+    [
+        ({}, ["/bin/bash"], "python -m train"),
+        (dict(TORCHELASTIC_RUN_ID="x"), TORCHRUN, "torchrun --nproc-per-node=2 --nnodes 2 -m train"),
+        (
+            dict(TORCHELASTIC_RUN_ID="x"),
+            ["python", "-m", "torch.distributed.run", "--standalone", "-m", "train", "a=b"],
+            "torchrun --standalone -m train",
+        ),
+        (dict(TORCHELASTIC_RUN_ID="x", LOCAL_WORLD_SIZE="4"), [], "torchrun --nproc-per-node=4 -m train"),
+        (
+            dict(TORCHELASTIC_RUN_ID="x", LAUNCH_COMMAND="python -m launch target=local 'launch.python=a b' --"),
+            ["python", "-m", "launch.agent", "--signals=forward", "-m", "train"],
+            "python -m launch target=local 'launch.python=a b' --",
+        ),
+    ],
+)
+def test_the_command_of_a_run_is_that_of_its_user(variables, parent, words):
+    assert shlex.join(environment.command_of_run(variables, parent)) == words

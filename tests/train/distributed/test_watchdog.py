@@ -19,7 +19,10 @@ TIMEOUT_SECONDS = 4
 
 
 def train_with_a_fault(corpus: str, root: str, fault: str, num_ranks: int, context: int):
-    """Rank 1 suffers `fault` once its run has done some steps. What a rank prints goes to `root/rank-N.txt`."""
+    """A rank suffers `fault` once its run has done some steps: rank 0 hosts the job's store.
+
+    What a rank prints goes to `root/rank-N.txt`.
+    """
     from data_pipeline import Loader
     from train import trainer
     from train.distributed import groups
@@ -43,9 +46,9 @@ def train_with_a_fault(corpus: str, root: str, fault: str, num_ranks: int, conte
 
             Loader.next_step = for_ever
         else:
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}[fault])
+            os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
 
-    if rank == 1:
+    if rank == (0 if fault == "hang of the store" else 1):
         threading.Thread(target=strike, daemon=True).start()
     trainer.train(config)
 
@@ -63,6 +66,19 @@ def test_the_message_names_the_rank(fault, context, corpus, tmp_path):
         assert "rank 1 on " in likely and "waiting for data" in likely
     elif fault == "hang":
         assert "rank 1 on " in likely and "was last heard of" in likely and "at step " in likely
+
+
+def test_a_rank_ends_though_the_host_of_the_store_stands_still(corpus, tmp_path):
+    """Nothing answers then: neither the collective nor the job's store."""
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 0 did not answer"):
+        arguments = (str(corpus), str(tmp_path), "hang of the store", 2, 1)
+        run_on_ranks(2, train_with_a_fault, *arguments, timeout=TIMEOUT_SECONDS + 26)
+    assert time.monotonic() - began < 60
+    said = (tmp_path / "rank-1.txt").read_text()
+    first = next(line for line in said.splitlines() if " failed at step " in line)
+    assert first.startswith("rank 1 on ")
+    assert "likely cause: the rank that hosts the job's store (rank 0) does not answer" in said
 
 
 def train_slowly(corpus: str, root: str, slow: str):

@@ -51,6 +51,7 @@ def test_the_same_on_every_parallel_layout(layout, one_rank, corpus, tmp_path):
         parallel__tensor=tensor, parallel__sequence=sequence, parallel__context=context, parallel__zero=zero
     )
     records = run_on_ranks(tensor * context * data, run_training, str(corpus), str(tmp_path), changes)[0]
+    assert {r["ranks"] for r in records if "loss" in r} == {tensor * context * data}
     for (_, here), (_, there) in zip(probe_records(records), probe_records(one_rank), strict=True):
         for task, by_length in here.items():
             for length, scores in by_length.items():

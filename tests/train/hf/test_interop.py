@@ -124,7 +124,7 @@ def train_config(location, root, zero, precision="fp32", **changes):
     return dataclasses.replace(config, model=type(source.config)(**model), run=run)
 
 
-def initialise_on_a_rank(location, root, tensor, zero, precision):
+def initialise_on_a_rank(location, root, tensor, zero, precision, changes=None):
     """Build an engine, fill it from `location`, save it as a run's checkpoint; returns this rank's logits."""
     import dataclasses
 
@@ -136,7 +136,7 @@ def initialise_on_a_rank(location, root, tensor, zero, precision):
     from train.config.sections import CheckpointConfig
     from train.distributed import groups
 
-    config = train_config(location, root, zero, precision)
+    config = train_config(location, root, zero, precision, **(changes or {}))
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, tensor=tensor))
     world = groups.initialize(config.parallel, torch.device("cpu"))
     engine = build.build_engine(config, world)
@@ -169,6 +169,36 @@ def test_every_layout_begins_with_the_same_weights(tmp_path, capsys, ranks, tens
     code, said = run_command(export_command, tmp_path / "default", f"out={tmp_path}/out", "dtype=fp32", capsys=capsys)
     assert code == 0, said
     assert_same_files(tmp_path / "qwen", tmp_path / "out")
+
+
+def test_another_rotation_than_the_checkpoints_is_noted(tmp_path):
+    make_qwen(tmp_path / "qwen", tied=True)
+    changes = dict(layer_pattern="KF", rotate_far=False, rotate_full_layers=False, rope_base=500.0)
+    arguments = f"hf:{tmp_path}/qwen", str(tmp_path), 1, 1, "fp32", changes
+    ((said, _),) = run_on_ranks(1, initialise_on_a_rank, *arguments)
+    assert said.endswith(
+        "Qwen3ForCausalLM; model.rope_base=500.0 here, 12345.0 there; model.rotate_far=False here, True there; "
+        "model.rotate_full_layers=False here, True there"
+    )
+
+
+def test_a_teacher_keeps_the_rotation_of_its_weights(tmp_path):
+    import dataclasses
+
+    from train.config.errors import ConfigError
+    from train.config.stage import StageConfig
+
+    make_qwen(tmp_path / "qwen", tied=True)
+    for far, full, refused in ((False, True, False), (True, False, True)):
+        changes = dict(layer_pattern="KF", rotate_far=far, rotate_full_layers=full)
+        config = train_config(f"hf:{tmp_path}/qwen", tmp_path, 1, **changes)
+        import_weights.check(config)  # all weights are trained
+        config = dataclasses.replace(config, stage=StageConfig("distill"))
+        if not refused:
+            import_weights.check(config)
+            continue
+        with pytest.raises(ConfigError, match=r"model.rotate_full_layers=false gives .* than hf:.*: set model.rotate_"):
+            import_weights.check(config)
 
 
 def test_training_goes_on_from_qwen3(tmp_path, corpus):
@@ -262,6 +292,17 @@ MODELS = {
     "ntk": dict(rope_scaling=RopeScaling("ntk", 4.0)),
     "yarn": dict(rope_scaling=RopeScaling("yarn", 8.0, 16), summary_tokens=2),
     "llama3": dict(rope_scaling=RopeScaling("llama3", 8.0, 16)),
+    "KKKF, no RoPE far": dict(rotate_far=False, rope_scaling=RopeScaling("yarn", 8.0, 16)),
+    "KKKF, no RoPE in full layers": dict(rotate_full_layers=False, qk_norm=False),
+    "KKKF, neither": dict(rotate_far=False, rotate_full_layers=False, window_chunks=2),
+    "K m=2, no RoPE far": dict(layer_pattern="K", summary_tokens=2, rotate_far=False, window_chunks=0),
+    "KSCF, shared q/k/v, no RoPE far": dict(
+        layer_pattern="KSCF", independent_qkv=False, chunk_size=3, window_chunks=0, rotate_far=False
+    ),
+    "KSCF, no RoPE in full layers": dict(layer_pattern="KSCF", chunk_size=3, rotate_full_layers=False),
+    "KSCF, neither": dict(layer_pattern="KSCF", chunk_size=3, rotate_far=False, rotate_full_layers=False),
+    "FKKS, neither": dict(layer_pattern="FKKS", summary_tokens=2, rotate_far=False, rotate_full_layers=False),
+    "F, no RoPE": dict(layer_pattern="F", rotate_full_layers=False, rope_scaling=RopeScaling("yarn", 8.0, 16)),
 }
 
 
@@ -282,8 +323,13 @@ def test_transformers_computes_our_model(world, tmp_path, capsys, changes):
             torch.testing.assert_close(got, our_logits(decoder, prompt), rtol=0, atol=1e-4)
         tokens, mask = padded(prompts)
         got = theirs(tokens, attention_mask=mask).logits
-    for row, prompt in zip(got, prompts):
-        torch.testing.assert_close(row[-len(prompt) :], our_logits(decoder, prompt), rtol=0, atol=1e-4)
+        right = theirs(
+            *(torch.stack([x.roll(len(p)) for x, p in zip(both, prompts)]) for both in (tokens, mask))
+        ).logits
+    for row, other, prompt in zip(got, right, prompts):
+        want = our_logits(decoder, prompt)
+        torch.testing.assert_close(row[-len(prompt) :], want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(other[: len(prompt)], want, rtol=0, atol=1e-4)
     want, _ = generate(decoder, prompts, Sampling(max_tokens=40))
     settings = dict(max_new_tokens=40, do_sample=False, pad_token_id=0)
     said = theirs.generate(tokens, attention_mask=mask, **settings)
@@ -301,13 +347,18 @@ def padded(prompts):
     return tokens, mask
 
 
-def test_generation_of_every_kind(world, tmp_path, capsys):
+@pytest.mark.parametrize("rotates", [True, False], ids=["", "no RoPE far and in full layers"])
+def test_generation_of_every_kind(world, tmp_path, capsys, rotates):
     """Beams reorder the cache; a second turn feeds several new columns to it; it is as small as ours."""
-    decoder = make_run(world, tmp_path / "run", small_config(num_layers=8))
+    config = small_config(num_layers=8, rotate_far=rotates, rotate_full_layers=rotates)
+    decoder = make_run(world, tmp_path / "run", config)
     run_command(export_command, tmp_path / "run", f"out={tmp_path}/out", "dtype=fp32", capsys=capsys)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     prompt = torch.tensor([[5, 9, 11, 2, 7]])
     settings = dict(max_new_tokens=20, do_sample=False, pad_token_id=0, num_beams=3)
+    blocks = torch.randint(0, 61, (1, 1100), generator=torch.Generator().manual_seed(4))  # several of query rows
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(blocks).logits[0], our_logits(decoder, blocks[0].tolist()), rtol=0, atol=1e-4)
     beams = theirs.generate(prompt, **settings)
     assert torch.equal(beams, theirs.generate(prompt, use_cache=False, **settings))
     with torch.no_grad():
@@ -350,8 +401,9 @@ def test_an_export_amid_annealing_computes_what_the_run_computes(world, tmp_path
         assert file.metadata().get("mix_coeff") == ("0.4" if qk_norm else None)
 
 
-def test_an_export_comes_back(world, tmp_path, capsys):
-    decoder = make_run(world, tmp_path / "run", small_config(window_chunks=(1, 2, 1, 0)))
+@pytest.mark.parametrize("changes", [dict(), dict(rotate_far=False), dict(rotate_full_layers=False)], ids=str)
+def test_an_export_comes_back(world, tmp_path, capsys, changes):
+    decoder = make_run(world, tmp_path / "run", small_config(window_chunks=(1, 2, 1, 0), **changes))
     for name, arguments in [("one", []), ("bf16", ["dtype=bf16"])]:
         run_command(
             export_command, tmp_path / "run", f"out={tmp_path}/{name}", *(arguments or ["dtype=fp32"]), capsys=capsys
@@ -361,6 +413,12 @@ def test_an_export_comes_back(world, tmp_path, capsys):
         if "embedding.weight" in name or "head" in name:
             p, want = p[:61], want[:61]
         assert torch.equal(p, want), name
+    assert torch.equal(our_logits(back, TOKENS), our_logits(decoder, TOKENS))
+    code, said = run_command(
+        import_command, tmp_path / "one", f"out={tmp_path}/back", "vocab_multiple=16", capsys=capsys
+    )
+    assert code == 0, said
+    assert export.open_run(tmp_path / "back").config.model == decoder.config
     half = load_file(tmp_path / "bf16/model.safetensors")
     assert half["model.norm.weight"].dtype == torch.bfloat16
     assert torch.equal(half["model.norm.weight"], decoder.norm.weight.bfloat16())

@@ -118,7 +118,7 @@ def test_weights_without_a_tokenizer_need_one(config, tmp_path, qwen, capsys):
     assert code == 0, said
     (found,) = finished(tmp_path / "run/checkpoints")
     with pytest.raises(ConfigError, match=r"data.tokenizer is not set, and .* does not come with its tokenizer"):
-        chosen(config(init_from=f"{tmp_path}/run"), Inherit(found))
+        chosen(config(init_from=f"{tmp_path}/run"), Inherit(found, locate.read_state(found)))
 
 
 def test_an_imported_run_keeps_its_tokenizer(config, qwen, tmp_path, capsys, corpus):
@@ -129,20 +129,22 @@ def test_an_imported_run_keeps_its_tokenizer(config, qwen, tmp_path, capsys, cor
     assert state["tokenizer_sha256"] == tokenizer.fingerprint
     assert state["vocabulary_sha256"] == tokenizer.vocabulary_sha256
     asked = config(init_from=f"{tmp_path}/run")
-    assert chosen(asked, Inherit(found)) == str(tmp_path / "run/tokenizer.model")
+    assert chosen(asked, Inherit(found, locate.read_state(found))) == str(tmp_path / "run/tokenizer.model")
     (tmp_path / "other").mkdir()
     other = add_tokenizer(tmp_path / "other", corpus)
     with pytest.raises(CheckpointError, match=r"give the tokenizer.model of that run as data.tokenizer"):
-        chosen(config(init_from=f"{tmp_path}/run", data__tokenizer=str(other)), Inherit(found))
+        chosen(
+            config(init_from=f"{tmp_path}/run", data__tokenizer=str(other)), Inherit(found, locate.read_state(found))
+        )
     (tmp_path / "run/tokenizer.model").unlink()
     with pytest.raises(ConfigError, match=r"does not come with the tokenizer of sha256"):
-        chosen(asked, Inherit(found))
+        chosen(asked, Inherit(found, locate.read_state(found)))
 
 
 def test_a_run_that_trained_its_tokenizer_is_left_alone(config, world, tmp_path):
     make_run(world, tmp_path / "run", small_config())
     (found,) = finished(tmp_path / "run/checkpoints")
-    assert chosen(config(init_from=f"{tmp_path}/run"), Inherit(found)) is None
+    assert chosen(config(init_from=f"{tmp_path}/run"), Inherit(found, locate.read_state(found))) is None
 
 
 def test_a_run_with_another_tokenizer_is_not_used(world, tmp_path, capsys, qwen, corpus):

@@ -26,6 +26,7 @@ def test_means_leave_skipped_steps_out(world):
     record = sums.read()
     assert record["loss"] == pytest.approx((6 + 8) / (3 + 4)) and record["skipped_steps"] == 1
     assert record["tokens"] == sums.tokens == 100 + 5 + 4 + 6  # those of a skipped step have been seen
+    assert record["ranks"] == 1 and record["step_seconds"] > 0
     assert sums.read_parts(torch.tensor([7.0, 14.0]), ["a", "b"]) == {"loss_a": 1.0, "loss_b": 2.0}
     assert sums.read_parts(None, []) == {}
 
