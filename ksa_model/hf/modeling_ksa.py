@@ -496,10 +496,7 @@ class KsaForCausalLM(KsaPreTrainedModel, GenerationMixin):
         self, input_ids, past_key_values=None, cache=None, attention_mask=None, use_cache=True, **kwargs
     ):
         cache = past_key_values if cache is None else cache
-        inputs = {
-            "input_ids": input_ids[:, 0 if cache is None else cache.get_seq_length() :],
-            "attention_mask": attention_mask,
-            "use_cache": use_cache,
-        }
+        cached = 0 if cache is None else cache.get_seq_length()
+        inputs = {"input_ids": input_ids[:, cached:], "attention_mask": attention_mask, "use_cache": use_cache}
         passed_on = {name: value for name, value in kwargs.items() if name == "logits_to_keep"}
         return {**inputs, CACHE: cache, **passed_on}
