@@ -176,8 +176,7 @@ def changes_of_resumed(config: TrainConfig, checkpoint: CheckpointPath, state: S
     `state`: its state.json.
 
     Raises `CheckpointError` where the run of `config` cannot go on from it: a checkpoint in the run's own directory
-    that another run wrote, one of another model, or an import from the middle of
-    annealing.
+    that another run wrote, one of another model, or an import from the middle of annealing.
     """
     found = _differences(config, state)
     if is_own(config, checkpoint):
@@ -188,7 +187,7 @@ def changes_of_resumed(config: TrainConfig, checkpoint: CheckpointPath, state: S
             f"{checkpoint} is of another model or stage: {differences.in_words(model)}; set them back, or give "
             f"init_from={checkpoint} in place of resume to begin a new run with its weights"
         )
-    own_share = locate.read_state(checkpoint).get("own_share", 1.0)
+    own_share = state.get("own_share", 1.0)
     if 0 < own_share < 1 and config.stage.kind != "anneal":  # imported: a run's own checkpoint has its own stage
         raise CheckpointError(
             f"{checkpoint} was imported from the middle of annealing (mix_coeff={own_share:g}), which stage.kind="
