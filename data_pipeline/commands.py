@@ -41,6 +41,8 @@ def run(
         sys.stdout = open(os.devnull, "w")  # Python flushes it at exit
         return 128 + signal.SIGPIPE
     except OSError as error:  # of a place that names no key itself
+        if error.filename is None and not takes_signals:
+            raise  # a launcher watches processes for days: what fails then is no bad input
         return fail(_os_error(error, arguments))
     except MemoryError as error:
         return fail(f"the machine has not enough memory ({error}); choose smaller sizes")

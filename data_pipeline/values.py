@@ -113,7 +113,7 @@ def from_text(hint: Any, text: str, key: str, error: type[ValueError]) -> Any:
         except ValueError:
             pass
         else:
-            if not math.isfinite(number):
+            if isinstance(number, float) and not math.isfinite(number):
                 raise error(f"{key}={text!r} must be a number, and finite")
             return number
     if hint in _WANTED:

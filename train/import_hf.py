@@ -21,6 +21,7 @@ from data_pipeline import commands
 from ksa_model.config import ModelConfig
 from train.config.conversion import expand_home, from_mapping, from_text, from_words, key_values
 from train.config.errors import ConfigError
+from train.config.quoting import override
 from train.config.run_directory import directory_argument
 from train.config.schema import USER_ERRORS
 from train.hf.files import HfDirectory
@@ -54,10 +55,10 @@ def _run(arguments: list[str]) -> str:
         return overrides(model) + ("" if tokenizer is None else f" {shlex.quote(f'data.tokenizer={tokenizer}')}")
     out = Path(expand_home(options.out))
     checkpoint, unused = import_run(directory, out, model, options.summary_from, options.allow_pickle)
-    train_from = f"train from it: init_from={out}"
+    train_from = f"train from it: {override('init_from', str(out))}"
     if source.mix_coeff_in(model) != 1:
         train_from = f"it is from the middle of annealing (mix_coeff={source.mix_coeff:g}), so no run can begin with it"
-    return f"wrote {checkpoint}; sample it: python -m train.generate {out}; {train_from}{unused}"
+    return f"wrote {checkpoint}; sample it: python -m train.generate {shlex.quote(str(out))}; {train_from}{unused}"
 
 
 def main(arguments: list[str] | None = None) -> int:

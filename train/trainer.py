@@ -73,8 +73,8 @@ def train(config: TrainConfig) -> RunResult:
             _check_device(config, device)
             run_directory.check(config.run.directory, config)
             if ranks.is_main:
-                key, say = f"run.root={config.run.root} and run.name={config.run.name}", line_printer(True)
-                held.enter_context(only_one(config.run.directory, key, say))
+                key = f"run.root={config.run.root} and run.name={config.run.name}"
+                held.enter_context(only_one(config.run.directory, key, line_printer(True)))
         start = choose_start(config, ranks)
         with ranks.failing_together():
             owned = tokenizer_of(config, start)
@@ -85,8 +85,11 @@ def train(config: TrainConfig) -> RunResult:
         own = checkpoint_directory(config)
         probe.check_writable(config, own, ranks)
         with ranks.failing_together():
-            if ranks.is_main and config.checkpoint.dir is not None and own.is_local:
-                held.enter_context(only_one(Path(own.path), f"checkpoint.dir={config.checkpoint.dir}", say))
+            shared = config.checkpoint.dir is not None and own.is_local
+            # A lock of the same file is not taken twice: the system drops both with the first.
+            if ranks.is_main and shared and Path(own.path).absolute() != config.run.directory.absolute():
+                key = f"checkpoint.dir={config.checkpoint.dir}"
+                held.enter_context(only_one(Path(own.path), key, line_printer(True)))
             data = data_pipeline.open_data(config.data, progress=ranks.is_main and config.logging.progress)
             if owned is not None:
                 tokenizers.check(owned, data.tokenizer_path, f"the tokenizer of the data, {data.tokenizer_path},")

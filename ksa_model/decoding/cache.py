@@ -66,8 +66,9 @@ class LayerCache:
         return self._buffer.numel() * self._buffer.element_size() + of_chunk
 
     def reserve(self, num_tokens: int) -> None:
-        """Allocate exactly for requests of up to `num_tokens` tokens. If these fit the text window, no summaries are
-        kept."""
+        """Allocate exactly for requests of up to `num_tokens` tokens, once and before the first token. If these fit the
+        text window, no summaries are kept."""
+        assert self.rows == 0
         self.keeps_summaries = self.layer.has_far and self.ring_rows is not None and num_tokens > self.ring_rows
         self.open_chunk = self.open_chunk if self.keeps_summaries else None
         self._resize(self._rows_for(num_tokens))

@@ -54,10 +54,14 @@ class RotaryTables:
                 cos, sin = cos * factor, sin * factor
             return cos.float(), sin.float()
 
-        text, summary = layout.text_positions, layout.summary_positions
+        text, summary = table(layout.text_positions), table(layout.summary_positions)
         if config.rotates_everything:
-            return RotaryTables(table(text), table(summary))
-        return RotaryTables(table(text), table(summary), RotaryTables(table(text * 0), table(summary * 0)))
+            return RotaryTables(text, summary)
+
+        def of_angle_0(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.full_like(cos, factor), torch.zeros_like(sin)
+
+        return RotaryTables(text, summary, unrotated=RotaryTables(of_angle_0(*text), of_angle_0(*summary)))
 
 
 class RMSNorm(nn.Module):
@@ -173,7 +177,9 @@ class Attention(nn.Module):
         heads.q_summary, heads.k_summary, heads.v_summary = (own.get(name) for name in ("query", "key", "value"))
         if self.layer.pools:
             heads.unpooled = ChunkRows(heads.k, heads.v, scores[0] if scores else None, self.pool_bias)
-            heads.pooled_table = (rotary if self.config.rotate_far else rotary.unrotated or rotary).summary
+            table = rotary if self.config.rotate_far else rotary.unrotated
+            assert table is not None
+            heads.pooled_table = table.summary
             if layout.num_summary:
                 pooled = self.backend.pooling.pool(heads.unpooled, self.config.chunk_size)
                 heads.k_summary, heads.v_summary = pooled

@@ -1,7 +1,8 @@
 """Whose directory of checkpoints it is, noted there before the first of them.
 
 Two runs that start at the same moment in one empty directory would otherwise find each other at their first save. Once
-there is a checkpoint, its configuration tells whether another run may go on from it (`train.start`).
+there is a checkpoint, its configuration tells whether another run may go on from it (`train.start`). That the same run
+is not started twice at the same time is the matter of `train.config.one_start`.
 """
 
 from __future__ import annotations

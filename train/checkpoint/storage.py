@@ -136,6 +136,9 @@ class CheckpointPath:
         if self.is_local:
             self._link(content)
         else:
+            self._fs.invalidate_cache(self.path)
+            if self.exists():  # a store may take `mode` and ignore it
+                return self.read()
             try:
                 self._fs.pipe_file(self.path, content, mode="create")
             except Exception:  # it exists, or the store or its package cannot do this: classes differ

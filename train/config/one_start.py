@@ -1,4 +1,8 @@
-"""One start of a run at a time in a directory: a second one would remove the first one's unfinished saves."""
+"""One start of a run at a time in a directory: a second one would remove the first one's unfinished saves.
+
+This is about processes that live at the same time, on local file systems. `train.checkpoint.owner` is about which run
+a directory of checkpoints belongs to, whether it runs or not.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +32,41 @@ def only_one(directory: Path, key: str, say: Callable[[str], object]) -> Iterato
     `ConfigError` if another process holds it. `key` names the directory in messages; `say` takes a line for the user.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
-    path = directory / LOCK
+    descriptor = _open_and_lock(directory, key, say)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise ConfigError(
-            f"{key}: cannot write below {directory} ({error.strerror or error}): name a place that can be written"
-        ) from error
-    try:
-        _lock(descriptor, directory, key, say)
-        try:
-            yield
-        finally:
-            if made:
-                _remove_if_empty(directory, made)
+        yield
     finally:
+        if made:
+            _remove_if_empty(directory, made)
         os.close(descriptor)
+
+
+def _open_and_lock(directory: Path, key: str, say: Callable[[str], object]) -> int:
+    """The locked file of `directory`, as a descriptor."""
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise ConfigError(
+                f"{key}: cannot write below {directory} ({error.strerror or error}): name a place that can be written"
+            ) from error
+        try:
+            _lock(descriptor, directory, key, say)
+            if _is_the_file_of(descriptor, directory / LOCK):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder removed the file while this process waited for it
+
+
+def _is_the_file_of(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int, directory: Path, key: str, say: Callable[[str], object]) -> None:

@@ -17,10 +17,11 @@ import threading
 import time
 from types import FrameType
 
+from data_pipeline import commands
 from train.distributed.environment import is_first_of_host
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run saved its state and wants to be started again
-BAD_INPUT = 2  # the configuration or the data cannot be used; nothing was started
+BAD_INPUT = commands.BAD_INPUT  # the configuration or the data cannot be used; nothing was started
 FAILED = 1  # something went wrong outside the configuration; starting it again may help
 # EX_IOERR: the last checkpoint could not be written; started again, the run continues from the one before
 NOT_SAVED = 74
@@ -42,7 +43,7 @@ class StopRequest:
         self.reason: str | None = None
         self._max_minutes = max_minutes
         self._deadline: float | None = None
-        self._stepping = self._told = False
+        self._stepping = self._told = self._signalled = False
         self._left = threading.Event()
         self._wakeup, self._wakeup_before = -1, -1
         self._previous: dict[signal.Signals, object] = {}
@@ -83,11 +84,12 @@ class StopRequest:
         if not self._stepping:
             self._tell(number)
             raise SystemExit(REQUEUE)
-        hangup = signal.SIGHUP.name
-        if self.reason not in (None, hangup) and number != signal.SIGHUP:
+        if number == signal.SIGHUP:  # however many tell that the terminal has closed, it is one request
+            self.reason = self.reason or signal.SIGHUP.name
+            return
+        if self._signalled:
             os._exit(128 + number)
-        if self.reason in (None, hangup):
-            self.reason = signal.Signals(number).name
+        self._signalled, self.reason = True, signal.Signals(number).name
 
     def _listen(self, arriving: int) -> None:
         """End the process where a signal should end it at once and the main thread does not."""

@@ -5,7 +5,7 @@
     python -m train.evaluate RUN lengths=16384 rope_scaling="{kind: yarn, factor: 2, original_max_positions: 8192}"
 
 See `train.evaluate.evaluation` for the tasks. Writes `evaluation.json` and pictures into the run directory, or into
-`out=`.
+`out=`. Results with `rope_scaling` go into a directory of their own in it, unless `out=` names another.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def _parse(arguments: list[str]) -> tuple[Path, EvaluateConfig]:
 def _run(arguments: list[str]) -> None:
     directory, config = _parse(arguments)
     out = Path(config.out or directory)
-    if config.out is not None:
+    if config.out is None and config.rope_scaling is not None:  # beside the results of the model as it was trained
+        out = directory / f"evaluation-{config.rope_scaling.kind}-{config.rope_scaling.factor:g}"
+    if out != directory:
         make_directory("out", out)
     world = groups.initialize(groups.ParallelConfig(), groups.pick_device("auto"))
     try:

@@ -74,6 +74,7 @@ def evaluate(
         "chunk_size": model.config.chunk_size,
         "summary_tokens": model.config.summary_tokens,
         "trained_at": run.seq_len,
+        "rope_scaling": None if config.rope_scaling is None else dataclasses.asdict(config.rope_scaling),
         "lengths": list(lengths),
         "cache_bytes": {str(length): model.config.cache_bytes(length) for length in lengths},
         "chance": 1 / tokenizer.vocab_size,

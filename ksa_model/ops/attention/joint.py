@@ -58,7 +58,6 @@ def ksa_attention(
         return reference.ksa_attention(*inputs, layout, window_chunks, q_far)
     near = _text_sources(layout, layout.near_ranges(window_chunks), context, window_chunks * layout.chunk_size)
     far = Source(layout.far_ranges(window_chunks), gather_exchange(context, "summaries"), 1, int(q_far is not None))
-    # The near parts come last: `cuda.attend` wants a last part in which every real row attends to itself at least.
     queries = inputs[:1] if q_far is None else (inputs[0], q_far)
     return _JointAttention.apply((far, *near), kernels, kept, len(queries), *queries, *inputs[1:])
 
@@ -151,8 +150,11 @@ class _JointAttention(torch.autograd.Function):
 
 
 def _groups(sources: tuple[Source, ...]) -> list[tuple[int, list[int]]]:
-    """Indices of the parts to compute together, each with its query: local parts, then remote ones; near queries first,
-    because `attend` wants to begin with a part in which every real row attends to itself at least."""
+    """Indices of the parts to compute together, each with its query: local parts, then remote ones.
+
+    The first group ends with near text of this rank, because `cuda.attend` takes rows without keys in the last part of
+    the first call for padding.
+    """
     groups = (
         (
             query,

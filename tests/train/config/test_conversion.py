@@ -82,6 +82,7 @@ def test_numbers_that_yaml_reads_as_text():
         (str | None, "null", None),
         (int | None, "", None),
         (int, "7", 7),
+        (int, "1" + "0" * 400, 10**400),
         (float, "1e-3", 0.001),
         (bool, "True", True),
         (tuple[str, ...], "a,b", ("a", "b")),

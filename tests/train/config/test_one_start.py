@@ -75,6 +75,22 @@ def test_a_refused_start_leaves_nothing_behind(tmp_path):
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {LOCK, "config.yaml"}
 
 
+def test_a_file_that_its_holder_removed_is_not_locked(tmp_path, monkeypatch):
+    """A start that is refused removes it while another one waits, which would then hold what nobody else can see."""
+    lock, calls = one_start._lock, []
+
+    def removed_meanwhile(descriptor, directory, *others):
+        lock(descriptor, directory, *others)
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (directory / LOCK).unlink()
+            directory.rmdir()
+
+    monkeypatch.setattr(one_start, "_lock", removed_meanwhile)
+    with only_one(tmp_path / "run", "run.name=y", print):
+        assert len(calls) == 2 and json.loads((tmp_path / "run" / LOCK).read_bytes())["process"] == os.getpid()
+
+
 def test_a_file_system_without_locks_is_used_all_the_same(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(38, "Function not implemented")

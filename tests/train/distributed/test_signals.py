@@ -52,6 +52,22 @@ def test_a_second_one_ends_the_process():
     assert subprocess.run([sys.executable, "-c", TWICE]).returncode == 128 + signal.SIGUSR1
 
 
+AFTER_THE_LIMIT = """
+import os, signal
+from train.distributed.signals import StopRequest
+with StopRequest(1e-9) as request:
+    request.begin_steps()
+    assert request.is_due
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print("saved", request.reason)
+"""
+
+
+def test_a_scheduler_that_warns_after_the_time_limit_lets_the_run_save():
+    ended = subprocess.run([sys.executable, "-c", AFTER_THE_LIMIT], capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == ("saved SIGUSR1\n", 0)
+
+
 def test_a_terminal_that_closes_asks_once_however_many_tell_it():
     """The kernel, the shell, torchrun (SIGHUP) and `python -m launch` (SIGTERM) all pass it on."""
     ended = subprocess.run([sys.executable, "-c", HANGUPS], capture_output=True, text=True)

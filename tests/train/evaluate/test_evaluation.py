@@ -57,6 +57,20 @@ def test_the_command_line_writes_numbers_and_pictures(run, tmp_path):
     assert "cache bytes" in said
 
 
+def test_scaled_positions_are_recorded_beside_the_results_of_the_run(run):
+    directory, _ = run
+    arguments = [str(directory), "tasks=perplexity", "lengths=1024", "samples=1"]
+    scaling = "{kind: linear, factor: 4}"
+    for more in ([], [f"rope_scaling={scaling}"]):
+        ((code, said),) = run_on_ranks(1, evaluate_on_a_rank, [*arguments, *more])
+        assert code == 0, said
+    plain = json.loads((directory / "evaluation.json").read_text())
+    scaled = json.loads((directory / "evaluation-linear-4" / "evaluation.json").read_text())
+    assert plain["rope_scaling"] is None and scaled["rope_scaling"]["factor"] == 4
+    losses = [result["perplexity"]["1024"]["loss"] for result in (plain, scaled)]
+    assert losses[0] != losses[1]
+
+
 def test_held_out_loss_is_the_one_that_training_reported(run, tmp_path):
     directory, records = run
     ((code, _),) = run_on_ranks(
