@@ -1,4 +1,4 @@
-"""The one error of the data pipeline."""
+"""The errors of the data pipeline."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from contextlib import contextmanager
 
 class DataError(ValueError):
     """Bad input. The message is one line: the value, where it comes from (key, file, line) and what to do about it."""
+
+
+class StoreError(DataError):
+    """A store that does not answer, after all retries. The data may well be good: reading them later may succeed."""
 
 
 @contextmanager

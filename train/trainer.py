@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import data_pipeline
 from data_pipeline import DataError, TrainingData
+from data_pipeline.errors import StoreError
 from ksa_model.layers import delta
 from ksa_model.model import Objective
 from ksa_model.ops import fp8
@@ -163,12 +164,14 @@ def _train(
 def _failing_as_started(run: Run) -> Iterator[None]:
     """Turn `USER_ERRORS` of a run that trains into `RunError`: starting it again may help, and a launcher does so.
 
-    Before the first step they stay what they are. A run that was resumed has read its data and its checkpoints before.
+    Before the first step they stay what they are, except for a store that does not answer. A run that was resumed has
+    read its data and its checkpoints before.
     """
     try:
         yield
     except USER_ERRORS as error:
-        if not run.has_trained and not (run.first_step and isinstance(error, (DataError, CheckpointError))):
+        was_readable = run.first_step and isinstance(error, (DataError, CheckpointError))
+        if not (run.has_trained or was_readable or isinstance(error, StoreError)):
             raise
         raise RunError(
             f"rank {run.world.rank}: {error}; the same command goes on from the newest checkpoint of {run.directory}"

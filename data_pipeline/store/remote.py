@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StoreError
 
 T = TypeVar("T")
 # Keys of `info` that change with the content, the most reliable first: S3's and Google's, then HTTP headers.
@@ -58,7 +58,8 @@ def with_retries(action: Callable[[], T], subject: str, retries: int) -> T:
                 attempts = "" if is_permanent else f" after {attempt + 1} attempts"
                 cause = error.__cause__ if _hides_failure(error) else error
                 detail = " ".join(f"{type(cause).__name__}: {cause}".split())
-                raise DataError(f"{subject} cannot be read{attempts} ({detail})") from error
+                kind = DataError if is_permanent else StoreError
+                raise kind(f"{subject} cannot be read{attempts} ({detail})") from error
         time.sleep(wait * random.uniform(0.5, 1.0))  # ranks must not all retry at the same moment
         wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
     raise AssertionError("unreachable")

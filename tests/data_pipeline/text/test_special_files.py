@@ -80,8 +80,12 @@ def test_a_file_that_becomes_a_pipe_is_named(corpus):
 
 
 def test_a_tokenizer_that_is_no_file_is_named(corpus):
-    for path, kind in ((corpus / "pipe.jsonl", "pipe"), ("/dev/zero", "device"), (corpus, "directory")):
-        with pytest.raises(DataError, match=rf"^{path}: is a {kind}, not a file"):
+    for path, kind in (
+        (corpus / "pipe.jsonl", "pipe, not a file"),
+        ("/dev/zero", "device, not a file"),
+        (corpus, "directory; it holds neither tokenizer.json nor tokenizer.model: name the file of the tokenizer"),
+    ):
+        with pytest.raises(DataError, match=rf"^{path}: is a {kind}"):
             Tokenizer(path)
 
 
