@@ -8,7 +8,7 @@ import signal
 import time
 
 from tests.faults import harms
-from tests.faults.victim import EVERY, RANKS, STEPS, Case, Victim
+from tests.faults.victim import EVERY, RANKS, STEPS, Case, TooLate, Victim
 from tests.faults.worlds import World
 from train.distributed.signals import REQUEUE
 from train.distributed.watchdog import STALLED
@@ -91,6 +91,9 @@ def second_start(case: Case) -> None:
     victim = case.victim
     victim.check_alive()
     victim.world.signal(signal.SIGSTOP)  # it lives, and cannot come to its end first
+    if victim.world.step == STEPS:  # it had come to its end before, and may have let go of its directory
+        victim.world.signal(signal.SIGCONT)
+        raise TooLate
     outputs = victim.root / "second"
     second = World(RANKS, victim.corpus, victim.root, victim.changes, environment=victim.environment, outputs=outputs)
     codes = second.end()
