@@ -126,7 +126,7 @@ class LayerCache:
         layer keeps any.
         """
         q, k_own, v_own = heads.q_summary, heads.k_summary, heads.v_summary
-        k_kept = k_own if heads.k_far is None else heads.k_far
+        k_kept = heads.far_keys
         kernels, joined = self._kernels, None
         if kernels is not None and not kernels.can_attend(heads.q, self._buffer, heads.q_far is not None):
             kernels = None  # heads too wide for the device's tiles
@@ -342,11 +342,11 @@ class DecodingCache:
             slots = self._upload(cache.text_slots(position[kept]))
             cache.write(self._upload(request[kept]), slots, heads.k[row], heads.v[row])
             if cache.keeps_summaries:
-                assert heads.k_summary is not None and heads.v_summary is not None
+                far_keys = heads.far_keys
+                assert far_keys is not None and heads.v_summary is not None
                 row = self._upload(starts[summary_request] // k * m + summary_index)
                 slots = self._upload(cache.summary_slots(summary_index))
-                k_kept = heads.k_summary if heads.k_far is None else heads.k_far
-                cache.write(self._upload(summary_request), slots, k_kept[row], heads.v_summary[row])
+                cache.write(self._upload(summary_request), slots, far_keys[row], heads.v_summary[row])
             if cache.open_chunk is not None:
                 assert heads.unpooled is not None
                 cache.open_chunk.prefill(heads.unpooled, ends, lengths, k)

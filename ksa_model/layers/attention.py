@@ -104,6 +104,11 @@ class Heads:
     q_far: torch.Tensor | None = None
     k_far: torch.Tensor | None = None
 
+    @property
+    def far_keys(self) -> torch.Tensor | None:
+        """The keys [S, G, d] that text attends to in the far part, which a decoding cache keeps."""
+        return self.k_summary if self.k_far is None else self.k_far
+
 
 # (attention, heads, layout) -> outputs of text rows, and of summary rows where the layer updates them. A gated delta
 # net (`ksa_model.layers.delta`) passes itself and its `DeltaRows` as the first two.
@@ -239,8 +244,9 @@ class Attention(nn.Module):
         layer, kernels, context = attention.layer, attention.backend.attention, attention.context
         q, k, v, k_summary, v_summary = heads.q, heads.k, heads.v, heads.k_summary, heads.v_summary
         if layer.has_far:
-            assert k_summary is not None and v_summary is not None
-            inputs = q, k, v, heads.k_far if heads.k_far is not None else k_summary, v_summary
+            far_keys = heads.far_keys
+            assert far_keys is not None and v_summary is not None
+            inputs = q, k, v, far_keys, v_summary
             out = joint.ksa_attention(inputs, layout, layer.window_chunks, kernels, context, kept, q_far=heads.q_far)
         else:
             window = attention.config.window_tokens if layer.mixer == "S" else layer.window_chunks

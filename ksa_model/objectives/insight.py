@@ -37,7 +37,7 @@ def summary_weights(model: Decoder, tokens: torch.Tensor, layout: SequenceLayout
 
 
 def _weights(heads: Heads, layout: SequenceLayout, window_chunks: int, bins: int) -> torch.Tensor:
-    k_far = heads.k_summary if heads.k_far is None else heads.k_far
+    k_far = heads.far_keys
     q_far = heads.q if heads.q_far is None else heads.q_far
     assert k_far is not None
     device = heads.q.device
